@@ -1,0 +1,30 @@
+"""What pyproject.toml cannot say: the extension, and whether to build it.
+
+COMMITBUS_NO_EXTENSIONS=1       builds the pure package
+COMMITBUS_REQUIRE_EXTENSIONS=1  makes a failed compilation fatal; without it, the pure package is built
+"""
+
+import os
+import sys
+
+from setuptools import Extension, setup
+
+
+def switched_on(name: str) -> bool:
+    return os.environ.get(name, "") not in {"", "0"}
+
+
+extensions = []
+if not switched_on("COMMITBUS_NO_EXTENSIONS") and sys.implementation.name == "cpython":
+    # setuptools has Cython compile it; cythonize() would drop `optional`.
+    extension = Extension(
+        "commitbus._compiled",
+        ["ext/_compiled.pyx"],
+        optional=not switched_on("COMMITBUS_REQUIRE_EXTENSIONS"),
+        # Debug symbols would make the wheel eight times as large.
+        extra_compile_args=[] if sys.platform == "win32" else ["-g0"],
+    )
+    extension.cython_c_in_temp = True
+    extensions.append(extension)
+
+setup(ext_modules=extensions)

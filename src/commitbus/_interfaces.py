@@ -1,0 +1,210 @@
+"""What both twins share: the abstract base classes, the protocol and the warning."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from commitbus._pure import AbstractEventBus, DelayedEventBus
+
+__all__ = [
+    "CommittableFunction",
+    "EventBus",
+    "EventBusOrchestrator",
+    "T",
+    "UnappliedEventsWarning",
+]
+
+T = TypeVar("T")
+
+
+class CommittableFunction(Protocol):
+    """A callable that carries out one side effect, called with the single keyword ``commit``.
+
+    Anything that accepts ``commit`` as a keyword fits: a function, a bound method, a
+    `functools.partial`, a `SideEffectCall`.
+
+    Notes
+    -----
+    Declare ``commit`` keyword-only. A `functools.partial` of such a function is safe: no positional
+    argument, however many are bound by mistake, can land in ``commit``. Where ``commit`` is
+    positional, ``partial(send, "mail", True)`` silently binds it, and the bus's own ``commit=...``
+    then fails as a second value for it, or a dry run sends mail because of a default.
+
+    Examples
+    --------
+    >>> from functools import partial
+    >>> from commitbus import BasicEventBus
+    >>> def send(address: str, *, commit: bool) -> None:
+    ...     print(f"{'sending' if commit else 'would send'} to {address}")
+    >>> bus = BasicEventBus()
+    >>> bus.publish(partial(send, "ada@example.org"))
+    >>> _ = bus.apply(commit=False)
+    would send to ada@example.org
+    """
+
+    def __call__(self, *, commit: bool) -> object:
+        """Carry the side effect out, or only pretend to.
+
+        Parameters
+        ----------
+        commit : bool
+            True to do it for real, false for a dry run. It is the very object that was passed to
+            ``apply``.
+
+        Returns
+        -------
+        object
+            Ignored, but a coroutine is refused with a `TypeError`.
+        """
+        ...
+
+
+class EventBus(ABC, Generic[T]):
+    """What can be published on and applied.
+
+    Implement `publish` and `apply`; `publish_all` comes with it. Most buses are subclasses of
+    `AbstractEventBus` instead, which brings the storage and every guarantee.
+
+    Examples
+    --------
+    >>> from commitbus import EventBus
+    >>> class Printing(EventBus[str]):
+    ...     def publish(self, event: str) -> None:
+    ...         print("published", event)
+    ...     def apply(self, commit: bool) -> list[str]:
+    ...         return []
+    >>> Printing().publish_all(["a", "b"])
+    published a
+    published b
+    """
+
+    __slots__ = ()
+
+    @abstractmethod
+    def publish(self, event: T) -> None:
+        """Add an event; nothing happens to it until it is applied.
+
+        Parameters
+        ----------
+        event : T
+            The bus keeps a reference to it until it was applied or discarded.
+        """
+
+    def publish_all(self, events: Iterable[T]) -> None:
+        """Publish one by one.
+
+        Parameters
+        ----------
+        events : iterable of T
+            When it raises, what it gave so far stays published.
+
+        Raises
+        ------
+        TypeError
+            When `events` is not iterable.
+        """
+        for event in iterate(events):
+            self.publish(event)
+
+    @abstractmethod
+    def apply(self, commit: bool) -> list[T]:
+        """Apply the pending events.
+
+        Parameters
+        ----------
+        commit : bool
+            Handed to every handler, unchanged: true to do it for real, false for a dry run.
+
+        Returns
+        -------
+        list of T
+            The events that were applied, in order. The list is the caller's.
+        """
+
+
+class EventBusOrchestrator(ABC):
+    """Hands out wrapped buses, and is applied by somebody else.
+
+    A callee that is given an orchestrator registers its buses there and never applies them: its
+    caller owns the moment at which side effects happen.
+
+    Examples
+    --------
+    Ask for an orchestrator, not for a `MultiEventBus`: the handler below can wrap buses, but has no
+    ``apply`` to call, so it cannot carry out, too early, what belongs to its caller.
+
+    >>> from commitbus import BasicEventBus, EventBusOrchestrator, MultiEventBus
+    >>> def say(*, commit: bool) -> None:
+    ...     print("done" if commit else "dry run")
+    >>> def handler(orchestrator: EventBusOrchestrator) -> None:
+    ...     orchestrator.wrap(BasicEventBus()).publish(say)
+    >>> buses = MultiEventBus()
+    >>> handler(buses)
+    >>> len(buses.apply(commit=True))
+    done
+    1
+    """
+
+    __slots__ = ()
+
+    @abstractmethod
+    def wrap(self, event_bus: AbstractEventBus[T]) -> DelayedEventBus[T]:
+        """Delay a bus and register it.
+
+        Parameters
+        ----------
+        event_bus : AbstractEventBus
+            The bus to wrap. The orchestrator keeps a reference until it was applied.
+
+        Returns
+        -------
+        DelayedEventBus
+            To publish on in its place.
+
+        Raises
+        ------
+        TypeError
+            When `event_bus` is not an `AbstractEventBus`; an existing `DelayedEventBus` is
+            registered with `MultiEventBus.publish` instead.
+        """
+
+
+class UnappliedEventsWarning(RuntimeWarning):
+    """A unit of work was left with events that nobody applied.
+
+    Examples
+    --------
+    >>> import warnings
+    >>> from commitbus import BasicEventBus, use_orchestrator_or_create_multi_event_bus
+    >>> with warnings.catch_warnings(record=True) as caught:
+    ...     warnings.simplefilter("always")
+    ...     with use_orchestrator_or_create_multi_event_bus(None, True) as (buses, _):
+    ...         buses.wrap(BasicEventBus()).publish(lambda *, commit: None)
+    >>> print(caught[0].message)
+    1 event was published but never applied; call the function that use_orchestrator_or_create_multi_event_bus() \
+yielded before the block ends, or leave the block by an exception
+    """
+
+
+def iterate(events: Iterable[Any]) -> Any:
+    """`iter`, with an error that says what to pass."""
+    try:
+        return iter(events)
+    except TypeError:
+        if hasattr(type(events), "__iter__"):
+            raise  # its own __iter__ failed: that error is the caller's
+        name = type(events).__qualname__
+    raise TypeError(
+        f"publish_all() takes an iterable of events, not {name}; publish a single event with publish()"
+    )
+
+
+for _public in (CommittableFunction, EventBus):
+    _public.__module__ = "commitbus.event_bus"
+EventBusOrchestrator.__module__ = "commitbus.multi_event_bus"
+UnappliedEventsWarning.__module__ = "commitbus.multi_event_bus"
+del _public

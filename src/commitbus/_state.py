@@ -1,0 +1,113 @@
+"""Copying and pickling, once for both twins, so that what one wrote the other can read.
+
+A pickle names the public class, never a twin's: it loads under whichever twin is in use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_owned: dict[type, str] = {}
+
+
+def own(namespace: dict[str, Any], names: list[str]) -> None:
+    """Remember the classes of a twin, which are pickled by name and module."""
+    for name in names:
+        value = namespace[name]
+        if isinstance(value, type):
+            _owned[value] = f"{value.__module__}:{value.__qualname__}"
+
+
+def reference(cls: type) -> type | str:
+    """Give what stands for a class in a pickle."""
+    return _owned.get(cls, cls)
+
+
+def resolve(cls: type | str) -> type:
+    """Find the class that a reference stands for, in the twin that is in use."""
+    if isinstance(cls, type):
+        return cls
+    module, _, name = cls.partition(":")
+    found: type = getattr(importlib.import_module(module), name)
+    return found
+
+
+def new(cls: type | str) -> Any:
+    """Make an empty instance, before its state is set."""
+    found = resolve(cls)
+    return found.__new__(found)
+
+
+def call(cls: type | str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Make a side-effect call."""
+    return resolve(cls)(function, *args, **kwargs)
+
+
+def _slots(cls: type) -> list[str]:
+    names: list[str] = []
+    for base in cls.__mro__:
+        slots = base.__dict__.get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if name in {"__dict__", "__weakref__"} or name.startswith("_commitbus_"):
+                continue
+            private = name.startswith("__") and not name.endswith("__")
+            names.append(f"_{base.__name__.lstrip('_')}{name}" if private else name)
+    return names
+
+
+def get_own(instance: Any) -> Any:
+    """Give what a subclass keeps, as `object.__getstate__` would."""
+    if type(instance).__getstate__ is not object.__getstate__:
+        return instance.__getstate__()
+    attributes = dict(getattr(instance, "__dict__", ()))
+    slots = {name: getattr(instance, name) for name in _slots(type(instance)) if hasattr(instance, name)}
+    return (attributes, slots) if attributes or slots else None
+
+
+def set_own(instance: Any, state: Any) -> None:
+    """Set what `get_own` gave, as `pickle` would."""
+    if state is None:
+        return
+    if hasattr(type(instance), "__setstate__"):
+        instance.__setstate__(state)
+        return
+    attributes, slots = state if isinstance(state, tuple) and len(state) == 2 else (state, {})  # noqa: PLR2004
+    if attributes:
+        instance.__dict__.update(attributes)
+    for name, value in slots.items():
+        setattr(instance, name, value)
+
+
+def set_state(instance: Any, state: tuple[Any, Any]) -> None:
+    """Set the state of a bus: what it keeps itself, then what its subclass keeps."""
+    kept, own_state = state
+    instance._commitbus_set(kept)
+    set_own(instance, own_state)
+
+
+def reduce(instance: Any) -> tuple[Any, ...]:
+    """Take a bus apart for `pickle`."""
+    state = (instance._commitbus_get(), get_own(instance))
+    # Not in the arguments of `new`: an event may lead back to its bus.
+    return (new, (reference(type(instance)),), state, None, None, set_state)
+
+
+def shallow(instance: Any) -> Any:
+    """Make a copy that shares the events, but not their list."""
+    made = new(type(instance))
+    set_state(made, (instance._commitbus_get(), get_own(instance)))
+    return made
+
+
+def deep(instance: Any, memo: dict[int, Any], deepcopy: Any) -> Any:
+    """Make a copy that shares nothing."""
+    made = memo[id(instance)] = new(type(instance))
+    set_state(made, deepcopy((instance._commitbus_get(), get_own(instance)), memo))
+    return made
+
+
+def collected(bus: Any, event: Any) -> Any:
+    """Make the default callable of a collected event, in the twin that is in use."""
+    cls: Any = resolve("commitbus.event_bus:AbstractEventBus")
+    return cls._collect_event(bus, event, None)

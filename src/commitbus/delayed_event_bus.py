@@ -1,0 +1,14 @@
+"""The bus that postpones."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from commitbus._pure import (
+        DelayedEventBus,
+    )
+else:
+    from commitbus._select import twin
+
+    DelayedEventBus = twin.DelayedEventBus
+
+__all__ = ["DelayedEventBus"]

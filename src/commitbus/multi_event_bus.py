@@ -1,0 +1,20 @@
+"""The bus that runs many buses, and who may hand them out."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from commitbus._pure import (
+        EventBusOrchestrator,
+        MultiEventBus,
+        UnappliedEventsWarning,
+        use_orchestrator_or_create_multi_event_bus,
+    )
+else:
+    from commitbus._select import twin
+
+    EventBusOrchestrator = twin.EventBusOrchestrator
+    MultiEventBus = twin.MultiEventBus
+    UnappliedEventsWarning = twin.UnappliedEventsWarning
+    use_orchestrator_or_create_multi_event_bus = twin.use_orchestrator_or_create_multi_event_bus
+
+__all__ = ["EventBusOrchestrator", "MultiEventBus", "UnappliedEventsWarning", "use_orchestrator_or_create_multi_event_bus"]
