@@ -387,9 +387,9 @@ class AbstractEventBus(EventBus[T], Generic[T]):
                     except Exception as error:
                         failed.append(len(batch) - events.__length_hint__() - 1)  # type: ignore[attr-defined]
                         several = error.errors if isinstance(error, _Several) else [error]
-                        for one in several:
-                            _messages.note_failed(one, bus, name(event), failed[-1] + 1, len(batch))
+                        _messages.note_failed(several, bus, name(event), failed[-1] + 1, len(batch))
                         errors += several
+                        several = []  # an error that is kept here would keep itself, by its traceback
                     event = between  # noqa: PLW2901
                 if errors:
                     raise _messages.group(bus, errors, len(failed), len(batch))
@@ -513,7 +513,7 @@ class _SideEffectsBus(AbstractEventBus[Pair[T]], Generic[T]):
     which is never given out, and set `_commitbus_mixed` before they go in.
     """
 
-    __slots__ = ("_commitbus_mixed", "_commitbus_wraps")
+    __slots__ = ("__dict__", "_commitbus_mixed", "_commitbus_wraps")
     _commitbus_wraps: AbstractEventBus[T]
     _commitbus_mixed: bool
 
@@ -764,8 +764,9 @@ class DelayedEventBus(EventBus[T], Generic[T]):
         if type(self).publish is not DelayedEventBus.publish:
             super().publish_all(events)
             return
+        actual = self.actual_event_bus
         try:
-            self.actual_event_bus.publish_all(events)
+            actual.publish_all(events)
         finally:
             if self._commitbus_owners:
                 self._commitbus_register()
@@ -823,8 +824,7 @@ class DelayedEventBus(EventBus[T], Generic[T]):
         TypeError
             When a handler returns a coroutine, which is closed; that event has failed.
         """
-        collected = self._commitbus_side_effects
-        if collected is None:
+        if (collected := self._commitbus_peek()) is None:
             return []
         items = collected._commitbus_apply(self, commit, robust)
         return list(map(_event_of, items)) if collected._commitbus_mixed else items
@@ -857,8 +857,8 @@ class DelayedEventBus(EventBus[T], Generic[T]):
         tuple of T
             A snapshot, in the order in which the events were collected.
         """
-        collected = self._commitbus_side_effects
-        return () if collected is None else tuple(map(_event_of, collected._commitbus_pending))
+        collected = self._commitbus_peek()
+        return () if collected is None else tuple(map(_event_of, collected._commitbus_pending.copy()))
 
     def __copy__(self) -> Self:
         """Make a copy that wraps the same bus, with its own list of what was collected."""
@@ -911,15 +911,23 @@ class DelayedEventBus(EventBus[T], Generic[T]):
             if (owner := ref()) is not None:
                 owner.publish(self)
 
+    def _commitbus_peek(self) -> _SideEffectsBus[T] | None:
+        """Give the bus of what was collected, if anything ever was."""
+        try:
+            return self._commitbus_side_effects
+        except AttributeError:
+            raise _messages.not_wrapping() from None
+
     def _commitbus_collected(self) -> _SideEffectsBus[T]:
+        actual = self.actual_event_bus
         with _lock:
             if self._commitbus_side_effects is None:
-                self._commitbus_side_effects = _SideEffectsBus(self.actual_event_bus)
+                self._commitbus_side_effects = _SideEffectsBus(actual)
             return self._commitbus_side_effects
 
     def _commitbus_collect(self, commit: bool) -> list[T]:
         actual = self.actual_event_bus
-        collected = self._commitbus_side_effects or self._commitbus_collected()
+        collected = self._commitbus_collected()
         if _collects_plainly(actual):
             events: list[T] = []
             try:
