@@ -227,11 +227,9 @@ cdef class _EventStore:
                     break
                 except Exception as error:
                     several = error.errors if type(error) is _Several else [error]
-                    event = event_of(batch[done])
                     failed.append(done)
                     done += 1
-                    for one in several:
-                        _messages.note_failed(one, bus, event, done, len(batch))
+                    _messages.note_failed(several, bus, event_of(batch[done - 1]), done, len(batch))
                     errors.extend(several)
             if errors:
                 raise _messages.group(bus, errors, len(failed), len(batch))
@@ -538,6 +536,7 @@ cdef class _DelayedStore:
 
     def apply_without_delay(self, commit, *, robust=False):
         """Carry out what ``apply`` collected so far, in order."""
+        self.initialised()
         if self.collected is None:
             return []
         cdef list items = self.collected.apply_items(self, commit, robust, None)
@@ -555,6 +554,7 @@ cdef class _DelayedStore:
 
     def collected_events(self):
         """Return what was collected and not yet applied."""
+        self.initialised()
         return () if self.collected is None else tuple(events_of(self.collected.items()))
 
     def __copy__(self):
