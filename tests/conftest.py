@@ -1,0 +1,75 @@
+"""Every test of the contract runs over both twins, side by side in one process."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import Any
+
+import pytest
+
+# The one switch: a missing extension is an error, unless somebody says that it is meant to be missing.
+PURE_ONLY = os.environ.get("COMMITBUS_TEST_PURE_ONLY", "") not in {"", "0"}
+TWINS = ["pure"] if PURE_ONLY else ["pure", "compiled"]
+
+
+def load(name: str) -> Any:
+    return importlib.import_module(f"commitbus._{name}")
+
+
+@pytest.fixture(params=TWINS)
+def twin(request: pytest.FixtureRequest) -> Any:
+    """One twin's module, with every public class."""
+    return load(request.param)
+
+
+@pytest.fixture
+def twins() -> tuple[Any, Any]:
+    """Both twins' modules, to compare."""
+    if PURE_ONLY:
+        pytest.skip("COMMITBUS_TEST_PURE_ONLY is set: there is only one twin")
+    return load("pure"), load("compiled")
+
+
+class Log:
+    """A handler's record of what it was called with, and what it shall do then."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[object, object]] = []
+        self.actions: dict[object, Any] = {}
+
+    @property
+    def events(self) -> list[object]:
+        return [event for event, _ in self.calls]
+
+    def on(self, event: object, action: Any) -> None:
+        """Have `action` run, or if it is an exception, be raised, each time `event` is applied."""
+        self.actions[event] = action
+
+    def __call__(self, event: object, commit: object) -> None:
+        action = self.actions.get(event)
+        if isinstance(action, BaseException):
+            raise action
+        self.calls.append((event, commit))
+        if action is not None:
+            action()
+
+
+@pytest.fixture
+def log() -> Log:
+    return Log()
+
+
+@pytest.fixture
+def make(twin: Any, log: Log) -> Any:
+    """Make buses whose handler is the log."""
+
+    class LogBus(twin.AbstractEventBus):  # type: ignore[misc, name-defined]
+        def _apply_event(self, event: object, commit: object) -> None:
+            log(event, commit)
+
+    return LogBus
+
+
+def notes(error: BaseException) -> list[str]:
+    return list(getattr(error, "__notes__", []))
