@@ -21,8 +21,9 @@ if not switched_on("COMMITBUS_NO_EXTENSIONS") and sys.implementation.name == "cp
         "commitbus._compiled",
         ["ext/_compiled.pyx"],
         optional=not switched_on("COMMITBUS_REQUIRE_EXTENSIONS"),
-        # Debug symbols would make the wheel eight times as large.
-        extra_compile_args=[] if sys.platform == "win32" else ["-g0"],
+        # Debug symbols would make the wheel eight times as large; -O3 is larger than -O2 and no faster.
+        extra_compile_args=[] if sys.platform == "win32" else ["-g0", "-O2"],
+        extra_link_args=["-Wl,-s"] if sys.platform == "linux" else [],
     )
     extension.cython_c_in_temp = True
     extensions.append(extension)

@@ -409,7 +409,7 @@ cdef class _PairStore(_EventStore):
     cdef bint mixed
 
     cdef int add(self, object event) except -1:
-        if not (isinstance(event, tuple) and len(event) == 2 and callable(event[1])):
+        if not (type(event) is tuple and len(event) == 2 and callable(event[1])):
             raise _messages.not_a_pair(event)
         self.mixed = True
         return self.append(explicit(event))
@@ -731,6 +731,7 @@ cdef class _MultiStore(_EventStore):
         cdef list wrappers
         if not isinstance(event, _DelayedStore):
             raise _messages.not_delayed(event)
+        (<_DelayedStore>event).initialised()
         self.append(event)
         (<_DelayedStore>event).disown(self)
         if self.wrappers is not None:
@@ -1051,6 +1052,7 @@ class AbstractEventBus(_EventStore, EventBus[T]):
     __slots__ = ()
 
     @abstractmethod
+    @cython.embedsignature(False)
     def _apply_event(self, event, commit):
         """Carry one event out, or only pretend to."""
 

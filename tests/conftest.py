@@ -64,7 +64,7 @@ def log() -> Log:
 def make(twin: Any, log: Log) -> Any:
     """Make buses whose handler is the log."""
 
-    class LogBus(twin.AbstractEventBus):  # type: ignore[misc, name-defined]
+    class LogBus(twin.AbstractEventBus):
         def _apply_event(self, event: object, commit: object) -> None:
             log(event, commit)
 

@@ -37,12 +37,12 @@ def test_only_a_bus_can_be_delayed(twin: Any, bad: object) -> None:
 
 
 def test_a_subclass_that_forgets_super_is_told(twin: Any) -> None:
-    class Forgetful(twin.DelayedEventBus):  # type: ignore[misc, name-defined]
+    class Forgetful(twin.DelayedEventBus):
         def __init__(self) -> None:
             pass
 
-    bus = Forgetful()
-    uses = [
+    bus: Any = Forgetful()
+    uses: list[Any] = [
         lambda: bus.publish(1),
         lambda: bus.publish_all([1]),
         lambda: bus.apply(True),
@@ -231,7 +231,7 @@ def test_rule_13_discarding_leaves_what_was_collected(delayed: Any) -> None:
 def test_rule_7_overridden_collecting_is_honoured(twin: Any, hook: str) -> None:
     calls: list[Any] = []
 
-    class Bus(twin.AbstractEventBus):  # type: ignore[misc, name-defined]
+    class Bus(twin.AbstractEventBus):
         def _apply_event(self, event: object, commit: object) -> None:
             calls.append(("applied", event, commit))
 
@@ -239,11 +239,9 @@ def test_rule_7_overridden_collecting_is_honoured(twin: Any, hook: str) -> None:
         return lambda *, commit: calls.append(("collected", event, commit))
 
     if hook == "collect":
-        Bus.collect = lambda self, commit: [  # type: ignore[attr-defined]
-            (event, collected(event)) for event in self.discard_pending_events()
-        ]
+        Bus.collect = lambda self, commit: [(event, collected(event)) for event in self.discard_pending_events()]
     elif hook == "_collect_event":
-        Bus._collect_event = lambda self, event, commit: collected(event)  # type: ignore[attr-defined]
+        Bus._collect_event = lambda self, event, commit: collected(event)
     bus = Bus()
     if hook == "instance":
         bus._collect_event = lambda event, commit: collected(event)
@@ -271,7 +269,7 @@ def test_rule_7_the_mixed_order_is_kept(twin: Any, delayed: Any, wrapped: Any) -
 
 
 def test_rule_7_when_collecting_fails_nothing_is_lost(twin: Any) -> None:
-    class Bus(twin.AbstractEventBus):  # type: ignore[misc, name-defined]
+    class Bus(twin.AbstractEventBus):
         def _apply_event(self, event: object, commit: object) -> None: ...
 
         def _collect_event(self, event: object, commit: object) -> Any:
@@ -288,7 +286,7 @@ def test_rule_7_when_collecting_fails_nothing_is_lost(twin: Any) -> None:
 
 
 def test_rule_7_a_subclass_that_overrides_publish(twin: Any, wrapped: Any) -> None:
-    class Doubling(twin.DelayedEventBus):  # type: ignore[misc, name-defined]
+    class Doubling(twin.DelayedEventBus):
         def publish(self, event: Any) -> None:
             super().publish(event * 2)
 

@@ -295,7 +295,7 @@ def test_rule_15_a_deep_nest(twin: Any, make: Any, log: Log) -> None:
 def test_rule_7_a_delayed_bus_that_overrides_applying(twin: Any, multi: Any, make: Any, method: str) -> None:
     calls: list[Any] = []
 
-    class Bus(twin.DelayedEventBus):  # type: ignore[misc, name-defined]
+    class Bus(twin.DelayedEventBus):
         pass
 
     def overridden(self: Any, commit: Any) -> Any:
@@ -313,7 +313,7 @@ def test_rule_7_a_delayed_bus_that_overrides_applying(twin: Any, multi: Any, mak
 def test_rule_7_a_multi_bus_that_overrides_its_hooks(twin: Any, make: Any, log: Log) -> None:
     calls: list[Any] = []
 
-    class Bus(twin.MultiEventBus):  # type: ignore[misc, name-defined]
+    class Bus(twin.MultiEventBus):
         def publish(self, event: Any) -> None:
             calls.append("publish")
             super().publish(event)

@@ -83,9 +83,7 @@ def test_rule_20_repr(twin: Any) -> None:
         def __repr__(self) -> str:
             return "<odd>"
 
-    assert repr(twin.SideEffectCall(record, 1, "a", x=[2])) == (
-        "SideEffectCall(test_side_effects.record, 1, 'a', x=[2])"
-    )
+    assert repr(twin.SideEffectCall(record, 1, "a", x=[2])) == (f"SideEffectCall({__name__}.record, 1, 'a', x=[2])")
     assert repr(twin.SideEffectCall(Odd())) == "SideEffectCall(<odd>)"
 
 
@@ -192,7 +190,7 @@ def test_rule_21_nested_buses_restore_the_context(twin: Any, shared: Any) -> Non
 
 @pytest.mark.parametrize("through", ["apply", "delayed", "multi", "collected", "overridden"])
 def test_rule_21_the_context_on_every_path(twin: Any, through: str) -> None:
-    class Bus(twin.SharedSideEffectsEventBus):  # type: ignore[misc, name-defined]
+    class Bus(twin.SharedSideEffectsEventBus):
         if through == "overridden":
 
             def _collect_event(self, event: Any, commit: Any) -> Any:
@@ -203,7 +201,7 @@ def test_rule_21_the_context_on_every_path(twin: Any, through: str) -> None:
     log: list[str] = []
 
     class Resource:
-        def __enter__(self) -> Resource:
+        def __enter__(self) -> Any:
             log.append("enter")
             return self
 
@@ -404,8 +402,9 @@ def test_rule_21_rules_of_the_base_hold(twin: Any, shared: Any) -> None:
     shared.publish_all(calls)
     with pytest.raises(Boom) as caught:
         shared.apply(True)
-    assert "event 2 of 3, test_side_effects.test_rule_21_rules_of_the_base_hold.<locals>.effect, failed" in (
-        notes(caught.value)[0]
+    assert (
+        f"event 2 of 3, {__name__}.test_rule_21_rules_of_the_base_hold.<locals>.effect, failed"
+        in (notes(caught.value)[0])
     )
     assert shared.apply(False) == calls[1:]
     assert seen == [1, 2, 3]

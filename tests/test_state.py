@@ -46,7 +46,11 @@ def test_rule_9_a_copy_has_its_own_pending_list(twin: Any) -> None:
     assert copy.copy(bus).pending_events() == bus.pending_events()
 
 
-class PureBus(load("pure").AbstractEventBus):  # type: ignore[misc]
+PURE: Any = load("pure")
+COMPILED: Any = PURE if PURE_ONLY else load("compiled")
+
+
+class PureBus(PURE.AbstractEventBus):
     __slots__ = ("__private", "config")
 
     def __init__(self, config: Any) -> None:
@@ -57,20 +61,18 @@ class PureBus(load("pure").AbstractEventBus):  # type: ignore[misc]
         CALLS.append((self.config, self.__private, event))
 
 
-if not PURE_ONLY:
+class CompiledBus(COMPILED.AbstractEventBus):
+    __slots__ = ("__private", "config")
 
-    class CompiledBus(load("compiled").AbstractEventBus):  # type: ignore[misc]
-        __slots__ = ("__private", "config")
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.__private = "p"
 
-        def __init__(self, config: Any) -> None:
-            self.config = config
-            self.__private = "p"
-
-        def _apply_event(self, event: object, commit: bool) -> None:
-            CALLS.append((self.config, self.__private, event))
+    def _apply_event(self, event: object, commit: bool) -> None:
+        CALLS.append((self.config, self.__private, event))
 
 
-class PureStateful(load("pure").BasicEventBus):  # type: ignore[misc]
+class PureStateful(PURE.BasicEventBus):
     """Leaves out what cannot be pickled, without a word about the bus's own state."""
 
     def __init__(self) -> None:
@@ -84,12 +86,10 @@ class PureStateful(load("pure").BasicEventBus):  # type: ignore[misc]
         self.__dict__.update(state, lock=None)
 
 
-if not PURE_ONLY:
-
-    class CompiledStateful(load("compiled").BasicEventBus):  # type: ignore[misc]
-        __init__ = PureStateful.__init__
-        __getstate__ = PureStateful.__getstate__
-        __setstate__ = PureStateful.__setstate__
+class CompiledStateful(COMPILED.BasicEventBus):
+    __init__ = PureStateful.__init__
+    __getstate__ = PureStateful.__getstate__
+    __setstate__ = PureStateful.__setstate__
 
 
 def own(twin: Any, name: str) -> Any:

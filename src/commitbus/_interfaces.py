@@ -191,16 +191,14 @@ yielded before the block ends, or leave the block by an exception
 
 
 def iterate(events: Iterable[Any]) -> Any:
-    """`iter`, with an error that says what to pass."""
+    """Do what `iter` does, with an error that says what to pass."""
     try:
         return iter(events)
     except TypeError:
         if hasattr(type(events), "__iter__"):
             raise  # its own __iter__ failed: that error is the caller's
         name = type(events).__qualname__
-    raise TypeError(
-        f"publish_all() takes an iterable of events, not {name}; publish a single event with publish()"
-    )
+    raise TypeError(f"publish_all() takes an iterable of events, not {name}; publish a single event with publish()")
 
 
 for _public in (CommittableFunction, EventBus):

@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import suppress
 from functools import partial
 from types import BuiltinFunctionType, FunctionType, GetSetDescriptorType, MethodType
-from typing import Any
+from typing import Any, cast
 
 from commitbus._interfaces import EventBusOrchestrator, UnappliedEventsWarning
 
@@ -39,7 +39,7 @@ def type_name(cls: type) -> str:
 
 
 def _name(event: Any) -> str:
-    cls = type(event)
+    cls = cast("Any", type(event))
     if issubclass(cls, type):
         return type_name(event)
     if callable(event):
@@ -57,7 +57,7 @@ def describe(event: Any) -> str:
     try:
         inner = event
         for _ in range(_DEEPEST):
-            cls = type(inner)  # never __class__, which a Mock makes up
+            cls = cast("Any", type(inner))  # never __class__, which a Mock makes up
             for known, look in _see_through:
                 if issubclass(cls, known):
                     inner = look(inner)
@@ -66,7 +66,7 @@ def describe(event: Any) -> str:
                 break
         return _name(inner)
     except Exception:
-        return type_name(type(event))
+        return type_name(cast("Any", type(event)))
 
 
 def describe_bus(bus: object) -> str:
@@ -74,11 +74,12 @@ def describe_bus(bus: object) -> str:
     cls = type(bus)
     for known, look in _wrappers:
         if issubclass(cls, known):
-            return f"{type_name(cls)} of {describe_bus(look(bus))}"
+            with suppress(TypeError):  # a subclass that did not call super().__init__()
+                return f"{type_name(cls)} of {describe_bus(look(bus))}"
     return type_name(cls)
 
 
-see_through(partial, partial.func.__get__)  # type: ignore[attr-defined]
+see_through(partial, vars(partial)["func"].__get__)
 see_through(MethodType, lambda method: method.__func__)
 
 
@@ -90,16 +91,12 @@ def _add_note(error: BaseException, text: str) -> None:
         BaseException.add_note(error, f"commitbus: {text}")
 
 
-def note_stopped(
-    error: BaseException, bus: object, event: object, number: int, count: int, earlier: int = 0
-) -> None:
+def note_stopped(error: BaseException, bus: object, event: object, number: int, count: int, earlier: int = 0) -> None:
     """Say which event stopped an apply, and what stays pending."""
     left = count - number
     rest = f"it and the {left} after it stay pending" if left else "it stays pending"
     before = f", as do {earlier} that had failed before it" if earlier else ""
-    _add_note(
-        error, f"event {number} of {count}, {describe(event)}, failed in {describe_bus(bus)}; {rest}{before}"
-    )
+    _add_note(error, f"event {number} of {count}, {describe(event)}, failed in {describe_bus(bus)}; {rest}{before}")
 
 
 def note_interrupted(error: BaseException, bus: object, done: int, count: int) -> None:
@@ -134,7 +131,7 @@ def group(bus: object, errors: list[Exception], failed: int, count: int) -> Exce
     events = "1 event" if count == 1 else f"{count} events"
     stays = "stays" if failed == 1 else "stay"
     made = ExceptionGroup(f"{failed} of {events} failed in {describe_bus(bus)} and {stays} pending", errors)
-    made._commitbus_bus = bus  # type: ignore[attr-defined]  # a multi bus takes its own buses' groups apart
+    vars(made)["_commitbus_bus"] = bus  # by which a multi bus knows the groups of its own buses
     return made
 
 
@@ -200,8 +197,7 @@ def not_a_call(value: object) -> TypeError:
 def not_a_function(value: object) -> TypeError:
     """Refuse a side-effect call of what cannot be called."""
     return TypeError(
-        f"SideEffectCall() takes a callable, not {type_name(type(value))}; "
-        "pass the function itself, then its arguments"
+        f"SideEffectCall() takes a callable, not {type_name(type(value))}; pass the function itself, then its arguments"
     )
 
 

@@ -34,10 +34,12 @@ from commitbus._interfaces import (
 )
 
 if TYPE_CHECKING:
-    from typing_extensions import Self, deprecated
+    from typing import Self
+
+    from typing_extensions import deprecated
 else:
 
-    def deprecated(_message: str, *, category: None) -> Callable[[T], T]:
+    def deprecated(_message: str, **_: None) -> Callable[[T], T]:
         """Mark for type checkers alone (PEP 702): 3.11 has no `warnings.deprecated`."""
         return lambda function: function
 
@@ -76,7 +78,7 @@ _lock = RLock()
 
 def _renew_lock() -> None:
     """Start a forked child with a lock that no thread of its parent holds."""
-    global _lock  # noqa: PLW0603
+    global _lock
     _lock = RLock()
 
 
@@ -104,7 +106,7 @@ def _put_back(pending: list[Any], events: list[Any]) -> None:
         pending[0:0] = events
 
 
-class _Several(Exception):  # noqa: N818
+class _Several(Exception):
     """The errors of one delayed bus, on their way into the group of the multi bus around it."""
 
     def __init__(self, errors: list[Exception]) -> None:
@@ -248,7 +250,10 @@ class AbstractEventBus(EventBus[T], Generic[T]):
             items = _take(self._commitbus_pending)
             batch = self._commitbus_look(items)
             if _is_hook(self, "_collect_event"):
-                return list(zip(batch, map(partial, repeat(_apply_collected), repeat(self), batch), strict=True))
+                functions = cast(
+                    "Iterable[Any]", map(partial, repeat(cast("Any", _apply_collected)), repeat(self), batch)
+                )
+                return list(zip(batch, functions, strict=True))
             collect_event = self._collect_event
             for event in batch:
                 function: object = collect_event(event, commit)
@@ -390,14 +395,14 @@ class AbstractEventBus(EventBus[T], Generic[T]):
                         _messages.note_failed(several, bus, name(event), failed[-1] + 1, len(batch))
                         errors += several
                         several = []  # an error that is kept here would keep itself, by its traceback
-                    event = between  # noqa: PLW2901
+                    event = between
                 if errors:
                     raise _messages.group(bus, errors, len(failed), len(batch))
             else:
                 for event in events:
                     if (result := handler(event, commit)) is not None:
                         _messages.refuse_coroutine(handler, result)
-                    event = between  # noqa: PLW2901
+                    event = between
         except BaseException as error:
             rest = list(events)
             done = len(batch) - len(rest)  # this many were begun
@@ -458,12 +463,12 @@ class BasicEventBus(AbstractEventBus[CommittableFunction]):
     """
 
     def publish(self, event: CommittableFunction) -> None:
-        """Add a callable; it is not called until it is applied.
+        """Add an event, in constant time; nothing happens to it until it is applied.
 
         Parameters
         ----------
         event : CommittableFunction
-            The bus keeps a reference until it was applied or discarded.
+            What to call. The bus keeps a reference until it was applied or discarded.
 
         Raises
         ------
@@ -528,7 +533,7 @@ class _SideEffectsBus(AbstractEventBus[Pair[T]], Generic[T]):
         """Take the argument of `__new__`."""
 
     def publish(self, event: Pair[T]) -> None:
-        """Add a pair of an event and its callable.
+        """Add an event, in constant time; nothing happens to it until it is applied.
 
         Parameters
         ----------
@@ -540,7 +545,7 @@ class _SideEffectsBus(AbstractEventBus[Pair[T]], Generic[T]):
         TypeError
             When `event` is not such a pair. The bus is as it was.
         """
-        if not (isinstance(event, tuple) and len(event) == 2 and callable(event[1])):  # noqa: PLR2004
+        if type(event) is not tuple or len(event) != 2 or not callable(event[1]):
             raise _messages.not_a_pair(event)
         self._commitbus_mixed = True
         cast("list[Any]", self._commitbus_pending).append(_Explicit(event))
@@ -567,9 +572,7 @@ class _SideEffectsBus(AbstractEventBus[Pair[T]], Generic[T]):
         """
         return [self._commitbus_pair(item) for item in self._commitbus_apply(self, commit, robust)]
 
-    def _commitbus_apply(
-        self, bus: object, commit: bool, robust: bool, out: list[Any] | None = None
-    ) -> list[Any]:
+    def _commitbus_apply(self, bus: object, commit: bool, robust: bool, out: list[Any] | None = None) -> list[Any]:
         """Apply, and give the items of the pending list."""
         return self._commitbus_wraps._commitbus_carry_out(
             bus,
@@ -625,7 +628,7 @@ class _SideEffectsBus(AbstractEventBus[Pair[T]], Generic[T]):
     def _commitbus_set(self, kept: Any) -> None:
         self._commitbus_wraps, items, explicit = kept
         self._commitbus_mixed = bool(explicit)
-        self._commitbus_pending.extend(
+        cast("list[Any]", self._commitbus_pending).extend(
             _Explicit(explicit[i]) if i in explicit else item for i, item in enumerate(items)
         )
 
@@ -894,7 +897,7 @@ class DelayedEventBus(EventBus[T], Generic[T]):
                 self._commitbus_owners.append(owner)
             self._commitbus_publish = None
         if isinstance(self._commitbus_actual, MultiEventBus):
-            self._commitbus_actual._commitbus_tell(self)
+            self._commitbus_actual._commitbus_tell(cast("Any", self))
 
     def _commitbus_disown(self, owner: MultiEventBus) -> None:
         """Keep the next event from registering this bus with `owner`."""
@@ -1040,7 +1043,9 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
         return delayed
 
     def publish(self, event: DelayedEventBus[Any]) -> None:
-        """Register an existing delayed bus.
+        """Add an event, in constant time; nothing happens to it until it is applied.
+
+        The events of this bus are delayed buses: this registers an existing one.
 
         Parameters
         ----------
@@ -1054,6 +1059,8 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
         """
         if not isinstance(event, DelayedEventBus):
             raise _messages.not_delayed(event)
+        if not hasattr(event, "_commitbus_actual"):
+            raise _messages.not_wrapping()
         self._commitbus_pending.append(event)
         if event._commitbus_owners:
             event._commitbus_disown(self)
@@ -1150,23 +1157,19 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
 
         def gather(delayed: DelayedEventBus[Any], commit: bool) -> object:
             with _gather(self, out):
-                return hook(delayed, commit)  # type: ignore[func-returns-value]
+                return hook(delayed, commit)
 
         return gather
 
-    def _commitbus_turn(
-        self, delayed: DelayedEventBus[Any], commit: bool, robust: bool, out: list[Any] | None
-    ) -> None:
+    def _commitbus_turn(self, delayed: DelayedEventBus[Any], commit: bool, robust: bool, out: list[Any] | None) -> None:
         # Before anything is taken: whatever is published from now on registers the bus again.
         delayed._commitbus_own(weakref.ref(self))
-        cls = type(delayed)
-        if (
-            cls.apply is DelayedEventBus.apply
-            and cls.apply_without_delay is DelayedEventBus.apply_without_delay
-        ):
+        cls: Any = type(delayed)
+        base: Any = DelayedEventBus  # as Any: type checkers call its apply deprecated
+        if cls.apply is base.apply and cls.apply_without_delay is base.apply_without_delay:
             delayed._commitbus_turn(commit, robust, out)
             return
-        delayed.apply(commit)
+        cast("Any", delayed).apply(commit)
         events: list[Any] = _apply_overridden(delayed.apply_without_delay, commit, robust)
         if out is not None:
             out.extend(events)
@@ -1202,7 +1205,7 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
 
 
 @contextmanager
-def _gather(bus: MultiEventBus, out: list[Any]) -> Iterator[None]:
+def _gather(bus: MultiEventBus, out: list[Any]) -> Generator[None]:
     token = _gathering.set((bus, out))
     try:
         yield
@@ -1397,7 +1400,7 @@ class SharedSideEffectsEventBus(AbstractEventBus[SideEffectCall]):
         return self._commitbus_context
 
     def publish(self, event: SideEffectCall) -> None:
-        """Add a call; nothing happens to it until it is applied.
+        """Add an event, in constant time; nothing happens to it until it is applied.
 
         Parameters
         ----------
@@ -1430,7 +1433,8 @@ class SharedSideEffectsEventBus(AbstractEventBus[SideEffectCall]):
         """
         if self._commitbus_context._run() is None:
             # Somebody called what collect() gave: that call is the outermost apply.
-            self._commitbus_within(partial(self._apply_event, event, commit), commit, ())
+            apply: Callable[[], object] = partial(self._apply_event, event, commit)
+            self._commitbus_within(apply, commit, None)
         elif (result := event(commit=commit)) is not None:
             _messages.refuse_coroutine(event, result)
 
@@ -1531,7 +1535,7 @@ def use_orchestrator_or_create_multi_event_bus(
     if event_bus_orchestrator is not None:
         if not isinstance(event_bus_orchestrator, EventBusOrchestrator):
             raise _messages.not_an_orchestrator(event_bus_orchestrator)
-        yield event_bus_orchestrator, lambda: []
+        yield event_bus_orchestrator, list
         return
     buses = MultiEventBus()
 

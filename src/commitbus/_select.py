@@ -1,25 +1,19 @@
 """Pick the twin: the compiled one where it was built, unless ``COMMITBUS_NO_EXTENSIONS`` is set."""
 
 import os
-from typing import TYPE_CHECKING
+from importlib import import_module
 
-if TYPE_CHECKING:
-    from commitbus import _pure as twin
+implementation, reason = "pure", ""
 
-    implementation: str
-    reason: str
-elif os.environ.get("COMMITBUS_NO_EXTENSIONS", "") not in {"", "0"}:
-    from commitbus import _pure as twin
-
-    implementation, reason = "pure", "switched off by COMMITBUS_NO_EXTENSIONS"
+if os.environ.get("COMMITBUS_NO_EXTENSIONS", "") not in {"", "0"}:
+    reason = "switched off by COMMITBUS_NO_EXTENSIONS"
 else:
     try:
-        import commitbus._compiled as twin
+        import_module("commitbus._compiled")
+        implementation = "compiled"
     except ModuleNotFoundError as error:
         if error.name != "commitbus._compiled":
             raise  # it is there, but broken: that must not pass in silence
-        from commitbus import _pure as twin
+        reason = "the extension was not built"
 
-        implementation, reason = "pure", "the extension was not built"
-    else:
-        implementation, reason = "compiled", ""
+twin = import_module(f"commitbus._{implementation}")

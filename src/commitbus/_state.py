@@ -6,7 +6,7 @@ A pickle names the public class, never a twin's: it loads under whichever twin i
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import Any, cast
 
 _owned: dict[type, str] = {}
 
@@ -24,13 +24,12 @@ def reference(cls: type) -> type | str:
     return _owned.get(cls, cls)
 
 
-def resolve(cls: type | str) -> type:
+def resolve(cls: type | str) -> Any:
     """Find the class that a reference stands for, in the twin that is in use."""
     if isinstance(cls, type):
         return cls
     module, _, name = cls.partition(":")
-    found: type = getattr(importlib.import_module(module), name)
-    return found
+    return getattr(importlib.import_module(module), name)
 
 
 def new(cls: type | str) -> Any:
@@ -58,10 +57,11 @@ def _slots(cls: type) -> list[str]:
 
 def get_own(instance: Any) -> Any:
     """Give what a subclass keeps, as `object.__getstate__` would."""
-    if type(instance).__getstate__ is not object.__getstate__:
+    cls = cast("Any", type(instance))
+    if cls.__getstate__ is not object.__getstate__:
         return instance.__getstate__()
-    attributes = dict(getattr(instance, "__dict__", ()))
-    slots = {name: getattr(instance, name) for name in _slots(type(instance)) if hasattr(instance, name)}
+    attributes: dict[str, Any] = dict(getattr(instance, "__dict__", ()))
+    slots = {name: getattr(instance, name) for name in _slots(cls) if hasattr(instance, name)}
     return (attributes, slots) if attributes or slots else None
 
 
@@ -69,10 +69,10 @@ def set_own(instance: Any, state: Any) -> None:
     """Set what `get_own` gave, as `pickle` would."""
     if state is None:
         return
-    if hasattr(type(instance), "__setstate__"):
+    if hasattr(cast("Any", type(instance)), "__setstate__"):
         instance.__setstate__(state)
         return
-    attributes, slots = state if isinstance(state, tuple) and len(state) == 2 else (state, {})  # noqa: PLR2004
+    attributes, slots = cast("tuple[Any, Any]", state if type(state) is tuple else (state, {}))
     if attributes:
         instance.__dict__.update(attributes)
     for name, value in slots.items():
@@ -89,25 +89,27 @@ def set_state(instance: Any, state: tuple[Any, Any]) -> None:
 def reduce(instance: Any) -> tuple[Any, ...]:
     """Take a bus apart for `pickle`."""
     state = (instance._commitbus_get(), get_own(instance))
+    cls = cast("Any", type(instance))
     # Not in the arguments of `new`: an event may lead back to its bus.
-    return (new, (reference(type(instance)),), state, None, None, set_state)
+    return (new, (reference(cls),), state, None, None, set_state)
 
 
 def shallow(instance: Any) -> Any:
     """Make a copy that shares the events, but not their list."""
-    made = new(type(instance))
+    cls = cast("Any", type(instance))
+    made = new(cls)
     set_state(made, (instance._commitbus_get(), get_own(instance)))
     return made
 
 
 def deep(instance: Any, memo: dict[int, Any], deepcopy: Any) -> Any:
     """Make a copy that shares nothing."""
-    made = memo[id(instance)] = new(type(instance))
+    cls = cast("Any", type(instance))
+    made = memo[id(instance)] = new(cls)
     set_state(made, deepcopy((instance._commitbus_get(), get_own(instance)), memo))
     return made
 
 
 def collected(bus: Any, event: Any) -> Any:
     """Make the default callable of a collected event, in the twin that is in use."""
-    cls: Any = resolve("commitbus.event_bus:AbstractEventBus")
-    return cls._collect_event(bus, event, None)
+    return resolve("commitbus.event_bus:AbstractEventBus")._collect_event(bus, event, None)

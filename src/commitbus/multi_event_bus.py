@@ -17,4 +17,9 @@ else:
     UnappliedEventsWarning = twin.UnappliedEventsWarning
     use_orchestrator_or_create_multi_event_bus = twin.use_orchestrator_or_create_multi_event_bus
 
-__all__ = ["EventBusOrchestrator", "MultiEventBus", "UnappliedEventsWarning", "use_orchestrator_or_create_multi_event_bus"]
+__all__ = [
+    "EventBusOrchestrator",
+    "MultiEventBus",
+    "UnappliedEventsWarning",
+    "use_orchestrator_or_create_multi_event_bus",
+]

@@ -7,4 +7,9 @@ from commitbus.multi_event_bus import (
     use_orchestrator_or_create_multi_event_bus,
 )
 
-__all__ = ["EventBusOrchestrator", "MultiEventBus", "UnappliedEventsWarning", "use_orchestrator_or_create_multi_event_bus"]
+__all__ = [
+    "EventBusOrchestrator",
+    "MultiEventBus",
+    "UnappliedEventsWarning",
+    "use_orchestrator_or_create_multi_event_bus",
+]

@@ -1,0 +1,91 @@
+"""The switches at build: what is made with a compiler and without one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+pytestmark = [
+    pytest.mark.build,
+    pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not in a source tree"),
+    pytest.mark.skipif(sys.platform == "win32", reason="CC is for Unix compilers"),
+]
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An sdist that was made without extensions: it must still have what they are built from."""
+    folder = tmp_path_factory.mktemp("sdist")
+    source = folder / "source"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "*.so", "site"))
+    env = {**os.environ, "COMMITBUS_NO_EXTENSIONS": "1"}
+    command = [sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", str(folder), str(source)]
+    subprocess.run(command, check=True, env=env, capture_output=True)
+    (archive,) = folder.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder / "extracted", filter="data")
+    (extracted,) = (folder / "extracted").iterdir()
+    return extracted
+
+
+def build(sdist: Path, tmp_path: Path, **environment: str) -> tuple[subprocess.CompletedProcess[str], list[str], str]:
+    """Build a wheel; give what was printed, what is in the wheel, and its name."""
+    source = tmp_path / "source"
+    shutil.copytree(sdist, source)
+    env = {key: value for key, value in os.environ.items() if not key.startswith("COMMITBUS_")}
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(source)]
+    done = subprocess.run(command, env={**env, **environment}, capture_output=True, text=True)
+    wheels = list(tmp_path.glob("*.whl"))
+    if not wheels:
+        return done, [], ""
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        return done, wheel.namelist(), wheels[0].name
+
+
+def test_the_sdist_is_complete(sdist: Path) -> None:
+    names = {str(path.relative_to(sdist)) for path in sdist.rglob("*") if path.is_file()}
+    assert {"ext/_compiled.pyx", "setup.py", "pyproject.toml", "LICENSE", "README.md"} <= names
+    assert {"tests/conftest.py", "benchmarks/reference.py", "examples/flights.py", "src/commitbus/py.typed"} <= names
+    assert not {name for name in names if name.endswith((".c", ".so", ".pyc"))}
+    assert "src/shared/__init__.py" not in names
+
+
+def test_with_a_compiler(sdist: Path, tmp_path: Path) -> None:
+    done, names, wheel = build(sdist, tmp_path, COMMITBUS_REQUIRE_EXTENSIONS="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (shared_object,) = [name for name in names if name.endswith(".so")]
+    assert shared_object.startswith("commitbus/_compiled.")
+    assert "none-any" not in wheel
+    assert {"commitbus/py.typed", "shared/side_effects.py", "shared/event_bus/__init__.py"} <= set(names)
+    assert "shared/__init__.py" not in names
+    assert not [name for name in names if name.endswith((".pyx", ".c")) or name.startswith(("tests", "ext"))]
+    assert (tmp_path / wheel).stat().st_size < 150_000
+
+
+def test_without_a_compiler_the_package_is_pure(sdist: Path, tmp_path: Path) -> None:
+    done, names, _ = build(sdist, tmp_path, CC="/bin/false")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not [name for name in names if name.endswith(".so")]
+    assert "commitbus/_pure.py" in names
+
+
+def test_without_a_compiler_it_fails_where_the_extension_is_required(sdist: Path, tmp_path: Path) -> None:
+    done, names, _ = build(sdist, tmp_path, CC="/bin/false", COMMITBUS_REQUIRE_EXTENSIONS="1")
+    assert done.returncode != 0
+    assert not names
+    assert "/bin/false" in done.stdout + done.stderr
+
+
+def test_switched_off(sdist: Path, tmp_path: Path) -> None:
+    done, names, wheel = build(sdist, tmp_path, CC="/bin/false", COMMITBUS_NO_EXTENSIONS="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert wheel.endswith("-py3-none-any.whl")
+    assert not [name for name in names if name.endswith(".so")]

@@ -1,0 +1,151 @@
+"""Rule 4: the notes name an event, however odd, and show nothing of it."""
+
+from __future__ import annotations
+
+from functools import lru_cache, partial, wraps
+from types import MethodType
+from typing import Any
+from unittest import mock
+
+import pytest
+from conftest import notes
+
+from commitbus import _messages
+
+
+def function(*_: object, commit: bool) -> None: ...
+
+
+class Class:
+    def method(self, *_: object, commit: bool) -> None: ...
+
+    @classmethod
+    def class_method(cls, *, commit: bool) -> None: ...
+
+    @staticmethod
+    def static_method(*, commit: bool) -> None: ...
+
+    def __call__(self, *, commit: bool) -> None: ...
+
+
+class Meta(type):
+    def __getattribute__(cls, name: str) -> Any:
+        if name in {"__qualname__", "__module__", "__name__", "anything"}:
+            raise AssertionError(name)
+        return super().__getattribute__(name)
+
+
+class Odd(metaclass=Meta):
+    """Fails at whatever one may do with it."""
+
+    def _refuse(self, *_: object) -> Any:
+        raise AssertionError("looked at")
+
+    __repr__ = __str__ = __eq__ = __hash__ = __bool__ = __len__ = __getattr__ = _refuse
+    __class__ = property(_refuse)
+
+
+class OddCallable:
+    def __getattribute__(self, name: str) -> Any:
+        raise AssertionError(name)
+
+    def __call__(self, *, commit: bool) -> None: ...
+
+
+@wraps(function)
+def wrapped(*_: object, commit: bool) -> None: ...
+
+
+@lru_cache
+def cached(*, commit: bool) -> None: ...
+
+
+def nested() -> Any:
+    def inner(*, commit: bool) -> None: ...
+
+    return inner
+
+
+renamed = nested()
+renamed.__module__ = 3
+cyclic: Any = partial(function)
+cyclic.__setstate__((cyclic, (), {}, {}))
+
+CASES: dict[str, tuple[Any, str]] = {
+    "function": (function, f"{__name__}.function"),
+    "lambda": (lambda *, commit: None, f"{__name__}.<lambda>"),
+    "inner function": (nested(), f"{__name__}.nested.<locals>.inner"),
+    "wrapped": (wrapped, f"{__name__}.function"),
+    "method": (Class().method, f"{__name__}.Class.method"),
+    "class method": (Class.class_method, f"{__name__}.Class.class_method"),
+    "static method": (Class.static_method, f"{__name__}.Class.static_method"),
+    "callable": (Class(), f"{__name__}.Class"),
+    "class": (Class, f"{__name__}.Class"),
+    "partial": (partial(function, "secret"), f"{__name__}.function"),
+    "partials": (partial(partial(Class().method, "secret"), commit="secret"), f"{__name__}.Class.method"),
+    "partial of a method of a partial": (partial(MethodType(partial(function), "secret")), f"{__name__}.function"),
+    "built-in": (len, "len"),
+    "built-in method": (["secret"].append, "list.append"),
+    "method wrapper": ("secret".__len__, "str.__len__"),
+    "cached": (cached, "functools._lru_cache_wrapper"),
+    "mock": (mock.Mock(name="secret"), "unittest.mock.Mock"),
+    "magic mock": (mock.MagicMock(), "unittest.mock.MagicMock"),
+    "mock of a partial": (mock.Mock(spec=partial(function)), "unittest.mock.Mock"),
+    "mock of a class": (mock.create_autospec(Class), "unittest.mock.MagicMock"),
+    "partial of a mock": (partial(mock.Mock(), "secret"), "unittest.mock.Mock"),
+    "odd": (Odd(), f"{__name__}.Odd"),
+    "partial of a callable": (partial(OddCallable()), f"{__name__}.OddCallable"),
+    "odd module": (renamed, "nested.<locals>.inner"),
+    "partial of itself": (cyclic, "functools.partial"),
+    "string": ("secret", "str"),
+    "tuple": (("secret",), "tuple"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rule_4_every_event_has_a_name(make: Any, case: str) -> None:
+    event, name = CASES[case]
+    bus = make()
+    bus.publish(event)
+    bus._apply_event = mock.Mock(side_effect=ValueError)
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        bus.apply(True)
+    (note,) = notes(caught.value)
+    assert f"event 1 of 1, {name}, failed in " in note
+    assert "secret" not in note
+
+
+def test_rule_4_side_effect_calls_and_collected_callables(twin: Any) -> None:
+    def fail(*_: object, commit: bool, **__: object) -> None:
+        raise ValueError
+
+    call = twin.SideEffectCall(partial(fail, "secret"), "secret", x="secret")
+    bus = twin.BasicEventBus()
+    bus.publish(call)
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        bus.apply(True)
+    assert f"event 1 of 1, {__name__}.test_rule_4_side_effect_calls" in notes(caught.value)[0]
+    assert "fail, failed in commitbus.event_bus.BasicEventBus; it stays" in notes(caught.value)[0]
+    assert "secret" not in notes(caught.value)[0]
+
+
+def test_a_bus_that_was_never_initialised_has_a_name(twin: Any) -> None:
+    class Forgetful(twin.DelayedEventBus):
+        def __init__(self) -> None:
+            pass
+
+    multi = twin.MultiEventBus()
+    bus: Any = Forgetful()
+    with pytest.raises(TypeError, match="wraps no bus"):
+        multi.publish(bus)
+    assert multi.pending_events() == ()
+    assert _messages.describe_bus(bus).endswith("Forgetful")
+
+
+def test_texts_count() -> None:
+    error = ValueError()
+    _messages.note_interrupted(error, object(), 2, 3)
+    assert notes(error) == ["commitbus: stopped after event 2 of 3 in object; the others stay pending"]
+    assert str(_messages.group(object(), [error], 1, 1)) == (
+        "1 of 1 event failed in object and stays pending (1 sub-exception)"
+    )

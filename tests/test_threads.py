@@ -1,0 +1,169 @@
+"""Rule 8: any number of threads may publish and apply at once."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections import Counter
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture(autouse=True)
+def _switch_often() -> Iterator[None]:
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+def run(*workers: Any) -> None:
+    """Start all workers at once, and raise what any of them raised."""
+    barrier = threading.Barrier(len(workers))
+    errors: list[BaseException] = []
+
+    def start(worker: Any) -> None:
+        try:
+            barrier.wait()
+            worker()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=start, args=(worker,)) for worker in workers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def check(applied: list[tuple[int, int]], producers: int, count: int) -> None:
+    assert Counter(applied) == Counter((producer, i) for producer in range(producers) for i in range(count))
+
+
+COUNT = 4000
+
+
+class Boom(Exception):
+    pass
+
+
+@pytest.mark.parametrize("fail", [False, True])
+def test_rule_8_publish_and_apply(twin: Any, fail: bool) -> None:
+    applied: list[tuple[int, int]] = []
+    failed: set[tuple[int, int]] = set()
+
+    class Bus(twin.AbstractEventBus):
+        def _apply_event(self, event: tuple[int, int], commit: bool) -> None:
+            if fail and event[1] % 7 == 0 and event not in failed:
+                failed.add(event)
+                raise Boom
+            applied.append(event)
+
+    bus = Bus()
+    running = 3
+
+    def publish(producer: int) -> None:
+        nonlocal running
+        for i in range(COUNT):
+            bus.publish((producer, i))
+        running -= 1
+
+    def apply() -> None:
+        while running > 0 or bus.pending_events():
+            with suppress(Boom):
+                bus.apply(True)
+
+    run(*(lambda p=p: publish(p) for p in range(3)), apply, apply)
+    while bus.pending_events():
+        with suppress(Boom):
+            bus.apply(True)
+    check(applied, 3, COUNT)
+
+
+def test_rule_8_one_consumer_keeps_the_order_of_each_producer(twin: Any) -> None:
+    applied: list[tuple[int, int]] = []
+
+    class Bus(twin.AbstractEventBus):
+        def _apply_event(self, event: tuple[int, int], commit: bool) -> None:
+            applied.append(event)
+
+    bus = Bus()
+    stop = threading.Event()
+
+    def apply() -> None:
+        while not stop.is_set():
+            bus.apply(True)
+
+    consumer = threading.Thread(target=apply)
+    consumer.start()
+    run(*(lambda p=p: [bus.publish((p, i)) for i in range(COUNT)] for p in range(3)))
+    stop.set()
+    consumer.join()
+    bus.apply(True)
+    for producer in range(3):
+        assert [i for p, i in applied if p == producer] == list(range(COUNT))
+
+
+def test_rule_8_delayed(twin: Any) -> None:
+    applied: list[tuple[int, int]] = []
+
+    class Bus(twin.AbstractEventBus):
+        def _apply_event(self, event: tuple[int, int], commit: bool) -> None:
+            applied.append(event)
+
+    delayed = twin.DelayedEventBus(Bus())
+    stop = threading.Event()
+
+    def collect() -> None:
+        while not stop.is_set():
+            delayed.apply(True)
+
+    def apply() -> None:
+        while not stop.is_set():
+            delayed.apply_without_delay(True)
+
+    others = [threading.Thread(target=target) for target in (collect, collect, apply, apply)]
+    for other in others:
+        other.start()
+    run(*(lambda p=p: [delayed.publish((p, i)) for i in range(COUNT)] for p in range(2)))
+    stop.set()
+    for other in others:
+        other.join()
+    delayed.apply(True)
+    delayed.apply_without_delay(True)
+    check(applied, 2, COUNT)
+
+
+def test_rule_8_multi(twin: Any) -> None:
+    """A bus that registers itself again is never forgotten."""
+    applied: list[tuple[int, int]] = []
+
+    class Bus(twin.AbstractEventBus):
+        def _apply_event(self, event: tuple[int, int], commit: bool) -> None:
+            applied.append(event)
+
+    multi = twin.MultiEventBus()
+    buses = [multi.wrap(Bus()) for _ in range(2)]
+    stop = threading.Event()
+
+    def apply() -> None:
+        while not stop.is_set():
+            multi.apply(True)
+
+    others = [threading.Thread(target=apply) for _ in range(2)]
+    for other in others:
+        other.start()
+    run(*(lambda p=p: [buses[p].publish((p, i)) for i in range(COUNT)] for p in range(2)))
+    stop.set()
+    for other in others:
+        other.join()
+    multi.apply(True)
+    check(applied, 2, COUNT)
+    assert multi.apply_and_get_applied_events(True) == []

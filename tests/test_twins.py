@@ -1,0 +1,185 @@
+"""The twins are the same: names, signatures, docstrings, modules and error texts."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+from conftest import load
+
+PURE = load("pure")
+CLASSES = [name for name in PURE.__all__ if isinstance(getattr(PURE, name), type)]
+# What object, ABC, Generic and Cython put into a class, beside our own.
+HOOKS = {"_apply_event", "_collect_event"}
+
+
+def names(cls: type) -> set[str]:
+    return {name for name in dir(cls) if not name.startswith("_") or name in HOOKS}
+
+
+def first_line(thing: Any) -> str | None:
+    text = inspect.getdoc(thing)
+    return text.splitlines()[0] if text else None
+
+
+def parameters(function: Any) -> list[tuple[str, Any, Any]]:
+    # A method of an extension type has no annotations: names, kinds and defaults count.
+    # Nor can its self be passed by name.
+    found = inspect.signature(function).parameters.values()
+    return [(p.name, p.kind, p.default) for p in found if p.name not in {"self", "$self"}]
+
+
+def test_public_names(twins: tuple[Any, Any]) -> None:
+    pure, compiled = twins
+    assert pure.__all__ == compiled.__all__ == sorted(pure.__all__)
+    for name in CLASSES:
+        assert names(getattr(pure, name)) == names(getattr(compiled, name)), name
+
+
+@pytest.mark.parametrize("name", PURE.__all__)
+def test_modules_docstrings_and_signatures(twins: tuple[Any, Any], name: str) -> None:
+    pure, compiled = (getattr(twin, name) for twin in twins)
+    assert pure.__module__ == compiled.__module__
+    assert pure.__module__.startswith("commitbus.")
+    assert not pure.__module__.startswith("commitbus._")
+    assert pure.__name__ == compiled.__name__ == name
+    assert pure.__qualname__ == compiled.__qualname__ == name
+    assert first_line(pure) == first_line(compiled) is not None
+    if not isinstance(pure, type):
+        assert parameters(pure) == parameters(compiled)
+        return
+    for member in sorted(names(pure)):
+        one, other = inspect.getattr_static(pure, member), inspect.getattr_static(compiled, member)
+        if one is other:
+            continue  # inherited from the same class
+        assert first_line(one) == first_line(other) is not None, member
+        if callable(one):
+            assert parameters(one) == parameters(other), member
+        else:
+            assert isinstance(one, property | staticmethod), member
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_bases_and_generics(twins: tuple[Any, Any], name: str) -> None:
+    pure, compiled = twins
+    for other in set(CLASSES) - {"CommittableFunction"}:  # a protocol is no class to be checked against
+        expected = issubclass(getattr(pure, name), getattr(pure, other))
+        assert issubclass(getattr(compiled, name), getattr(compiled, other)) == expected, other
+    assert getattr(getattr(pure, name), "__parameters__", ()) == getattr(getattr(compiled, name), "__parameters__", ())
+    assert getattr(getattr(pure, name), "__abstractmethods__", ()) == getattr(
+        getattr(compiled, name), "__abstractmethods__", ()
+    )
+
+
+def make_misuses(twin: Any) -> dict[str, Any]:
+    """Everything that goes wrong, as functions."""
+
+    async def coroutine(*, commit: bool) -> None: ...
+
+    class Bus(twin.AbstractEventBus):
+        def _apply_event(self, event: object, commit: object) -> Any:
+            if event == "coroutine":
+                return coroutine(commit=True)
+            raise ValueError("boom")
+
+        def _collect_event(self, event: object, commit: object) -> Any:
+            return event
+
+    class Forgetful(twin.DelayedEventBus):
+        def __init__(self) -> None:
+            pass
+
+    def filled(*events: object) -> Any:
+        bus = Bus()
+        bus.publish_all(events)
+        return bus
+
+    def run(bus: Any, *events: object, robust: bool = False) -> None:
+        delayed = twin.MultiEventBus().wrap(bus) if bus is None else bus
+        delayed.publish_all(events)
+        delayed.apply(True, robust=robust)
+
+    def run_multi(robust: bool) -> None:
+        multi = twin.MultiEventBus()
+        multi.wrap(Plain()).publish_all([1, 2])
+        multi.wrap(Plain()).publish_all([3, 4])
+        multi.apply(True, robust=robust)
+
+    def run_delayed(robust: bool) -> None:
+        delayed = twin.DelayedEventBus(Plain())
+        delayed.publish_all([1, 2])
+        delayed.apply(True)
+        delayed.apply_without_delay(True, robust=robust)
+
+    class Plain(twin.AbstractEventBus):
+        def _apply_event(self, event: object, commit: object) -> Any:
+            raise ValueError("boom")
+
+    multi = twin.MultiEventBus()
+    call = twin.SideEffectCall
+    return {
+        "abstract": lambda: twin.AbstractEventBus(),
+        "abstract event bus": lambda: twin.EventBus(),
+        "arguments": lambda: twin.BasicEventBus(1),
+        "keywords": lambda: twin.MultiEventBus(x=1),
+        "publish_all of nothing": lambda: Bus().publish_all(None),
+        "publish_all of a delayed bus": lambda: twin.DelayedEventBus(Bus()).publish_all(3),
+        "publish_all of a multi bus": lambda: multi.publish_all(3),
+        "publish_all of a basic bus": lambda: twin.BasicEventBus().publish_all(3),
+        "not callable": lambda: twin.BasicEventBus().publish(3),
+        "not a bus": lambda: twin.DelayedEventBus(3),
+        "not initialised": lambda: Forgetful().publish(3),
+        "not to be wrapped": lambda: multi.wrap(3),
+        "wrapped already": lambda: multi.wrap(twin.DelayedEventBus(Bus())),
+        "not delayed": lambda: multi.publish(Bus()),
+        "not a call": lambda: twin.SharedSideEffectsEventBus().publish(print),
+        "not a pair": lambda: twin.DelayedEventBus(Bus()).side_effects_bus.publish(3),
+        "not a function": lambda: call(3),
+        "commit": lambda: call(print, commit=True),
+        "immutable": lambda: setattr(call(print), "args", ()),
+        "immutable, deleted": lambda: delattr(call(print), "args"),
+        "not hashable": lambda: hash(call(print, [])),
+        "no base": lambda: type("Sub", (call,), {}),
+        "no orchestrator": lambda: twin.use_orchestrator_or_create_multi_event_bus(3, True).__enter__(),
+        "no current context": lambda: twin.SharedSideEffectContext.current(),
+        "no commit": lambda: twin.SharedSideEffectsEventBus().context.commit,
+        "collected nonsense": lambda: filled(1).collect(True),
+        "collected a coroutine": lambda: filled(coroutine(commit=True)).collect(True),
+        "collected, second of three": lambda: filled(print, 2, 3).collect(True),
+        "first of one": lambda: run(Bus(), 1),
+        "first of three": lambda: run(Bus(), 1, 2, 3),
+        "coroutine": lambda: run(Bus(), "coroutine"),
+        "robust": lambda: run(Bus(), 1, "coroutine", 3, robust=True),
+        "delayed": lambda: run_delayed(False),
+        "delayed, robust": lambda: run_delayed(True),
+        "multi": lambda: run_multi(False),
+        "multi, robust": lambda: run_multi(True),
+    }
+
+
+def outcome(misuse: Any) -> Any:
+    try:
+        return repr(misuse())
+    except BaseException as error:
+        return dissect(error)
+
+
+def dissect(error: BaseException) -> Any:
+    inner = tuple(map(dissect, error.exceptions)) if isinstance(error, BaseExceptionGroup) else ()
+    return type(error), str(error), tuple(getattr(error, "__notes__", ())), inner
+
+
+@pytest.mark.parametrize("case", make_misuses(PURE))
+def test_errors_are_the_same(twins: tuple[Any, Any], case: str) -> None:
+    pure, compiled = (outcome(make_misuses(twin)[case]) for twin in twins)
+    assert pure == compiled
+    assert isinstance(pure, tuple), f"no error, but {pure}"
+
+
+def test_attributes_can_be_set_where_the_drop_in_allowed_it(twin: Any) -> None:
+    buses = [twin.BasicEventBus(), twin.MultiEventBus(), twin.SharedSideEffectsEventBus()]
+    buses += [twin.DelayedEventBus(buses[0])]
+    for bus in buses:
+        bus.name = "n"
+        assert vars(bus) == {"name": "n"}

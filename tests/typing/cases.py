@@ -1,0 +1,97 @@
+"""Cases for the type checkers: mypy and pyright run over this, and nobody else does.
+
+Each line that must be an error is marked so for both, and both fail on a mark that is not needed.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, assert_type
+
+from commitbus import (
+    AbstractEventBus,
+    BasicEventBus,
+    CommittableFunction,
+    DelayedEventBus,
+    EventBus,
+    EventBusOrchestrator,
+    MultiEventBus,
+    SharedSideEffectContext,
+    SharedSideEffectsEventBus,
+    SideEffectCall,
+    use_orchestrator_or_create_multi_event_bus,
+)
+from shared.event_bus.event_bus import AbstractEventBus as SharedAbstractEventBus
+
+
+class Order: ...
+
+
+class OrderBus(AbstractEventBus[Order]):
+    def _apply_event(self, event: Order, commit: bool) -> None:
+        assert_type(event, Order)
+
+
+def send(address: str, *, commit: bool) -> None: ...
+
+
+def positional(commit: bool) -> None: ...
+
+
+def no_commit(address: str) -> None: ...
+
+
+orders = OrderBus()
+orders.publish(Order())
+orders.publish_all([Order()])
+orders.publish("order")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+assert_type(orders.apply(commit=True), list[Order])
+assert_type(orders.apply(True, robust=True), list[Order])
+assert_type(orders.collect(True), list[tuple[Order, CommittableFunction]])
+assert_type(orders.pending_events(), tuple[Order, ...])
+assert_type(orders.discard_pending_events(), list[Order])
+orders.apply()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+AbstractEventBus[Order]()  # type: ignore[abstract]  # pyright: ignore[reportAbstractUsage]
+
+functions = BasicEventBus()
+functions.publish(partial(send, "a"))
+functions.publish(SideEffectCall(send, "a"))
+functions.publish(positional)
+functions.publish(no_commit)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+functions.publish(3)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+def publish_callable(function: Callable[[bool], None]) -> None:
+    functions.publish(function)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+delayed = DelayedEventBus(orders)
+assert_type(delayed, DelayedEventBus[Order])
+delayed.publish(Order())
+delayed.apply(True)  # type: ignore[deprecated]  # pyright: ignore[reportDeprecated]
+assert_type(delayed.apply_without_delay(True), list[Order])
+assert_type(delayed.side_effects_bus, AbstractEventBus[tuple[Order, CommittableFunction]])
+DelayedEventBus(delayed)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+buses = MultiEventBus()
+assert_type(buses.wrap(orders), DelayedEventBus[Order])
+buses.publish(orders)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+assert_type(buses.apply_and_get_applied_events(True), list[Any])
+
+
+def handler(orchestrator: EventBusOrchestrator, bus: EventBus[Order]) -> None:
+    orchestrator.wrap(orders).publish(Order())
+    bus.apply(True)
+    orchestrator.apply(True)  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
+
+
+handler(buses, delayed)
+
+with use_orchestrator_or_create_multi_event_bus(None, True, commit_transaction=print) as (event_bus, execute):
+    assert_type(event_bus, EventBusOrchestrator)
+    assert_type(execute(), list[Any])
+
+shared = SharedSideEffectsEventBus()
+shared.publish(SideEffectCall(send, "a"))
+shared.publish(send)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+assert_type(SharedSideEffectContext.current().get_or_create("k", dict[str, int]), dict[str, int])
+dropped_in: SharedAbstractEventBus[Order] = orders
