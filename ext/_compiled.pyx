@@ -11,11 +11,12 @@ GIL is off, a critical section guards each append to, and each swap of, a pendin
 cimport cython
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cpython.object cimport PyObject
-from cpython.ref cimport Py_DECREF
+from cpython.ref cimport Py_DECREF, Py_INCREF
+from cpython.tuple cimport PyTuple_New, PyTuple_SET_ITEM
+from cpython.weakref cimport PyWeakref_NewRef
 from libc.string cimport memcpy
 
 import copy
-import weakref
 from abc import abstractmethod
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -53,6 +54,11 @@ cdef extern from "Python.h":
     # Returns a new reference, or NULL with an exception set. The arguments stay the caller's. With
     # the offset flag the callee may use args[-1] for a while, which saves it a copy.
     PyObject* PyObject_Vectorcall(PyObject* function, PyObject* const* args, size_t count, PyObject* names)
+    # The same with a method of args[0] by name: it makes no bound method.
+    PyObject* PyObject_VectorcallMethod(PyObject* name, PyObject* const* args, size_t count, PyObject* names)
+    # The vectorcall function of an object, or NULL: then it is called in another way.
+    ctypedef PyObject* (*vectorcallfunc)(PyObject*, PyObject* const*, size_t, PyObject*)
+    vectorcallfunc PyVectorcall_Function(PyObject* function)
     # A built-in method: the C function tells whether it is ours, whatever object it is bound to.
     ctypedef PyObject* (*PyCFunction)(PyObject*, PyObject*)
     bint PyCFunction_Check(object function)
@@ -64,50 +70,94 @@ cdef extern from "Python.h":
     # No checks of type or index; borrowed.
     PyObject* PyList_GET_ITEM(object list, Py_ssize_t index)
     Py_ssize_t PyList_GET_SIZE(object list)
+    ctypedef struct PyTypeObject
+    ctypedef object (*newfunc)(PyTypeObject*, object, PyObject*)
     ctypedef struct PyTypeObject:
         const char* tp_name
+        # Changes with every change to the class or its bases; 0 while it has none.
+        unsigned int tp_version_tag
+        PyTypeObject* tp_base
+        int (*tp_init)(PyObject*, PyObject*, PyObject*)
+        # These return a new reference, or NULL with an exception set.
+        newfunc tp_new
+        vectorcallfunc tp_vectorcall
     ctypedef struct PyTupleObject:
         PyObject* ob_item[1]
     Py_ssize_t PyTuple_GET_SIZE(object tuple)
+    PyTypeObject* Py_TYPE(object instance)
     int Py_EnterRecursiveCall(const char* where) except -1
     void Py_LeaveRecursiveCall()
 
+cdef extern from *:
+    """
+    #ifdef Py_GIL_DISABLED
+    #define WITH_GIL 0
+    #else
+    #define WITH_GIL 1
+    #endif
+    """
+    bint WITH_GIL
+
 cdef enum:
     FEW = 10  # arguments that need no memory of their own
+    FEW_EVENTS = 2  # for which to look up the handler takes less time than to bind it
 
 cdef tuple COMMIT = ("commit",)
+cdef tuple EMPTY = ()
+cdef str APPLY_EVENT = "_apply_event"
 
 
 # Calling
 
 
 cdef int check(object function, PyObject* result) except -1:
-    """Take over what a handler returned, and refuse a coroutine."""
-    if result == <PyObject*>None:
-        Py_DECREF(None)
-        return 0
+    """Take over what a handler returned, if it is not None, and refuse a coroutine."""
     taken = <object>result
     Py_DECREF(taken)
     _messages.refuse_coroutine(function, taken)
     return 0
 
 
+cdef inline int finish(object function, PyObject* result) except -1:
+    """Take over what a call gave: NULL and an exception, None, or anything else."""
+    if result == <PyObject*>None:
+        Py_DECREF(None)
+        return 0
+    if result is NULL:
+        return -1
+    return check(function, result)
+
+
+cdef inline PyObject* call_function(PyObject* function, PyObject* const* args, size_t count, PyObject* names) noexcept:
+    """Call what may have a vectorcall function of its own directly.
+
+    `PyObject_Vectorcall` also looks up the thread state and checks the result, which is a tenth of the
+    time of a call. Returns a new reference, or NULL with an exception set.
+    """
+    cdef vectorcallfunc vectorcall = PyVectorcall_Function(function)
+    if vectorcall is NULL:
+        return PyObject_Vectorcall(function, args, count, names)
+    return vectorcall(function, args, count, names)
+
+
 cdef inline int call_event(object event, object commit) except -1:
     """Call an event as ``event(commit=commit)``."""
     cdef PyObject* stack[2]
-    cdef PyObject* result
     if type(event) is SideEffectCall:
-        result = (<SideEffectCall>event).call(<PyObject*>commit)
-    else:
-        stack[0] = NULL
-        stack[1] = <PyObject*>commit
-        result = PyObject_Vectorcall(
-            <PyObject*>event, stack + 1, PY_VECTORCALL_ARGUMENTS_OFFSET, <PyObject*>COMMIT
-        )
-    if result is NULL:
-        # The exception is set: Cython raises it.
-        return -1
-    return check(event, result)
+        return finish(event, (<SideEffectCall>event).call(<PyObject*>commit))
+    stack[0] = NULL
+    stack[1] = <PyObject*>commit
+    return finish(
+        event, call_function(<PyObject*>event, stack + 1, PY_VECTORCALL_ARGUMENTS_OFFSET, <PyObject*>COMMIT)
+    )
+
+
+cdef int call_events(list batch, Py_ssize_t* done, object commit) except -1:
+    """Call the events of a batch that are not done."""
+    while done[0] < PyList_GET_SIZE(batch):
+        call_event(<object>PyList_GET_ITEM(batch, done[0]), commit)
+        done[0] += 1
+    return 0
 
 
 cdef int call_handler(object handler, list batch, Py_ssize_t* done, object commit) except -1:
@@ -115,7 +165,6 @@ cdef int call_handler(object handler, list batch, Py_ssize_t* done, object commi
     cdef PyObject* stack[4]
     cdef PyObject** arguments = stack + 1
     cdef PyObject* function = <PyObject*>handler
-    cdef PyObject* result
     cdef size_t count = 2
     if PyMethod_Check(handler):
         # Unpacked once here, not once for each event: `handler` keeps both alive.
@@ -127,10 +176,7 @@ cdef int call_handler(object handler, list batch, Py_ssize_t* done, object commi
     while done[0] < PyList_GET_SIZE(batch):
         event = <object>PyList_GET_ITEM(batch, done[0])
         stack[count - 1] = <PyObject*>event
-        result = PyObject_Vectorcall(function, arguments, count | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL)
-        if result is NULL:
-            return -1
-        check(handler, result)
+        finish(handler, call_function(function, arguments, count | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL))
         done[0] += 1
     return 0
 
@@ -138,6 +184,54 @@ cdef int call_handler(object handler, list batch, Py_ssize_t* done, object commi
 cdef inline bint is_ours(object method, PyCFunction function) noexcept:
     """Whether a bound method is a certain one of the classes below."""
     return PyCFunction_Check(method) and PyCFunction_GET_FUNCTION(method) == function
+
+
+cdef enum:
+    PUBLISH_IS_OURS = 1
+    COLLECT_IS_OURS = 2
+    MULTI_APPLY_IS_OURS = 4
+    CLASSES = 64  # as many are remembered, each in the place that its address gives
+
+
+cdef struct ClassInfo:
+    PyTypeObject* cls
+    unsigned int version
+    int flags
+
+
+cdef ClassInfo[CLASSES] class_infos
+
+
+cdef inline int class_flags(object bus) except -1:
+    """Tell which methods the class of a bus leaves as they are.
+
+    A look-up on a class takes as long as a call, and a request makes ten of them.
+    """
+    cdef PyTypeObject* cls = Py_TYPE(bus)
+    cdef ClassInfo* info = &class_infos[(<size_t>cls >> 5) % CLASSES]
+    if WITH_GIL and info.cls == cls and info.version == cls.tp_version_tag and info.version != 0:
+        return info.flags
+    return look_up_class_flags(<object>cls, info)
+
+
+cdef int look_up_class_flags(object cls, ClassInfo* info) except -1:
+    cdef int flags = 0
+    if cls.publish is PUBLISH:
+        flags |= PUBLISH_IS_OURS
+    if cls.collect is COLLECT:
+        flags |= COLLECT_IS_OURS
+    if cls.apply is MULTI_APPLY:
+        flags |= MULTI_APPLY_IS_OURS
+    if WITH_GIL:
+        info.cls = <PyTypeObject*>cls
+        info.version = info.cls.tp_version_tag
+        info.flags = flags
+    return flags
+
+
+cdef inline object make(object cls):
+    """Make an instance, without the look-ups of ``cls.__new__(cls)`` and without __init__."""
+    return (<PyTypeObject*>cls).tp_new(<PyTypeObject*>cls, EMPTY, NULL)
 
 
 # Storage
@@ -149,10 +243,6 @@ cdef class _EventStore:
     cdef list pending
     cdef object __weakref__
 
-    def __cinit__(self, *args, **kwargs):
-        if (args or kwargs) and type(self).__init__ is object.__init__:
-            raise _messages.no_arguments(type(self))
-
     cdef int add(self, object event) except -1:
         """Check an event, and append it."""
         return self.append(event)
@@ -160,9 +250,9 @@ cdef class _EventStore:
     cdef inline int append(self, object event) except -1:
         with cython.critical_section(self):
             if self.pending is None:
-                self.pending = [event]
-            else:
-                self.pending.append(event)
+                # Not [event], which has room for one: the next event would have to make room again.
+                self.pending = []
+            self.pending.append(event)
         return 0
 
     cdef list take(self):
@@ -192,9 +282,30 @@ cdef class _EventStore:
         """Give the events that a pending list stands for."""
         return items
 
+    cdef _MultiStore as_multi(self):
+        return None
+
     cdef int run(self, list batch, Py_ssize_t* done, object commit, bint robust, list out) except -1:
         """Apply the events of a batch that are not done, up to the first that fails."""
-        return call_handler(self._apply_event, batch, done, commit)
+        cdef PyObject* stack[4]
+        cdef PyObject* result
+        if PyList_GET_SIZE(batch) > FEW_EVENTS:
+            return call_handler(self._apply_event, batch, done, commit)
+        stack[0] = NULL
+        stack[1] = <PyObject*>self
+        stack[3] = <PyObject*>commit
+        while done[0] < PyList_GET_SIZE(batch):
+            event = <object>PyList_GET_ITEM(batch, done[0])
+            stack[2] = <PyObject*>event
+            result = PyObject_VectorcallMethod(
+                <PyObject*>APPLY_EVENT, stack + 1, 3 | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL
+            )
+            if result == <PyObject*>None:
+                Py_DECREF(None)
+            else:
+                finish(self._apply_event, result)
+            done[0] += 1
+        return 0
 
     cdef list carry_out(
         self,
@@ -244,7 +355,7 @@ cdef class _EventStore:
 
     def publish_all(self, events):
         """Publish one by one."""
-        if type(self).publish is PUBLISH:
+        if class_flags(self) & PUBLISH_IS_OURS:
             self.add_all(events)
         else:
             publish = self.publish
@@ -282,8 +393,7 @@ cdef class _EventStore:
             batch = self.look(items)
             collect_event = self._collect_event
             if is_ours(collect_event, COLLECT_EVENT):
-                for event in batch:
-                    pairs.append((event, collected(self, event)))
+                return [(event, collected(self, event)) for event in batch]
             else:
                 for event in batch:
                     function = collect_event(event, commit)
@@ -345,10 +455,7 @@ cdef class _CallableStore(_EventStore):
         handler = self._apply_event
         if not is_ours(handler, CALL_EVENT):
             return call_handler(handler, batch, done, commit)
-        while done[0] < PyList_GET_SIZE(batch):
-            call_event(<object>PyList_GET_ITEM(batch, done[0]), commit)
-            done[0] += 1
-        return 0
+        return call_events(batch, done, commit)
 
     def _apply_event(self, event, commit):
         """Call the event."""
@@ -473,21 +580,27 @@ cdef class _DelayedStore:
     cdef _EventStore actual
     # Whether the class of `actual` leaves `publish` as it is.
     cdef bint direct
-    # The multi buses that have applied this bus, and that it registers with once more when it is next
-    # published on, or None. Weak references, as nobody else could apply them. Swapped, not changed.
-    cdef list owners
+    # The multi bus that has applied this bus, and that it registers with once more when it is next
+    # published on: a weak reference, as nobody else could apply it. A tuple of them where several have,
+    # None where none has.
+    cdef object owners
     # None until something was collected.
     cdef _PairStore collected
     cdef object __weakref__
 
     def __init__(self, actual_event_bus):
         """Wrap a bus."""
-        if not isinstance(actual_event_bus, AbstractEventBus):
+        # Every AbstractEventBus is one, and this check takes no time.
+        if not isinstance(actual_event_bus, _EventStore):
             raise _messages.not_a_bus(actual_event_bus)
-        self.actual = actual_event_bus
-        self.direct = type(actual_event_bus).publish is PUBLISH
         self.owners = None
         self.collected = None
+        self.enclose(actual_event_bus)
+
+    cdef int enclose(self, _EventStore actual) except -1:
+        self.actual = actual
+        self.direct = class_flags(actual) & PUBLISH_IS_OURS
+        return 0
 
     cdef inline int initialised(self) except -1:
         if self.actual is None:
@@ -582,7 +695,7 @@ cdef class _DelayedStore:
         cdef _PairStore made
         if self.collected is None:
             self.initialised()
-            made = _SideEffectsBus.__new__(_SideEffectsBus)
+            made = make(SIDE_EFFECTS)
             made.wraps = self.actual
             with cython.critical_section(self):
                 if self.collected is None:
@@ -627,45 +740,49 @@ cdef class _DelayedStore:
             if robust and getattr(error, "_commitbus_bus", None) is self:
                 raise _Several(list(error.exceptions)) from None
             raise
-        if out is not None and not isinstance(self.actual, _MultiStore):
+        if out is not None and self.actual.as_multi() is None:
             out.extend(batch)
         return 0
 
     cdef int own(self, object owner) except -1:
         """Have the next event register this bus with `owner`."""
+        cdef _MultiStore actual = self.actual.as_multi()
         with cython.critical_section(self):
             if self.owners is None:
-                self.owners = [owner]
-            elif owner not in self.owners:
-                self.owners = [*self.owners, owner]
-        if isinstance(self.actual, _MultiStore):
-            (<_MultiStore>self.actual).tell(self)
+                self.owners = owner
+            elif self.owners is not owner:
+                self.owners = (*[ref for ref in owners_of(self.owners) if ref is not owner], owner)
+        if actual is not None:
+            actual.tell(self)
         return 0
 
     cdef int disown(self, object owner) except -1:
         """Keep the next event from registering this bus with `owner`."""
-        cdef list owners = self.owners
-        if owners is not None:
-            owners = [ref for ref in owners if ref() is not None and ref() is not owner]
-            self.owners = owners or None
+        with cython.critical_section(self):
+            if self.owners is not None:
+                self.owners = tuple([ref for ref in owners_of(self.owners) if ref() is not owner]) or None
         return 0
 
     cdef int register(self) except -1:
-        cdef list owners
+        cdef object owners
         with cython.critical_section(self):
             owners = self.owners
             self.owners = None
         if owners is not None:
-            for ref in owners:
+            for ref in owners_of(owners):
                 owner = ref()
                 if owner is not None:
                     owner.publish(self)
         return 0
 
 
+cdef inline tuple owners_of(object owners):
+    return owners if type(owners) is tuple else (owners,)
+
+
 cdef bint collects_plainly(_EventStore bus) except -1:
     """Whether a bus collects with the default callables, so that its bare events are enough."""
-    return type(bus).collect is COLLECT and is_ours(bus._collect_event, COLLECT_EVENT)
+    return class_flags(bus) & COLLECT_IS_OURS and is_ours(bus._collect_event, COLLECT_EVENT)
 
 
 class _Several(Exception):
@@ -716,12 +833,16 @@ cdef class _MultiStore(_EventStore):
     # changed.
     cdef list wrappers
 
+    cdef _MultiStore as_multi(self):
+        return self
+
     def wrap(self, event_bus):
         """Delay a bus and register it."""
-        if not isinstance(event_bus, AbstractEventBus):
-            raise _messages.not_wrappable(event_bus, isinstance(event_bus, DelayedEventBus))
-        delayed = DelayedEventBus(event_bus)
-        if type(self).publish is PUBLISH:
+        if not isinstance(event_bus, _EventStore):
+            raise _messages.not_wrappable(event_bus, isinstance(event_bus, _DelayedStore))
+        cdef _DelayedStore delayed = make(DELAYED)
+        delayed.enclose(event_bus)
+        if class_flags(self) & PUBLISH_IS_OURS:
             self.add(delayed)
         else:
             self.publish(delayed)
@@ -733,7 +854,8 @@ cdef class _MultiStore(_EventStore):
             raise _messages.not_delayed(event)
         (<_DelayedStore>event).initialised()
         self.append(event)
-        (<_DelayedStore>event).disown(self)
+        if (<_DelayedStore>event).owners is not None:
+            (<_DelayedStore>event).disown(self)
         if self.wrappers is not None:
             with cython.critical_section(self):
                 wrappers = self.wrappers
@@ -751,7 +873,7 @@ cdef class _MultiStore(_EventStore):
     cdef int run(self, list batch, Py_ssize_t* done, object commit, bint robust, list out) except -1:
         hook = self._apply_event
         ours = is_ours(hook, TAKE_TURN)
-        ref = weakref.ref(self)
+        ref = PyWeakref_NewRef(self, None)
         Py_EnterRecursiveCall(" while applying the buses of a MultiEventBus")
         try:
             while done[0] < PyList_GET_SIZE(batch):
@@ -776,7 +898,7 @@ cdef class _MultiStore(_EventStore):
         # Before anything is taken: whatever is published from now on registers the bus again.
         delayed.own(ref)
         cls = type(delayed)
-        if cls is DelayedEventBus or (
+        if cls is DELAYED or (
             cls.apply is DELAYED_APPLY and cls.apply_without_delay is DELAYED_APPLY_WITHOUT_DELAY
         ):
             return delayed.turn(commit, robust, out)
@@ -840,7 +962,7 @@ cdef class _MultiStore(_EventStore):
     def apply_and_get_applied_events(self, commit, *, robust=False):
         """Apply the registered buses, and return the events instead."""
         cdef list out = []
-        if type(self).apply is MULTI_APPLY:
+        if class_flags(self) & MULTI_APPLY_IS_OURS:
             self.apply_buses(commit, robust, out)
             return out
         token = _gathering.set((self, out))
@@ -855,7 +977,7 @@ cdef class _MultiStore(_EventStore):
 
     def _apply_event(self, event, commit):
         """Collect what is pending in one delayed bus, and apply it without delay."""
-        self.turn(event, weakref.ref(self), commit, False, gathering_of(self))
+        self.turn(event, PyWeakref_NewRef(self, None), commit, False, gathering_of(self))
 
     def _commitbus_set(self, kept):
         for delayed in kept:
@@ -865,7 +987,9 @@ cdef class _MultiStore(_EventStore):
 @cython.final
 @cython.freelist(256)
 cdef class SideEffectCall:
-    """A function with its arguments, to be called with a ``commit`` of its own later."""
+    # The signature, then the text.
+    "SideEffectCall(function, /, *args, **kwargs)\n--\n\n\
+A function with its arguments, to be called with a ``commit`` of its own later."
 
     # The function, then the positional arguments, then the values of the keyword arguments.
     cdef tuple values
@@ -874,15 +998,6 @@ cdef class SideEffectCall:
     # How many of `values` are not keyword arguments.
     cdef Py_ssize_t positional
     cdef object __weakref__
-
-    def __cinit__(self, function, /, *args, **kwargs):
-        if not callable(function):
-            raise _messages.not_a_function(function)
-        if "commit" in kwargs:
-            raise _messages.commit_keyword()
-        self.values = (function, *args, *kwargs.values())
-        self.names = (*kwargs, "commit") if kwargs else COMMIT
-        self.positional = 1 + len(args)
 
     cdef PyObject* call(self, PyObject* commit) except? NULL:
         """Call the function; returns a new reference."""
@@ -966,6 +1081,63 @@ cdef class SideEffectCall:
         return _state.call, (_state.reference(SideEffectCall), self.values[0], self.args, self.keywords())
 
 
+# How a SideEffectCall is made: from a vector of arguments, as the interpreter has them. By way of a
+# __cinit__, with a tuple and a dict, it took four times as long.
+
+cdef newfunc allocate_call = (<PyTypeObject*>SideEffectCall).tp_new
+# The names that were used last, and what was made of them: those of one place in the code are one tuple.
+cdef tuple last_keywords = None
+cdef tuple last_names = None
+
+
+cdef SideEffectCall build_call(tuple values, Py_ssize_t positional, tuple keywords):
+    global last_keywords, last_names
+    cdef SideEffectCall call
+    cdef tuple names = COMMIT
+    if positional == 0:
+        raise _messages.no_function()
+    if not callable(values[0]):
+        raise _messages.not_a_function(values[0])
+    if keywords is not None:
+        if WITH_GIL and keywords is last_keywords:
+            names = last_names
+        else:
+            if COMMIT[0] in keywords:
+                raise _messages.commit_keyword()
+            names = keywords + COMMIT
+            if WITH_GIL:
+                last_keywords = keywords
+                last_names = names
+    call = allocate_call(<PyTypeObject*>SideEffectCall, EMPTY, NULL)
+    call.values = values
+    call.names = names
+    call.positional = positional
+    return call
+
+
+cdef object vectorcall_new_call(PyObject* cls, PyObject* const* args, size_t nargsf, PyObject* keywords):
+    cdef Py_ssize_t positional = nargsf & ~PY_VECTORCALL_ARGUMENTS_OFFSET
+    cdef Py_ssize_t count = positional
+    cdef Py_ssize_t i
+    if keywords is not NULL:
+        count += PyTuple_GET_SIZE(<object>keywords)
+    values = PyTuple_New(count)
+    for i in range(count):
+        # The tuple takes over a reference, and the caller keeps its own.
+        Py_INCREF(<object>args[i])
+        PyTuple_SET_ITEM(values, i, <object>args[i])
+    return build_call(values, positional, None if keywords is NULL else <tuple>keywords)
+
+
+cdef object tuple_new_call(PyTypeObject* cls, object args, PyObject* kwargs):
+    cdef dict keywords = {} if kwargs is NULL else <dict>kwargs
+    return build_call((*args, *keywords.values()), len(args), tuple(keywords) or None)
+
+
+(<PyTypeObject*>SideEffectCall).tp_new = tuple_new_call
+(<PyTypeObject*>SideEffectCall).tp_vectorcall = <vectorcallfunc>vectorcall_new_call
+
+
 cdef class _SharedStore(_EventStore):
     # The same object for the whole life of the bus.
     cdef object shared
@@ -992,10 +1164,7 @@ cdef class _SharedStore(_EventStore):
         handler = self._apply_event
         if not is_ours(handler, CALL_SHARED):
             return call_handler(handler, batch, done, commit)
-        while done[0] < PyList_GET_SIZE(batch):
-            call_event(<object>PyList_GET_ITEM(batch, done[0]), commit)
-            done[0] += 1
-        return 0
+        return call_events(batch, done, commit)
 
     cdef list carry_out(
         self,
@@ -1041,6 +1210,38 @@ cdef class _SharedStore(_EventStore):
                 return
             raise
         self.leave(run)
+
+
+# What __cinit__(self, *args, **kwargs) would do, but that makes a dict for each bus, a third of its cost.
+
+cdef struct Store:
+    PyTypeObject* cls
+    newfunc new
+
+
+cdef Store[5] stores
+
+
+cdef object new_store(PyTypeObject* cls, object args, PyObject* kwargs):
+    """Make an instance; refuse arguments that no __init__ takes."""
+    if PyTuple_GET_SIZE(args) or (kwargs is not NULL and <dict>kwargs):
+        if cls.tp_init == (<PyTypeObject*>object).tp_init:
+            raise _messages.no_arguments(<object>cls)
+    cdef PyTypeObject* base = cls
+    cdef int i
+    while base is not NULL:
+        for i in range(5):
+            if stores[i].cls == base:
+                return stores[i].new(cls, args, kwargs)
+        base = base.tp_base
+    raise TypeError("not a bus")  # cannot be: only stores have this tp_new
+
+
+for i, store in enumerate((_EventStore, _CallableStore, _PairStore, _MultiStore, _SharedStore)):
+    stores[i].cls = <PyTypeObject*>store
+    stores[i].new = stores[i].cls.tp_new
+    stores[i].cls.tp_new = new_store
+del i, store
 
 
 # The public classes: Python classes, since an extension type cannot inherit from an abstract one
@@ -1101,6 +1302,8 @@ def use_orchestrator_or_create_multi_event_bus(
 
 # What the classes above compare with, to see what is overridden
 
+cdef object DELAYED = DelayedEventBus
+cdef object SIDE_EFFECTS = _SideEffectsBus
 cdef object PUBLISH = _EventStore.publish
 cdef object COLLECT = _EventStore.collect
 cdef object DELAYED_PUBLISH = _DelayedStore.publish

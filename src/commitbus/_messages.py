@@ -201,6 +201,11 @@ def not_a_function(value: object) -> TypeError:
     )
 
 
+def no_function() -> TypeError:
+    """Say what the pure twin's constructor says without arguments."""
+    return TypeError("SideEffectCall.__new__() missing 1 required positional argument: 'function'")
+
+
 def commit_keyword() -> TypeError:
     """Refuse a side-effect call that brings its own commit."""
     return TypeError(
