@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 import weakref
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -46,6 +47,14 @@ def test_rule_20_attributes(twin: Any) -> None:
     with pytest.raises(TypeError):
         call.kwargs["x"] = 1
     assert call(commit=0) == ((1,), {"self": 2, "function": 3, "cls": 4, "commit": 0})
+
+
+def test_rule_20_a_partial_stays_what_it_is(twin: Any) -> None:
+    inner = partial(record, 1, x=2)
+    call = twin.SideEffectCall(inner, 3, x=4)
+    assert (call.function, call.args, call.kwargs) == (inner, (3,), {"x": 4})
+    assert call(commit=0) == ((1, 3), {"x": 4, "commit": 0})
+    assert pickle.loads(pickle.dumps(call)).args == (3,)
 
 
 def test_rule_20_it_is_immutable(twin: Any) -> None:

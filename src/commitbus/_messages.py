@@ -7,7 +7,7 @@ theirs runs, and nothing that they contain is shown.
 from __future__ import annotations
 
 import warnings
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import suppress
 from functools import partial
 from types import BuiltinFunctionType, FunctionType, GetSetDescriptorType, MethodType
@@ -247,7 +247,7 @@ def immutable(name: str) -> AttributeError:
     return AttributeError(f"SideEffectCall is immutable, so {name} cannot be changed; make a new one")
 
 
-def call_repr(function: object, args: tuple[object, ...], kwargs: dict[str, object]) -> str:
+def call_repr(function: object, args: tuple[object, ...], kwargs: Mapping[str, object]) -> str:
     """Show a side-effect call the way it was made."""
     parts = [_name(function) if isinstance(function, _FUNCTIONS) else repr(function)]
     parts += map(repr, args)

@@ -19,7 +19,7 @@ from contextvars import ContextVar
 from functools import partial
 from itertools import repeat
 from threading import RLock
-from types import MappingProxyType
+from types import MappingProxyType, MethodType
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar, cast, final
 
 from commitbus import _messages, _state
@@ -66,13 +66,13 @@ Handler: TypeAlias = Callable[[Any, bool], object]
 _new = object.__new__
 _BETWEEN: Any = object()  # in place of an event: none is being applied
 
-# With a GIL, no thread can come between reading an attribute and calling it, so a delayed bus may
-# keep its wrapped bus's `list.append`. Elsewhere it has to look, after each append, whether it must
-# register again.
+# CPython with a GIL switches threads, handles signals and collects garbage only at a call, at a jump
+# back or, on 3.11, where it allocates. What has none of these between its parts cannot be interrupted
+# and needs no lock: appending to a list that was just looked up, and taking from one as `_take` does.
 _ATOMIC = sys.implementation.name == "cpython" and getattr(sys, "_is_gil_enabled", lambda: True)()
 
-# Re-entrant, since a finalizer or a signal handler may apply a bus in the middle of taking from it.
-# One for all buses: it is held for a few instructions only.
+# For all other cases. Re-entrant, since a finalizer or a signal handler may apply a bus while another
+# is being taken from; one for all buses, as it is held for a few instructions only.
 _lock = RLock()
 
 
@@ -86,24 +86,46 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_lock)
 
 
-def _take(pending: list[Any]) -> list[Any]:
-    """Empty a pending list, and give what was in it."""
-    batch: list[Any] = []
-    try:
+def _take(pending: list[Any], batch: list[Any]) -> None:
+    """Move what is pending into an empty list, which the caller made before, outside of any lock."""
+    if _ATOMIC:
+        batch += pending
+        pending.clear()
+    else:
         with _lock:
-            count = len(pending)
-            # No call between these two: nothing can come in between, not even on this thread.
-            batch = pending[:count]
-            del pending[:count]
-    except BaseException:  # an interrupt on the way out of the lock
-        pending[0:0] = batch
-        raise
-    return batch
+            batch += pending
+            del pending[: len(batch)]  # threads may have appended more meanwhile
 
 
 def _put_back(pending: list[Any], events: list[Any]) -> None:
     with _lock:
         pending[0:0] = events
+
+
+def _stopped(
+    error: BaseException,
+    bus: object,
+    batch: list[Any],
+    events: Iterator[Any],
+    event: Any,
+    failed: list[int],
+    errors: list[Exception],
+) -> int:
+    """Note what stopped an apply, and tell how many events it had begun and finished.
+
+    `event` is what the loop has in that variable: while a handler runs, its event; once it returned,
+    the None that it returned. (An event that is None itself is taken for unfinished.)
+    """
+    begun: int = len(batch) - cast("Any", events).__length_hint__()
+    done = begun
+    if begun and event is not _BETWEEN and (event is not None or batch[begun - 1] is None):
+        done -= 1
+        _messages.note_stopped(error, bus, _event_of(batch[done]), begun, len(batch), len(failed))
+    elif begun < len(batch):
+        _messages.note_interrupted(error, bus, done, len(batch))
+    if errors and not isinstance(error, Exception):
+        _messages.chain(error, bus, errors, len(failed), len(batch))
+    return done
 
 
 class _Several(Exception):
@@ -138,6 +160,7 @@ class AbstractEventBus(EventBus[T], Generic[T]):
 
     __slots__ = ("__weakref__", "_commitbus_pending")
     _commitbus_pending: list[T]
+    _commitbus_plain = _ATOMIC  # whether apply needs neither a lock nor a context
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Make an empty bus; a subclass's ``__init__`` takes the arguments."""
@@ -208,7 +231,29 @@ class AbstractEventBus(EventBus[T], Generic[T]):
         TypeError
             When a handler returns a coroutine, which is closed; that event has failed.
         """
-        return self._commitbus_carry_out(self, self._commitbus_pending, self._apply_event, commit, robust)
+        handler = self._apply_event
+        pending = self._commitbus_pending
+        if robust or not self._commitbus_plain or type(handler) is not MethodType:
+            return self._commitbus_carry_out(self, pending, handler, commit, robust)
+        # What `_commitbus_carry_out` does, without what is not needed here.
+        function: Any = handler.__func__
+        bus = handler.__self__
+        batch: list[Any] = []
+        events = iter(batch)
+        event: Any = None
+        try:
+            batch += pending  # as in _take
+            pending.clear()
+            for event in events:
+                if (event := function(bus, event, commit)) is not None:
+                    _messages.refuse_coroutine(handler, event)
+                    event = None
+        except BaseException as error:
+            done = _stopped(error, self, batch, events, event, [], [])
+            _put_back(pending, batch[done:])
+            batch = event = events = None  # type: ignore[assignment]  # the traceback keeps this frame
+            raise
+        return batch
 
     @abstractmethod
     def _apply_event(self, event: T, commit: bool) -> None:
@@ -247,14 +292,14 @@ class AbstractEventBus(EventBus[T], Generic[T]):
         batch: list[T] = []
         pairs: list[Pair[T]] = []
         try:
-            items = _take(self._commitbus_pending)
+            _take(self._commitbus_pending, items)
             batch = self._commitbus_look(items)
-            if _is_hook(self, "_collect_event"):
+            collect_event = self._collect_event
+            if getattr(collect_event, "__func__", None) is AbstractEventBus._collect_event:
                 functions = cast(
                     "Iterable[Any]", map(partial, repeat(cast("Any", _apply_collected)), repeat(self), batch)
                 )
                 return list(zip(batch, functions, strict=True))
-            collect_event = self._collect_event
             for event in batch:
                 function: object = collect_event(event, commit)
                 if not callable(function):
@@ -306,7 +351,9 @@ class AbstractEventBus(EventBus[T], Generic[T]):
         list of T
             What was dropped. The bus keeps no reference to it.
         """
-        return self._commitbus_look(_take(self._commitbus_pending))
+        items: list[Any] = []
+        _take(self._commitbus_pending, items)
+        return self._commitbus_look(items)
 
     def __copy__(self) -> Self:
         """Make a copy that shares the events, but not their list."""
@@ -341,13 +388,11 @@ class AbstractEventBus(EventBus[T], Generic[T]):
         handler: Handler,
         commit: bool,
         robust: bool,
-        *,
         choose: Callable[[], Handler] | None = None,
         keep: Callable[[list[Any]], None] | None = None,
         applied: list[Any] | None = None,
-        name: Callable[[Any], object] = lambda event: event,
     ) -> list[Any]:
-        """Apply events of this bus, wherever they were kept: the one loop behind every apply.
+        """Apply events of this bus, wherever they were kept: the one path behind every apply.
 
         Parameters
         ----------
@@ -365,60 +410,48 @@ class AbstractEventBus(EventBus[T], Generic[T]):
             Given what is not applied, instead of `pending`.
         applied : list, optional
             Extended by the events that were applied when an error is raised.
-        name : callable, optional
-            Gives what to name in a note for an event.
 
         Returns
         -------
         list
             The events that were applied.
         """
-        between = _BETWEEN
-        event = between
         batch: list[Any] = []
-        events: Iterator[Any] = iter(batch)
+        events = iter(batch)
+        event: Any = None
         failed: list[int] = []
         errors: list[Exception] = []
         try:
-            batch = _take(pending)
-            events = iter(batch)
+            _take(pending, batch)
             if choose is not None:
                 handler = choose()
             if robust:
                 for event in events:
                     try:
-                        if (result := handler(event, commit)) is not None:
-                            _messages.refuse_coroutine(handler, result)
+                        if (event := handler(event, commit)) is not None:
+                            _messages.refuse_coroutine(handler, event)
+                            event = None
                     except Exception as error:
-                        failed.append(len(batch) - events.__length_hint__() - 1)  # type: ignore[attr-defined]
+                        failed.append(len(batch) - cast("Any", events).__length_hint__() - 1)
                         several = error.errors if isinstance(error, _Several) else [error]
-                        _messages.note_failed(several, bus, name(event), failed[-1] + 1, len(batch))
+                        number = failed[-1] + 1
+                        _messages.note_failed(several, bus, _event_of(batch[number - 1]), number, len(batch))
                         errors += several
                         several = []  # an error that is kept here would keep itself, by its traceback
-                    event = between
+                    event = _BETWEEN
                 if errors:
                     raise _messages.group(bus, errors, len(failed), len(batch))
             else:
                 for event in events:
-                    if (result := handler(event, commit)) is not None:
-                        _messages.refuse_coroutine(handler, result)
-                    event = between
+                    if (event := handler(event, commit)) is not None:
+                        _messages.refuse_coroutine(handler, event)
+                        event = None
         except BaseException as error:
-            rest = list(events)
-            done = len(batch) - len(rest)  # this many were begun
-            if event is not between:
-                _messages.note_stopped(error, bus, name(event), done, len(batch), len(failed))
-                rest.insert(0, event)
-                done -= 1
-            elif rest:
-                _messages.note_interrupted(error, bus, done, len(batch))
-            if errors and not isinstance(error, Exception):
-                _messages.chain(error, bus, errors, len(failed), len(batch))
-            (keep or partial(_put_back, pending))([batch[i] for i in failed] + rest)
+            done = _stopped(error, bus, batch, events, event, failed, errors)
+            (keep or partial(_put_back, pending))([batch[i] for i in failed] + batch[done:])
             if applied is not None:
                 applied += [batch[i] for i in range(done) if i not in set(failed)]
-            batch = rest = errors = []  # the traceback keeps this frame, and must keep no event
-            event = result = between
+            batch = event = events = errors = None  # type: ignore[assignment]  # the traceback keeps this frame
             raise
         return batch
 
@@ -430,9 +463,9 @@ def _apply_collected(bus: AbstractEventBus[T], event: T, /, *, commit: bool) -> 
         _messages.refuse_coroutine(apply_event, result)
 
 
-def _is_hook(bus: AbstractEventBus[Any], name: str) -> bool:
-    """Whether a hook of a bus is that of `AbstractEventBus`: neither its class nor it has another."""
-    return getattr(getattr(bus, name), "__func__", None) is getattr(AbstractEventBus, name)
+def _is_bus(value: Any) -> bool:
+    """Do what isinstance(value, AbstractEventBus) does, without the detour through `abc`."""
+    return AbstractEventBus in type(value).__mro__
 
 
 class BasicEventBus(AbstractEventBus[CommittableFunction]):
@@ -580,8 +613,7 @@ class _SideEffectsBus(AbstractEventBus[Pair[T]], Generic[T]):
             self._commitbus_apply_item,
             commit,
             robust,
-            choose=partial(self._commitbus_choose, robust, out),
-            name=_event_of,
+            partial(self._commitbus_choose, robust, out),
         )
 
     def _commitbus_choose(self, robust: bool, out: list[Any] | None) -> Handler:
@@ -691,17 +723,18 @@ class DelayedEventBus(EventBus[T], Generic[T]):
     )
     _commitbus_actual: AbstractEventBus[T]
     _commitbus_publish: Callable[[T], None] | None
-    _commitbus_owners: list[weakref.ref[MultiEventBus]]
+    _commitbus_owners: tuple[weakref.ref[MultiEventBus], ...]
     _commitbus_side_effects: _SideEffectsBus[T] | None
 
     def __init__(self, actual_event_bus: AbstractEventBus[T]) -> None:
         """Wrap a bus."""
-        if not isinstance(actual_event_bus, AbstractEventBus):
+        if not _is_bus(actual_event_bus):
             raise _messages.not_a_bus(actual_event_bus)
         self._commitbus_actual = actual_event_bus
-        self._commitbus_owners = []
+        self._commitbus_owners = ()
         self._commitbus_side_effects = None
-        self._commitbus_publish = self._commitbus_reach()
+        plain = _ATOMIC and type(actual_event_bus).publish is AbstractEventBus.publish
+        self._commitbus_publish = actual_event_bus._commitbus_pending.append if plain else None
 
     @property
     def actual_event_bus(self) -> AbstractEventBus[T]:
@@ -892,10 +925,14 @@ class DelayedEventBus(EventBus[T], Generic[T]):
 
     def _commitbus_own(self, owner: weakref.ref[MultiEventBus]) -> None:
         """Have the next event register this bus with `owner`."""
-        with _lock:
-            if not any(other is owner for other in self._commitbus_owners):
-                self._commitbus_owners.append(owner)
+        if _ATOMIC and not self._commitbus_owners:
+            self._commitbus_owners = (owner,)
             self._commitbus_publish = None
+        else:
+            with _lock:
+                others = [other for other in self._commitbus_owners if other is not owner]
+                self._commitbus_owners = (*others, owner)
+                self._commitbus_publish = None
         if isinstance(self._commitbus_actual, MultiEventBus):
             self._commitbus_actual._commitbus_tell(cast("Any", self))
 
@@ -903,12 +940,12 @@ class DelayedEventBus(EventBus[T], Generic[T]):
         """Keep the next event from registering this bus with `owner`."""
         with _lock:
             owners = ((ref, ref()) for ref in self._commitbus_owners)
-            self._commitbus_owners = [ref for ref, other in owners if other is not None and other is not owner]
+            self._commitbus_owners = tuple(ref for ref, other in owners if other is not None and other is not owner)
             self._commitbus_publish = self._commitbus_reach()
 
     def _commitbus_register(self) -> None:
         with _lock:
-            owners, self._commitbus_owners = self._commitbus_owners, []
+            owners, self._commitbus_owners = self._commitbus_owners, ()
             self._commitbus_publish = self._commitbus_reach()
         for ref in owners:
             if (owner := ref()) is not None:
@@ -934,7 +971,7 @@ class DelayedEventBus(EventBus[T], Generic[T]):
         if _collects_plainly(actual):
             events: list[T] = []
             try:
-                events = _take(actual._commitbus_pending)
+                _take(actual._commitbus_pending, events)
                 cast("list[Any]", collected._commitbus_pending).extend(events)
             except BaseException:  # an interrupt
                 _put_back(actual._commitbus_pending, events)
@@ -976,8 +1013,8 @@ class DelayedEventBus(EventBus[T], Generic[T]):
 
 def _collects_plainly(bus: AbstractEventBus[Any]) -> bool:
     """Whether a bus collects with the default callables, so that its bare events are enough."""
-    collect = getattr(bus.collect, "__func__", None)
-    return collect is AbstractEventBus.collect and _is_hook(bus, "_collect_event")
+    hook = getattr(bus._collect_event, "__func__", None)
+    return hook is AbstractEventBus._collect_event and type(bus).collect is AbstractEventBus.collect
 
 
 # The multi bus that is applying and where its applied events go, for a subclass's _apply_event.
@@ -1013,7 +1050,10 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Make an empty bus; a subclass's ``__init__`` takes the arguments."""
-        self = super().__new__(cls, *args, **kwargs)
+        if (args or kwargs) and cls.__init__ is object.__init__:
+            raise _messages.no_arguments(cls)
+        self = _new(cls)
+        self._commitbus_pending = []
         self._commitbus_wrappers = []
         return self
 
@@ -1036,7 +1076,7 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
         TypeError
             When `event_bus` is not an `AbstractEventBus`.
         """
-        if not isinstance(event_bus, AbstractEventBus):
+        if not _is_bus(event_bus):
             raise _messages.not_wrappable(event_bus, isinstance(event_bus, DelayedEventBus))
         delayed = DelayedEventBus(event_bus)
         self.publish(delayed)
@@ -1057,7 +1097,7 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
         TypeError
             When `event` is anything else. The bus is as it was.
         """
-        if not isinstance(event, DelayedEventBus):
+        if DelayedEventBus not in type(event).__mro__:
             raise _messages.not_delayed(event)
         if not hasattr(event, "_commitbus_actual"):
             raise _messages.not_wrapping()
@@ -1175,10 +1215,18 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
             out.extend(events)
 
     def _commitbus_carry_out(
-        self, bus: object, pending: list[Any], handler: Handler, commit: bool, robust: bool, **options: Any
+        self,
+        bus: object,
+        pending: list[Any],
+        handler: Handler,
+        commit: bool,
+        robust: bool,
+        choose: Callable[[], Handler] | None = None,
+        keep: Callable[[list[Any]], None] | None = None,
+        applied: list[Any] | None = None,
     ) -> list[Any]:
         try:
-            return super()._commitbus_carry_out(bus, pending, handler, commit, robust, **options)
+            return super()._commitbus_carry_out(bus, pending, handler, commit, robust, choose, keep, applied)
         except BaseException:
             self._commitbus_settle()
             raise
@@ -1218,8 +1266,17 @@ def _apply_overridden(apply: Callable[..., list[B]], commit: bool, robust: bool)
     return apply(commit, robust=True) if robust else apply(commit)
 
 
+class _MutableCall:
+    """What a `SideEffectCall` is while it is made."""
+
+    __slots__ = ("__weakref__", "_commitbus_args", "_commitbus_function", "_commitbus_kwargs")
+    _commitbus_function: Callable[..., object]
+    _commitbus_args: tuple[Any, ...]
+    _commitbus_kwargs: dict[str, Any]
+
+
 @final
-class SideEffectCall:
+class SideEffectCall(_MutableCall):
     """A function with its arguments, to be called with a ``commit`` of its own later.
 
     It is immutable, equal to another of the same function and arguments, hashable when these are,
@@ -1249,10 +1306,7 @@ class SideEffectCall:
     True
     """
 
-    __slots__ = ("__weakref__", "_commitbus_args", "_commitbus_function", "_commitbus_kwargs")
-    _commitbus_function: Callable[..., object]
-    _commitbus_args: tuple[Any, ...]
-    _commitbus_kwargs: dict[str, Any]
+    __slots__ = ()
 
     def __new__(cls, function: Callable[..., object], /, *args: Any, **kwargs: Any) -> SideEffectCall:
         """Make a call."""
@@ -1260,11 +1314,12 @@ class SideEffectCall:
             raise _messages.not_a_function(function)
         if "commit" in kwargs:
             raise _messages.commit_keyword()
-        self = _new(cls)
-        _set_function(self, function)
-        _set_args(self, args)
-        _set_kwargs(self, kwargs)
-        return self
+        self: Any = _new(_MutableCall)
+        self._commitbus_function = function
+        self._commitbus_args = args
+        self._commitbus_kwargs = kwargs
+        self.__class__ = cls
+        return cast("SideEffectCall", self)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse to be subclassed, like the compiled twin."""
@@ -1319,8 +1374,8 @@ class SideEffectCall:
             return NotImplemented
         return (
             self._commitbus_function == other._commitbus_function
-            and self._commitbus_args == other._commitbus_args
-            and self._commitbus_kwargs == other._commitbus_kwargs
+            and self.args == other.args
+            and self.kwargs == other.kwargs
         )
 
     def __hash__(self) -> int:
@@ -1331,12 +1386,11 @@ class SideEffectCall:
         TypeError
             When an argument is not hashable.
         """
-        kwargs = frozenset(self._commitbus_kwargs.items())
-        return hash((self._commitbus_function, self._commitbus_args, kwargs))
+        return hash((self._commitbus_function, self.args, frozenset(self.kwargs.items())))
 
     def __repr__(self) -> str:
         """Show the function and the arguments as they were passed."""
-        return _messages.call_repr(self._commitbus_function, self._commitbus_args, self._commitbus_kwargs)
+        return _messages.call_repr(self._commitbus_function, self.args, self.kwargs)
 
     def __copy__(self) -> SideEffectCall:
         """Return itself: it is immutable."""
@@ -1345,12 +1399,7 @@ class SideEffectCall:
     def __reduce__(self) -> tuple[Any, ...]:
         """Take the call apart for `pickle`."""
         cls = _state.reference(SideEffectCall)
-        return _state.call, (cls, self._commitbus_function, self._commitbus_args, self._commitbus_kwargs)
-
-
-_set_function = SideEffectCall.__dict__["_commitbus_function"].__set__
-_set_args = SideEffectCall.__dict__["_commitbus_args"].__set__
-_set_kwargs = SideEffectCall.__dict__["_commitbus_kwargs"].__set__
+        return _state.call, (cls, self._commitbus_function, self.args, dict(self.kwargs))
 
 
 class SharedSideEffectsEventBus(AbstractEventBus[SideEffectCall]):
@@ -1384,6 +1433,7 @@ class SharedSideEffectsEventBus(AbstractEventBus[SideEffectCall]):
 
     __slots__ = ("__dict__", "_commitbus_context")
     _commitbus_context: SharedSideEffectContext
+    _commitbus_plain = False
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Make an empty bus with a context; a subclass's ``__init__`` takes the arguments."""
@@ -1439,13 +1489,19 @@ class SharedSideEffectsEventBus(AbstractEventBus[SideEffectCall]):
             _messages.refuse_coroutine(event, result)
 
     def _commitbus_carry_out(
-        self, bus: object, pending: list[Any], handler: Handler, commit: bool, robust: bool, **options: Any
+        self,
+        bus: object,
+        pending: list[Any],
+        handler: Handler,
+        commit: bool,
+        robust: bool,
+        choose: Callable[[], Handler] | None = None,
+        keep: Callable[[list[Any]], None] | None = None,
+        applied: list[Any] | None = None,
     ) -> list[Any]:
-        applied: list[Any] = []
-        carry_out = partial(
-            super()._commitbus_carry_out, bus, pending, handler, commit, robust, applied=applied, **options
-        )
-        return self._commitbus_within(carry_out, commit, applied)
+        done: list[Any] = [] if applied is None else applied
+        carry_out = partial(super()._commitbus_carry_out, bus, pending, handler, commit, robust, choose, keep, done)
+        return self._commitbus_within(carry_out, commit, done)
 
     def _commitbus_within(self, apply: Callable[[], B], commit: bool, applied: B) -> B:
         """Apply within the context; give `applied` where a context manager swallows the error."""
