@@ -73,3 +73,17 @@ def example(session: nox.Session) -> None:
     for twin in ("", "1"):
         for arguments in ((), ("--dry-run",)):
             session.run("python", "examples/flights.py", *arguments, env={"COMMITBUS_NO_EXTENSIONS": twin})
+
+
+@nox.session(python=PYTHONS)
+def bench(session: nox.Session) -> None:
+    """Run the benchmarks, store the run in .benchmarks, and write the report into docs/benchmarks.
+
+    ``nox -s bench-3.11 -- --benchmark-compare`` compares with the run before, too.
+    """
+    install(session, "bench", "peers", "report")
+    version = str(session.python)
+    turns = ["--turns=5", "--benchmark-disable-gc", "-q", f"--benchmark-save={version}"]
+    session.run("python", "-m", "pytest", "benchmarks", *turns, *session.posargs)
+    readme = ["--readme"] if version == "3.11" else []
+    session.run("python", "-m", "benchmarks.report", version, f"--command=nox -s bench-{version}", *readme)

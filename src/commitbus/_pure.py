@@ -161,6 +161,7 @@ class AbstractEventBus(EventBus[T], Generic[T]):
     __slots__ = ("__weakref__", "_commitbus_pending")
     _commitbus_pending: list[T]
     _commitbus_plain = _ATOMIC  # whether apply needs neither a lock nor a context
+    _commitbus_multi = False  # isinstance() takes a detour through `abc`
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Make an empty bus; a subclass's ``__init__`` takes the arguments."""
@@ -933,8 +934,8 @@ class DelayedEventBus(EventBus[T], Generic[T]):
                 others = [other for other in self._commitbus_owners if other is not owner]
                 self._commitbus_owners = (*others, owner)
                 self._commitbus_publish = None
-        if isinstance(self._commitbus_actual, MultiEventBus):
-            self._commitbus_actual._commitbus_tell(cast("Any", self))
+        if self._commitbus_actual._commitbus_multi:
+            cast("Any", self._commitbus_actual)._commitbus_tell(self)
 
     def _commitbus_disown(self, owner: MultiEventBus) -> None:
         """Keep the next event from registering this bus with `owner`."""
@@ -970,10 +971,11 @@ class DelayedEventBus(EventBus[T], Generic[T]):
         collected = self._commitbus_collected()
         if _collects_plainly(actual):
             events: list[T] = []
+            kept = cast("list[Any]", collected._commitbus_pending)
             try:
                 _take(actual._commitbus_pending, events)
-                cast("list[Any]", collected._commitbus_pending).extend(events)
-            except BaseException:  # an interrupt
+                kept += events  # no call, so no interrupt can come once it is done
+            except BaseException:
                 _put_back(actual._commitbus_pending, events)
                 raise
             return events
@@ -1004,7 +1006,7 @@ class DelayedEventBus(EventBus[T], Generic[T]):
             if robust and getattr(error, "_commitbus_bus", None) is self:
                 raise _Several(list(error.exceptions)) from None
             raise
-        if out is not None and not isinstance(actual, MultiEventBus):
+        if out is not None and not actual._commitbus_multi:
             out.extend(events)
 
     def _commitbus_keep(self, events: list[Any]) -> None:
@@ -1046,6 +1048,7 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
 
     # _wrappers: the delayed buses around this one that an outer multi bus has let go of
     __slots__ = ("__dict__", "_commitbus_wrappers")
+    _commitbus_multi = True
     _commitbus_wrappers: list[DelayedEventBus[DelayedEventBus[Any]]]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
@@ -1079,7 +1082,10 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
         if not _is_bus(event_bus):
             raise _messages.not_wrappable(event_bus, isinstance(event_bus, DelayedEventBus))
         delayed = DelayedEventBus(event_bus)
-        self.publish(delayed)
+        if type(self).publish is MultiEventBus.publish and not self._commitbus_wrappers:
+            self._commitbus_pending.append(delayed)
+        else:
+            self.publish(delayed)
         return delayed
 
     def publish(self, event: DelayedEventBus[Any]) -> None:
@@ -1180,7 +1186,8 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
             Handed to its handlers.
         """
         gathering = _gathering.get()
-        self._commitbus_turn(event, commit, False, gathering[1] if gathering and gathering[0] is self else None)
+        out = gathering[1] if gathering and gathering[0] is self else None
+        self._commitbus_turn(event, weakref.ref(self), commit, False, out)
 
     def _commitbus_apply(self, commit: bool, robust: bool, out: list[Any] | None) -> list[DelayedEventBus[Any]]:
         if out is None and (gathering := _gathering.get()) and gathering[0] is self:
@@ -1191,7 +1198,9 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
     def _commitbus_handler(self, robust: bool, out: list[Any] | None) -> Handler:
         hook = self._apply_event
         if getattr(hook, "__func__", None) is MultiEventBus._apply_event:
-            return lambda delayed, commit: self._commitbus_turn(delayed, commit, robust, out)
+            turn = self._commitbus_turn
+            ref: weakref.ref[MultiEventBus] = weakref.ref(self)
+            return lambda delayed, commit: turn(delayed, ref, commit, robust, out)
         if out is None:
             return hook
 
@@ -1201,12 +1210,19 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
 
         return gather
 
-    def _commitbus_turn(self, delayed: DelayedEventBus[Any], commit: bool, robust: bool, out: list[Any] | None) -> None:
+    def _commitbus_turn(
+        self,
+        delayed: DelayedEventBus[Any],
+        ref: weakref.ref[MultiEventBus],
+        commit: bool,
+        robust: bool,
+        out: list[Any] | None,
+    ) -> None:
         # Before anything is taken: whatever is published from now on registers the bus again.
-        delayed._commitbus_own(weakref.ref(self))
+        delayed._commitbus_own(ref)
         cls: Any = type(delayed)
         base: Any = DelayedEventBus  # as Any: type checkers call its apply deprecated
-        if cls.apply is base.apply and cls.apply_without_delay is base.apply_without_delay:
+        if cls is base or (cls.apply is base.apply and cls.apply_without_delay is base.apply_without_delay):
             delayed._commitbus_turn(commit, robust, out)
             return
         cast("Any", delayed).apply(commit)

@@ -1,0 +1,1 @@
+"""The benchmarks: run them with ``nox -s bench``, or ``pytest benchmarks``."""

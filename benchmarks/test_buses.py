@@ -1,0 +1,233 @@
+"""What each operation of the buses costs, for one event.
+
+A round applies the operation to as many buses as make about a thousand events, so that the clock does
+not count; making the buses is outside the round. `events` in the results is what to divide by.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from benchmarks.candidates import CANDIDATES, Candidate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+SIZES = ["1", "10", "1000", "100000"]
+EVENTS = [object() for _ in range(100_000)]
+
+
+def run(benchmark: Any, group: str, who: str, size: int, make: Callable[[], Any], use: Callable[[Any], object]) -> None:
+    """Time `use` on what `make` gives."""
+    buses = max(1, 1000 // size)
+    benchmark.group = group
+    benchmark.extra_info.update(who=who, size=size, events=buses * size)
+
+    def setup() -> tuple[tuple[list[Any]], dict[str, Any]]:
+        return ([make() for _ in range(buses)],), {}
+
+    def target(made: list[Any]) -> None:
+        for one in made:
+            use(one)
+
+    benchmark.pedantic(target, setup=setup, rounds=60 if size < 100_000 else 7, warmup_rounds=1)
+
+
+def each(function: Any, events: Any) -> None:
+    for event in events:
+        function(event)
+
+
+def on_event(event: object, commit: bool) -> None:
+    pass
+
+
+def on_commit(*, commit: bool) -> None:
+    pass
+
+
+def on_call(one: int, two: int, *, three: int, commit: bool) -> None:
+    pass
+
+
+@pytest.fixture(params=list(CANDIDATES))
+def who(request: pytest.FixtureRequest) -> Candidate:
+    return CANDIDATES[request.param]
+
+
+@pytest.fixture(params=[*CANDIDATES, "limit"])
+def who_or_limit(request: pytest.FixtureRequest) -> Candidate | None:
+    return CANDIDATES.get(request.param)
+
+
+def name_of(who: Candidate | None) -> str:
+    return "limit" if who is None else who.name
+
+
+@pytest.fixture(params=SIZES)
+def size(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
+@pytest.mark.parametrize("kind", ["AbstractEventBus", "BasicEventBus", "DelayedEventBus", "MultiEventBus"])
+def test_create(benchmark: Any, who: Candidate, kind: str) -> None:
+    wrapped = who.bus()
+    make: Any = {"AbstractEventBus": who.bus, "DelayedEventBus": partial(who.module.DelayedEventBus, wrapped)}.get(
+        kind, getattr(who.module, kind)
+    )
+    # The partial costs the same for all candidates, and is not there for the others.
+    run(benchmark, f"create {kind}", who.name, 1, lambda: make, lambda made: made())
+
+
+def test_publish(benchmark: Any, who_or_limit: Candidate | None, size: int) -> None:
+    who = who_or_limit
+    events = EVENTS[:size]
+    make: Any = (lambda: [].append) if who is None else lambda: who.bus().publish
+    run(benchmark, "publish", name_of(who), size, make, lambda publish: each(publish, events))
+
+
+def test_publish_basic(benchmark: Any, who: Candidate, size: int) -> None:
+    events = [on_commit] * size
+    run(
+        benchmark,
+        "publish on a BasicEventBus",
+        who.name,
+        size,
+        lambda: who.module.BasicEventBus().publish,
+        lambda publish: each(publish, events),
+    )
+
+
+def test_publish_delayed(benchmark: Any, who: Candidate, size: int) -> None:
+    events = EVENTS[:size]
+    run(
+        benchmark,
+        "publish on a DelayedEventBus",
+        who.name,
+        size,
+        lambda: who.module.DelayedEventBus(who.bus()).publish,
+        lambda publish: each(publish, events),
+    )
+
+
+def filled(who: Candidate, size: int) -> Any:
+    bus = who.bus()
+    bus.publish_all(EVENTS[:size])
+    return bus
+
+
+def test_apply(benchmark: Any, who_or_limit: Candidate | None, size: int) -> None:
+    who = who_or_limit
+    if who is None:
+        events = EVENTS[:size]
+
+        def use(_: object) -> None:
+            for event in events:
+                on_event(event, True)
+
+        run(benchmark, "apply, handlers in Python", "limit", size, object, use)
+    else:
+        run(
+            benchmark,
+            "apply, handlers in Python",
+            who.name,
+            size,
+            lambda: filled(who, size),
+            lambda bus: bus.apply(True),
+        )
+
+
+def basic(who: Candidate, event: Any, size: int) -> Any:
+    bus = who.module.BasicEventBus()
+    bus.publish_all([event] * size)
+    return bus
+
+
+def test_apply_basic(benchmark: Any, who_or_limit: Candidate | None, size: int) -> None:
+    who = who_or_limit
+    group = "BasicEventBus.apply, functions"
+    if who is None:
+        events = [on_commit] * size
+
+        def use(_: object) -> None:
+            for event in events:
+                event(commit=True)
+
+        run(benchmark, group, "limit", size, object, use)
+    else:
+        run(benchmark, group, who.name, size, lambda: basic(who, on_commit, size), lambda bus: bus.apply(True))
+
+
+def test_apply_calls(benchmark: Any, who: Candidate, size: int) -> None:
+    """A `SideEffectCall` against a partial with the same keywords."""
+    event: Any
+    if who.name == "reference":
+        event = partial(on_call, 1, 2, three=3)
+    else:
+        event = who.module.SideEffectCall(on_call, 1, 2, three=3)
+    run(
+        benchmark,
+        "apply, a SideEffectCall against a partial",
+        who.name,
+        size,
+        lambda: basic(who, event, size),
+        lambda bus: bus.apply(True),
+    )
+
+
+def test_collect(benchmark: Any, who: Candidate, size: int) -> None:
+    run(benchmark, "collect", who.name, size, lambda: filled(who, size), lambda bus: bus.collect(True))
+
+
+def delayed(who: Candidate, size: int, collect: bool) -> Any:
+    bus = who.module.DelayedEventBus(filled(who, size))
+    if collect:
+        bus.apply(True)
+    return bus
+
+
+def test_delayed_apply(benchmark: Any, who: Candidate, size: int) -> None:
+    run(
+        benchmark,
+        "DelayedEventBus.apply",
+        who.name,
+        size,
+        lambda: delayed(who, size, False),
+        lambda bus: bus.apply(True),
+    )
+
+
+def test_apply_without_delay(benchmark: Any, who: Candidate, size: int) -> None:
+    run(
+        benchmark,
+        "DelayedEventBus.apply_without_delay",
+        who.name,
+        size,
+        lambda: delayed(who, size, True),
+        lambda bus: bus.apply_without_delay(True),
+    )
+
+
+def work(who: Candidate, buses: int, events: int) -> Callable[[object], None]:
+    published = EVENTS[:events]
+
+    def job(_: object) -> None:
+        multi = who.module.MultiEventBus()
+        for _ in range(buses):
+            publish = multi.wrap(who.bus()).publish
+            for event in published:
+                publish(event)
+        multi.apply_and_get_applied_events(True)
+
+    return job
+
+
+def test_multi(benchmark: Any, who: Candidate) -> None:
+    run(benchmark, "MultiEventBus, 20 buses of 100 events", who.name, 2000, object, work(who, 20, 100))
+
+
+def test_request(benchmark: Any, who: Candidate) -> None:
+    run(benchmark, "a web request, 3 buses of 2 events", who.name, 6, object, work(who, 3, 2))

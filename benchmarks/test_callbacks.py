@@ -1,0 +1,159 @@
+"""Register N callbacks with arguments while working, run them all at the end: commitbus and its peers.
+
+Each peer is used as its documentation says. None of them does all that commitbus does, and some do more.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from contextlib import ExitStack
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from benchmarks.candidates import CANDIDATES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+SIZES = ["10", "1000", "100000"]
+
+
+def callback(one: int, two: int, *, three: int, commit: bool = True) -> None:
+    pass
+
+
+def list_of_partials(count: int) -> None:
+    callbacks = []
+    for i in range(count):
+        callbacks.append(partial(callback, 1, i, three=3, commit=True))  # noqa: PERF401
+    for run in callbacks:
+        run()
+
+
+def commitbus_calls(module: Any, count: int) -> None:
+    bus = module.BasicEventBus()
+    call = module.SideEffectCall
+    for i in range(count):
+        bus.publish(call(callback, 1, i, three=3))
+    bus.apply(True)
+
+
+def exit_stack(count: int) -> None:
+    with ExitStack() as stack:
+        for i in range(count):
+            stack.callback(callback, 1, i, three=3, commit=True)
+
+
+def make_django() -> Callable[[int], None]:
+    import django
+    from django.conf import settings
+    from django.db import connection, transaction
+
+    if not settings.configured:
+        settings.configure(DATABASES={"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"}})
+        django.setup()
+    connection.ensure_connection()
+
+    def on_commit(count: int) -> None:
+        with transaction.atomic():
+            for i in range(count):
+                transaction.on_commit(partial(callback, 1, i, three=3))
+
+    return on_commit
+
+
+def make_transaction() -> Callable[[int], None]:
+    import transaction
+
+    def hook(status: bool, *args: Any, **kwargs: Any) -> None:
+        callback(*args, **kwargs)
+
+    def after_commit(count: int) -> None:
+        with transaction.manager as current:
+            for i in range(count):
+                current.addAfterCommitHook(hook, (1, i), {"three": 3})
+
+    return after_commit
+
+
+def make_psygnal() -> Callable[[int], None]:
+    from psygnal import Signal
+
+    class Emitter:
+        done = Signal(int, int, int)
+
+    emitter = Emitter()
+    emitter.done.connect(lambda one, two, three: callback(one, two, three=three))
+
+    def paused(count: int) -> None:
+        emitter.done.pause()
+        for i in range(count):
+            emitter.done.emit(1, i, 3)
+        emitter.done.resume()
+
+    return paused
+
+
+def make_blinker() -> Callable[[int], None]:
+    from blinker import Signal
+
+    def receivers(count: int) -> None:
+        signal = Signal()
+        for i in range(count):
+            signal.connect(partial(receive, 1, i, three=3), weak=False)
+        signal.send(None, commit=True)
+
+    def receive(one: int, two: int, sender: object, *, three: int, commit: bool) -> None:
+        callback(one, two, three=three, commit=commit)
+
+    return receivers
+
+
+def make_pyee() -> Callable[[int], None]:
+    from pyee import EventEmitter
+
+    def once(count: int) -> None:
+        emitter = EventEmitter()
+        for i in range(count):
+            emitter.once("commit", partial(callback, 1, i, three=3))
+        emitter.emit("commit")
+
+    return once
+
+
+# What each needs to be installed; the first three need nothing.
+MAKERS: dict[str, tuple[str, Callable[[], Callable[[int], None]]]] = {
+    "list of partials": ("functools", lambda: list_of_partials),
+    "ExitStack": ("contextlib", lambda: exit_stack),
+    **{
+        f"commitbus, {name}": ("commitbus", partial(partial, commitbus_calls, who.module))
+        for name, who in CANDIDATES.items()
+        if name != "reference"
+    },
+    "Django on_commit": ("django", make_django),
+    "transaction": ("transaction", make_transaction),
+    "psygnal": ("psygnal", make_psygnal),
+    "blinker": ("blinker", make_blinker),
+    "pyee": ("pyee", make_pyee),
+}
+
+
+@pytest.mark.parametrize("who", MAKERS)
+@pytest.mark.parametrize("count", SIZES)
+def test_callbacks(benchmark: Any, who: str, count: str) -> None:
+    package, maker = MAKERS[who]
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    size = int(count)
+    repeat = max(1, 1000 // size)
+    run = maker()
+    benchmark.group = "register N callbacks and run them"
+    benchmark.extra_info.update(who=who, size=size, events=repeat * size)
+
+    def target() -> None:
+        for _ in range(repeat):
+            run(size)
+
+    benchmark.pedantic(target, rounds=30 if size < 100_000 else 3, warmup_rounds=1)
