@@ -1321,6 +1321,7 @@ for name, module in {
     "AbstractEventBus": "event_bus",
     "BasicEventBus": "event_bus",
     "DelayedEventBus": "delayed_event_bus",
+    "_SideEffectsBus": "delayed_event_bus",
     "MultiEventBus": "multi_event_bus",
     "SharedSideEffectsEventBus": "shared_side_effects",
     "use_orchestrator_or_create_multi_event_bus": "multi_event_bus",
@@ -1329,6 +1330,7 @@ for name, module in {
 del name, module
 # An extension type takes its module from its name, and the name cannot be given in Cython.
 (<PyTypeObject*>SideEffectCall).tp_name = "commitbus.side_effects.SideEffectCall"
-_state.own(globals(), __all__)
+_state.own(globals(), [*__all__, "_SideEffectsBus"])
 _messages.see_through(SideEffectCall, SideEffectCall.function.__get__)
+_messages.wraps_bus(_SideEffectsBus, lambda bus: bus._commitbus_get()[0])
 _messages.wraps_bus(DelayedEventBus, DelayedEventBus.actual_event_bus.__get__)

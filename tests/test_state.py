@@ -141,6 +141,8 @@ def test_rule_9_delayed_and_multi_buses(twin: Any) -> None:
     other.side_effects_bus.discard_pending_events()
     assert len(delayed.collected_events()) == 2
     assert copy.copy(multi).pending_events() == multi.pending_events()
+    pairs = pickle.loads(pickle.dumps(delayed.side_effects_bus))
+    assert len(pairs.apply(True)) == 2
     pairs = copy.copy(delayed.side_effects_bus)
     assert [event for event, _ in pairs.apply(True)] == list(delayed.collected_events())
 

@@ -1622,15 +1622,17 @@ def use_orchestrator_or_create_multi_event_bus(
 
 
 _messages.see_through(SideEffectCall, SideEffectCall.function.__get__)
+_messages.wraps_bus(_SideEffectsBus, lambda bus: bus._commitbus_get()[0])
 _messages.wraps_bus(DelayedEventBus, DelayedEventBus.actual_event_bus.__get__)
 for _name, _module in {
     "AbstractEventBus": "event_bus",
     "BasicEventBus": "event_bus",
     "DelayedEventBus": "delayed_event_bus",
+    "_SideEffectsBus": "delayed_event_bus",
     "MultiEventBus": "multi_event_bus",
     "SharedSideEffectsEventBus": "shared_side_effects",
     "SideEffectCall": "side_effects",
     "use_orchestrator_or_create_multi_event_bus": "multi_event_bus",
 }.items():
     globals()[_name].__module__ = f"commitbus.{_module}"
-_state.own(globals(), __all__)
+_state.own(globals(), [*__all__, "_SideEffectsBus"])
