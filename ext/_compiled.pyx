@@ -165,18 +165,28 @@ cdef int call_handler(object handler, list batch, Py_ssize_t* done, object commi
     cdef PyObject* stack[4]
     cdef PyObject** arguments = stack + 1
     cdef PyObject* function = <PyObject*>handler
+    cdef PyObject* result
     cdef size_t count = 2
+    cdef vectorcallfunc vectorcall
     if PyMethod_Check(handler):
         # Unpacked once here, not once for each event: `handler` keeps both alive.
         function = PyMethod_GET_FUNCTION(handler)
         stack[1] = PyMethod_GET_SELF(handler)
         count = 3
+    # Looked up once as well: call_function() says why it is called directly.
+    vectorcall = PyVectorcall_Function(function)
+    if vectorcall is NULL:
+        vectorcall = PyObject_Vectorcall
     stack[0] = NULL
     stack[count] = <PyObject*>commit
     while done[0] < PyList_GET_SIZE(batch):
         event = <object>PyList_GET_ITEM(batch, done[0])
         stack[count - 1] = <PyObject*>event
-        finish(handler, call_function(function, arguments, count | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL))
+        result = vectorcall(function, arguments, count | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL)
+        if result == <PyObject*>None:
+            Py_DECREF(None)
+        else:
+            finish(handler, result)
         done[0] += 1
     return 0
 

@@ -79,7 +79,7 @@ class World:
 
         if kind in {"publish", "publish_all", "collect", "_collect_event"}:
             setattr(Bus, kind, locals()[kind])
-        bus = Bus()
+        bus: Any = Bus()
         if kind == "_apply_event":
             bus._apply_event = lambda event, commit: world.handle(index, event, commit)
         return bus
@@ -175,7 +175,10 @@ ACTIONS = [
     "discard",
 ]
 STEPS = st.lists(st.tuples(st.sampled_from(ACTIONS), st.integers(0, 2)), max_size=2)
-PLANS = st.one_of(st.just([[]]), st.lists(STEPS, min_size=1, max_size=3).map(lambda plan: [*plan, []]))
+PLANS: st.SearchStrategy[list[Any]] = st.one_of(
+    st.just([[]]),
+    st.lists(STEPS, min_size=1, max_size=3).map(lambda plan: [*plan, []]),
+)
 INDEX = st.integers(0, 2)
 COMMIT = st.booleans()
 ROBUST = st.booleans()
@@ -340,9 +343,8 @@ class Histories(RuleBasedStateMachine):
     @invariant()
     def every_event_is_in_one_place_once(self) -> None:
         for world in getattr(self, "worlds", ()):
-            again = [delayed for delayed in self.wrapped_again(world)]
             found = world.find()
-            for delayed in again:
+            for delayed in self.wrapped_again(world):
                 found += Counter(delayed.collected_events())
             missing = set(world.plans) - set(found)
             # An event whose publishing failed was never on a bus; here that cannot be.
