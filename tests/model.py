@@ -157,6 +157,8 @@ class MultiBus(Bus):
         try:
             events = delayed.apply_without_delay(commit, robust=robust, out=out)
         except ExceptionGroup as group:
+            if not robust:
+                raise
             raise Several(list(group.exceptions)) from None
         if out is not None and not isinstance(delayed.bus, MultiBus):
             out += events
