@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import nox
 
@@ -87,3 +88,47 @@ def bench(session: nox.Session) -> None:
     session.run("python", "-m", "pytest", "benchmarks", *turns, *session.posargs)
     readme = ["--readme"] if version == "3.11" else []
     session.run("python", "-m", "benchmarks.report", version, f"--command=nox -s bench-{version}", *readme)
+
+
+@nox.session
+def sanitize(session: nox.Session) -> None:
+    """Run the suite with the address and undefined-behaviour sanitizers in the extension (gcc, Linux)."""
+    flags = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
+    # -g0 and -s are in setup.py, so that a report has functions, but no lines.
+    install(session, "test", env={**COMPILED, "CFLAGS": flags, "LDFLAGS": flags})
+    libraries = [
+        str(session.run("gcc", f"-print-file-name={name}", external=True, silent=True)).strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    session.run(
+        *("python", "-m", "pytest", "-m", "not build", *session.posargs),
+        env={
+            "LD_PRELOAD": " ".join(libraries),
+            "PYTHONMALLOC": "malloc",
+            # CPython itself keeps what it needs until the process ends.
+            "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:strict_string_checks=1",
+            "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
+        },
+    )
+
+
+@nox.session
+def valgrind(session: nox.Session) -> None:
+    """Run the isolated scripts under valgrind's memcheck (slow; needs valgrind)."""
+    install(session)
+    for script in sorted(Path("tests/isolated").glob("*.py")):
+        if script.stem in {"flat", "subinterpreter"}:
+            continue  # a million events take an hour there
+        session.run(
+            *("valgrind", "--quiet", "--error-exitcode=9", "--undef-value-errors=no", "--show-leak-kinds=none"),
+            *("python", str(script), "compiled"),
+            external=True,
+            env={"PYTHONMALLOC": "malloc"},
+        )
+
+
+@nox.session(python="3.14d")
+def debug(session: nox.Session) -> None:
+    """Run the suite on a debug build of Python, which checks every reference and its own invariants."""
+    install(session, "test")
+    session.run("python", "-m", "pytest", "-m", "not build", *session.posargs)
