@@ -18,12 +18,12 @@ from libc.string cimport memcpy
 
 import copy
 from abc import abstractmethod
-from contextlib import contextmanager
 from contextvars import ContextVar
 from types import MappingProxyType
 
 from commitbus import _messages, _state
 from commitbus._context import SharedSideEffectContext, _Run
+from commitbus._unit_of_work import unit_of_work
 from commitbus._interfaces import (
     CommittableFunction,
     EventBus,
@@ -1288,26 +1288,11 @@ class SharedSideEffectsEventBus(_SharedStore, AbstractEventBus[SideEffectCall]):
     """A bus of side-effect calls that share a `SharedSideEffectContext`."""
 
 
-@contextmanager
 def use_orchestrator_or_create_multi_event_bus(
     event_bus_orchestrator, commit, *, commit_transaction=None, robust=False
 ):
     """Run in the caller's unit of work or, without one, in a new one."""
-    if event_bus_orchestrator is not None:
-        if not isinstance(event_bus_orchestrator, EventBusOrchestrator):
-            raise _messages.not_an_orchestrator(event_bus_orchestrator)
-        yield event_bus_orchestrator, lambda: []
-        return
-    buses = MultiEventBus()
-
-    def commit_and_execute_side_effects():
-        if commit_transaction is not None and commit:
-            _messages.refuse_coroutine(commit_transaction, commit_transaction())
-        return buses.apply_and_get_applied_events(commit, robust=robust)
-
-    yield buses, commit_and_execute_side_effects
-    # An exception never gets here: it passes through the yield.
-    _messages.warn_unapplied(buses, stacklevel=2)
+    return unit_of_work(MultiEventBus, event_bus_orchestrator, commit, commit_transaction, robust)
 
 
 # What the classes above compare with, to see what is overridden

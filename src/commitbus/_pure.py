@@ -14,7 +14,7 @@ import sys
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from functools import partial
 from itertools import repeat
@@ -32,6 +32,7 @@ from commitbus._interfaces import (
     UnappliedEventsWarning,
     iterate,
 )
+from commitbus._unit_of_work import unit_of_work
 
 if TYPE_CHECKING:
     from typing import Self
@@ -1426,7 +1427,7 @@ class SharedSideEffectsEventBus(AbstractEventBus[SideEffectCall]):
     One connection for all the mails of a commit, opened when the first is sent and closed after the
     last:
 
-    >>> from contextlib import contextmanager
+    >>> from contextlib import AbstractContextManager, contextmanager
     >>> from commitbus import SharedSideEffectContext, SharedSideEffectsEventBus, SideEffectCall
     >>> @contextmanager
     ... def connection():
@@ -1536,14 +1537,13 @@ class SharedSideEffectsEventBus(AbstractEventBus[SideEffectCall]):
         return result
 
 
-@contextmanager
 def use_orchestrator_or_create_multi_event_bus(
     event_bus_orchestrator: EventBusOrchestrator | None,
     commit: bool,
     *,
     commit_transaction: Callable[[], object] | None = None,
     robust: bool = False,
-) -> Generator[tuple[EventBusOrchestrator, Callable[[], list[Any]]]]:
+) -> AbstractContextManager[tuple[EventBusOrchestrator, Callable[[], list[Any]]], bool | None]:
     """Run in the caller's unit of work or, without one, in a new one.
 
     Parameters
@@ -1558,12 +1558,12 @@ def use_orchestrator_or_create_multi_event_bus(
     robust : bool, default False
         Try every event once, whatever the others raise.
 
-    Yields
-    ------
-    event_bus : EventBusOrchestrator
-        To wrap buses with.
-    commit_and_execute_side_effects : callable
-        Commits, applies, and returns the events that were applied. With an orchestrator it does
+    Returns
+    -------
+    context manager of (EventBusOrchestrator, callable)
+        It yields what to wrap buses with and, in the name of this library,
+        ``commit_and_execute_side_effects``. That
+        commits, applies, and returns the events that were applied. With an orchestrator it does
         nothing and returns an empty list. It raises what `commit_transaction` raises, and then
         nothing was applied and everything stays; else what `MultiEventBus.apply` raises.
 
@@ -1604,21 +1604,7 @@ def use_orchestrator_or_create_multi_event_bus(
     mail sent
     1 applied by the caller
     """
-    if event_bus_orchestrator is not None:
-        if not isinstance(event_bus_orchestrator, EventBusOrchestrator):
-            raise _messages.not_an_orchestrator(event_bus_orchestrator)
-        yield event_bus_orchestrator, list
-        return
-    buses = MultiEventBus()
-
-    def commit_and_execute_side_effects() -> list[Any]:
-        if commit_transaction is not None and commit:
-            _messages.refuse_coroutine(commit_transaction, commit_transaction())
-        return buses.apply_and_get_applied_events(commit, robust=robust)
-
-    yield buses, commit_and_execute_side_effects
-    # An exception never gets here: it passes through the yield.
-    _messages.warn_unapplied(buses, stacklevel=3)
+    return unit_of_work(MultiEventBus, event_bus_orchestrator, commit, commit_transaction, robust)
 
 
 _messages.see_through(SideEffectCall, SideEffectCall.function.__get__)
