@@ -16,7 +16,6 @@ from cpython.tuple cimport PyTuple_New, PyTuple_SET_ITEM
 from cpython.weakref cimport PyWeakref_NewRef
 from libc.string cimport memcpy
 
-import copy
 from abc import abstractmethod
 from contextvars import ContextVar
 from types import MappingProxyType
@@ -436,7 +435,7 @@ cdef class _EventStore:
 
     def __deepcopy__(self, memo):
         """Make a copy with copies of the events."""
-        return _state.deep(self, memo, copy.deepcopy)
+        return _state.deep(self, memo)
 
     def __reduce__(self):
         """Take the bus apart for `pickle`, with its pending events."""
@@ -686,7 +685,7 @@ cdef class _DelayedStore:
 
     def __deepcopy__(self, memo):
         """Make a copy that wraps a copy."""
-        return _state.deep(self, memo, copy.deepcopy)
+        return _state.deep(self, memo)
 
     def __reduce__(self):
         """Take the bus apart for `pickle`, with the wrapped bus and what was collected."""

@@ -8,7 +8,6 @@ once it was taken; what that apply did not finish, it puts back.
 
 from __future__ import annotations
 
-import copy
 import os
 import sys
 import weakref
@@ -363,7 +362,7 @@ class AbstractEventBus(EventBus[T], Generic[T]):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Make a copy with copies of the events."""
-        return cast("Self", _state.deep(self, memo, copy.deepcopy))
+        return cast("Self", _state.deep(self, memo))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Take the bus apart for `pickle`, with its pending events."""
@@ -904,7 +903,7 @@ class DelayedEventBus(EventBus[T], Generic[T]):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Make a copy that wraps a copy."""
-        return cast("Self", _state.deep(self, memo, copy.deepcopy))
+        return cast("Self", _state.deep(self, memo))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Take the bus apart for `pickle`, with the wrapped bus and what was collected."""

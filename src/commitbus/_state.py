@@ -102,8 +102,10 @@ def shallow(instance: Any) -> Any:
     return made
 
 
-def deep(instance: Any, memo: dict[int, Any], deepcopy: Any) -> Any:
+def deep(instance: Any, memo: dict[int, Any]) -> Any:
     """Make a copy that shares nothing."""
+    from copy import deepcopy  # a millisecond, which an import of commitbus need not take
+
     cls = cast("Any", type(instance))
     made = memo[id(instance)] = new(cls)
     set_state(made, deepcopy((instance._commitbus_get(), get_own(instance)), memo))
