@@ -132,3 +132,23 @@ def debug(session: nox.Session) -> None:
     """Run the suite on a debug build of Python, which checks every reference and its own invariants."""
     install(session, "test")
     session.run("python", "-m", "pytest", "-m", "not build", *session.posargs)
+
+
+@nox.session
+def coverage(session: nox.Session) -> None:
+    """Measure lines and branches of the pure twin, and lines of the compiled one, in a copy of the tree."""
+    copy = Path(session.create_tmp()) / "tree"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(".", copy, ignore=shutil.ignore_patterns(".*", "build", "dist", "*.so", "*.c"))
+    session.install(*group("test"), "coverage>=7.10")
+    with session.chdir(copy):
+        # The plugin needs the .c beside the .pyx, and line tracing, which makes the extension slow.
+        flags = "-DCYTHON_TRACE=1 -DCYTHON_USE_SYS_MONITORING=0"
+        session.run("cython", "-X", "linetrace=True", "--module-name", "commitbus._compiled", "ext/_compiled.pyx")
+        extension = "Extension('commitbus._compiled', ['ext/_compiled.c'])"
+        build = f"from setuptools import Extension, setup; setup(ext_modules=[{extension}])"
+        session.run("python", "-c", build, "build_ext", "--build-lib", "src", "-q", env={"CFLAGS": flags})
+        env = {"PYTHONPATH": "src", "COVERAGE_CORE": "ctrace"}
+        tests = ["-q", "-m", "not build", "--deselect", "tests/test_imports.py", "--deselect", "tests/test_memory.py"]
+        session.run("python", "-m", "coverage", "run", "-m", "pytest", *tests, env=env)
+        session.run("python", "-m", "coverage", "report", "--show-missing")

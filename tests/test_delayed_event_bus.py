@@ -219,6 +219,15 @@ def test_rule_13_hooks_on_the_side_effects_bus_are_honoured(delayed: Any, log: L
     assert log.calls == []
 
 
+def test_rule_13_a_hook_of_the_side_effects_bus_that_returns_a_coroutine(delayed: Any) -> None:
+    delayed.publish(1)
+    delayed.apply(True)
+    hook = mock.patch.object(delayed.side_effects_bus, "_apply_event", mock.AsyncMock())
+    with hook, pytest.raises(TypeError, match="coroutine"):
+        delayed.apply_without_delay(True)
+    assert delayed.collected_events() == (1,)
+
+
 def test_rule_13_discarding_leaves_what_was_collected(delayed: Any) -> None:
     delayed.publish(1)
     delayed.apply(True)

@@ -47,6 +47,22 @@ def test_rule_15_anything_else_is_refused(twin: Any, multi: Any, make: Any) -> N
     assert multi.pending_events() == ()
 
 
+def test_rule_15_publish_all_registers(twin: Any, multi: Any, make: Any) -> None:
+    buses = [twin.DelayedEventBus(make()) for _ in range(2)]
+    multi.publish_all(buses)
+    multi.publish_all(iter(buses[:1]))
+    assert multi.pending_events() == (*buses, buses[0])
+    assert multi.apply(True) == [*buses, buses[0]]
+    assert multi.discard_pending_events() == []
+
+
+def test_rule_16_a_hook_that_returns_a_coroutine(twin: Any, multi: Any, make: Any) -> None:
+    bus = multi.wrap(make())
+    with mock.patch.object(multi, "_apply_event", mock.AsyncMock()), pytest.raises(TypeError, match="coroutine"):
+        multi.apply(True)
+    assert multi.pending_events() == (bus,)
+
+
 def test_rule_16_apply_in_the_order_of_registration(multi: Any, make: Any, log: Log) -> None:
     first, second = multi.wrap(make()), multi.wrap(make())
     second.publish("c")

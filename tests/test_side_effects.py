@@ -85,6 +85,16 @@ def test_rule_20_comparing_and_hashing(twin: Any) -> None:
             hash(unhashable)
 
 
+def test_rule_20_made_in_another_way(twin: Any) -> None:
+    cls = twin.SideEffectCall
+    for call in (cls.__new__(cls, record, 1, x=2), cls(*(record, 1), x=2), partial(cls, record)(1, x=2)):
+        assert call == cls(record, 1, x=2)
+        assert call(commit=0) == ((1,), {"x": 2, "commit": 0})
+    assert cls.__new__(cls, record)(commit=0) == ((), {"commit": 0})
+    with pytest.raises(TypeError, match="no keyword commit"):
+        cls(*(record,), commit=2)
+
+
 def test_rule_20_repr(twin: Any) -> None:
     class Odd:
         def __call__(self, *, commit: bool) -> None: ...
@@ -352,6 +362,26 @@ def test_rule_21_only_a_context_manager_swallows(twin: Any, shared: Any, robust:
     # What failed is pending still: swallowing an error does not carry the side effect out.
     assert applied == ([calls[0], calls[2]] if robust else [calls[0]])
     assert left == ((calls[1],) if robust else (calls[1], calls[2]))
+
+
+@pytest.mark.parametrize("swallow", [False, True])
+def test_rule_21_a_collected_callable_is_an_apply_of_its_own(twin: Any, shared: Any, swallow: bool) -> None:
+    log: list[Any] = []
+
+    def effect(*, commit: bool) -> None:
+        twin.SharedSideEffectContext.current().enter_context(Manager("one", log, swallow=swallow))
+        raise Boom
+
+    shared.publish(twin.SideEffectCall(effect))
+    ((_, function),) = shared.collect(True)
+    if swallow:
+        assert function(commit=True) is None
+    else:
+        with pytest.raises(Boom):
+            function(commit=True)
+    assert log == ["enter one", ("exit one", Boom)]
+    with pytest.raises(LookupError):
+        twin.SharedSideEffectContext.current()
 
 
 def test_rule_21_leaving_fails_after_the_side_effects(twin: Any, shared: Any) -> None:

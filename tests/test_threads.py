@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
+import sysconfig
 import threading
 from collections import Counter
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from conftest import TWINS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -47,7 +51,8 @@ def check(applied: list[tuple[int, int]], producers: int, count: int) -> None:
     assert Counter(applied) == Counter((producer, i) for producer in range(producers) for i in range(count))
 
 
-COUNT = 4000
+# Events of each producer; COMMITBUS_TEST_EVENTS=500000 makes it a run of millions.
+COUNT = int(os.environ.get("COMMITBUS_TEST_EVENTS", "4000"))
 
 
 class Boom(Exception):
@@ -167,3 +172,13 @@ def test_rule_8_multi(twin: Any) -> None:
     multi.apply(True)
     check(applied, 2, COUNT)
     assert multi.apply_and_get_applied_events(True) == []
+
+
+@pytest.mark.skipif(
+    not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="this Python has a GIL; the workflow runs this on 3.14t"
+)
+def test_importing_leaves_the_gil_off() -> None:
+    code = "import sys, commitbus; assert not sys._is_gil_enabled(); print(commitbus.implementation)"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{TWINS[-1]}\n"

@@ -643,7 +643,9 @@ class _SideEffectsBus(AbstractEventBus[Pair[T]], Generic[T]):
             _messages.refuse_coroutine(event[1], result)
 
     def _commitbus_apply_item(self, item: Any, commit: bool) -> None:
-        self._apply_event(self._commitbus_pair(item), commit)
+        hook: Handler = self._apply_event
+        if (result := hook(self._commitbus_pair(item), commit)) is not None:
+            _messages.refuse_coroutine(hook, result)
 
     def _commitbus_pair(self, item: Any) -> Pair[T]:
         if type(item) is _Explicit:
