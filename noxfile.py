@@ -152,3 +152,36 @@ def coverage(session: nox.Session) -> None:
         tests = ["-q", "-m", "not build", "--deselect", "tests/test_imports.py", "--deselect", "tests/test_memory.py"]
         session.run("python", "-m", "coverage", "run", "-m", "pytest", *tests, env=env)
         session.run("python", "-m", "coverage", "report", "--show-missing")
+
+
+@nox.session
+def mutate(session: nox.Session) -> None:
+    """Change the pure twin in a copy, mutant by mutant, and see which ones the tests let live (half an hour)."""
+    copy = Path(session.create_tmp()).absolute()
+    install(session, "test")
+    session.install("cosmic-ray>=8")
+    shutil.rmtree(copy / "commitbus", ignore_errors=True)
+    where = "import commitbus, pathlib; print(pathlib.Path(commitbus.__file__).parent)"
+    package = str(session.run("python", "-c", where, silent=True)).strip()
+    shutil.copytree(package, copy / "commitbus")
+    here = Path.cwd()
+    left_out = {"test_build", "test_docs", "test_drop_in", "test_example", "test_histories", "test_imports"}
+    left_out |= {"test_interrupts", "test_main", "test_memory", "test_threads", "test_twins"}
+    tests = " ".join(str(path) for path in sorted(here.glob("tests/test_*.py")) if path.stem not in left_out)
+    (copy / "mutate.toml").write_text(
+        "[cosmic-ray]\n"
+        'module-path = "commitbus/_pure.py"\n'
+        "timeout = 30.0\n"
+        "excluded-modules = []\n"
+        f'test-command = "env PYTHONPATH={copy} python -m pytest -x -q -k pure -p no:cacheprovider '
+        f'--rootdir {here} -c {here / "pyproject.toml"} {tests}"\n'
+        '[cosmic-ray.distributor]\nname = "local"\n'
+        "[cosmic-ray.filters.operators-filter]\n"
+        'exclude-operators = ["core/ReplaceBinaryOperator_BitOr_.*"]\n'
+    )
+    with session.chdir(copy):
+        session.run("cosmic-ray", "init", "--force", "mutate.toml", "mutants.sqlite")
+        # In annotations, which are never evaluated, each | makes eleven mutants that change nothing.
+        session.run("cr-filter-operators", "mutants.sqlite", "mutate.toml")
+        session.run("cosmic-ray", "exec", "mutate.toml", "mutants.sqlite")
+        session.run("cr-report", "--surviving-only", "mutants.sqlite")

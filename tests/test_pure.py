@@ -82,6 +82,8 @@ class Interrupt(KeyboardInterrupt):
 def test_an_interrupt_at_every_line(through: str) -> None:
     """A trace function raises at the n-th line that the twin executes, for every n."""
 
+    stopped: list[str] = []
+
     def run(number: int) -> bool:
         log: list[int] = []
 
@@ -120,6 +122,8 @@ def test_an_interrupt_at_every_line(through: str) -> None:
                 bus.apply(True, robust=through == "robust")
         except Interrupt as error:
             where = str(error)
+            between = [note for note in getattr(error, "__notes__", ()) if "stopped after event" in note]
+            stopped.extend(between)
         else:
             return False
         finally:
@@ -133,6 +137,9 @@ def test_an_interrupt_at_every_line(through: str) -> None:
     while run(number):
         number += 1
     assert number > 10
+    # Stopped between two events, or before the first, but never after the last: then none is left.
+    assert any("stopped after event 0 of 3 in" in note for note in stopped)
+    assert not any("stopped after event 3 of 3" in note for note in stopped)
 
 
 def test_none_is_an_event_like_any_other(twin: Any) -> None:

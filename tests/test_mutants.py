@@ -1,0 +1,113 @@
+"""What no other test noticed when a mutant of the pure twin changed it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from conftest import Log, notes
+
+
+class Boom(Exception):
+    pass
+
+
+def test_several_events_published_meanwhile_come_last(make: Any, log: Log) -> None:
+    bus = make()
+    bus.publish_all([1, 2])
+    log.on(1, lambda: bus.publish_all(["a", "b", "c"]))
+    log.on(2, Boom())
+    with pytest.raises(Boom):
+        bus.apply(True)
+    assert bus.pending_events() == (2, "a", "b", "c")
+
+
+def test_calls_of_the_same_bound_method_are_equal(twin: Any) -> None:
+    class Mailer:
+        def send(self, *, commit: bool) -> None: ...
+
+    mailer = Mailer()
+    call = twin.SideEffectCall(mailer.send)
+    assert call == twin.SideEffectCall(mailer.send)
+    assert hash(call) == hash(twin.SideEffectCall(mailer.send))
+    assert call != twin.SideEffectCall(Mailer().send)
+
+
+def test_events_are_gathered_through_an_overridden_apply(twin: Any, make: Any) -> None:
+    class Bus(twin.MultiEventBus):
+        def apply(self, commit: bool, *, robust: bool = False) -> Any:
+            return super().apply(commit, robust=robust)
+
+    multi = Bus()
+    multi.wrap(make()).publish_all([1, 2])
+    assert multi.apply_and_get_applied_events(True) == [1, 2]
+    multi.wrap(make()).publish_all([3])
+    assert multi.apply_and_get_applied_events(True, robust=True) == [3]
+    multi.wrap(make()).publish(4)
+    assert len(multi.apply(True)) == 1
+
+
+def test_an_overridden_publish_is_honoured_after_an_apply_too(twin: Any) -> None:
+    class Doubling(twin.AbstractEventBus):
+        def publish(self, event: Any) -> None:
+            super().publish(event * 2)
+
+        def _apply_event(self, event: object, commit: object) -> None: ...
+
+    multi = twin.MultiEventBus()
+    delayed = multi.wrap(Doubling())
+    for _ in range(2):
+        delayed.publish(1)
+        delayed.publish(2)
+        delayed.publish(3)
+        assert multi.apply_and_get_applied_events(True) == [2, 4, 6]
+
+
+def test_a_unit_of_work_is_not_robust_by_default(twin: Any, make: Any, log: Log) -> None:
+    log.on(1, Boom())
+    with (
+        pytest.raises(Boom),
+        twin.use_orchestrator_or_create_multi_event_bus(None, True) as (bus, execute),
+    ):
+        bus.wrap(make()).publish_all([1, 2])
+        execute()
+    assert log.events == []
+
+
+def test_a_robust_note_names_its_own_event(make: Any, log: Log) -> None:
+    bus = make()
+    bus.publish_all(["first", 2, 3.0])
+    for event in ("first", 2, 3.0):
+        log.on(event, Boom())
+    with pytest.raises(ExceptionGroup) as caught:
+        bus.apply(True, robust=True)
+    texts = [notes(error)[0] for error in caught.value.exceptions]
+    assert ["event 1 of 3, str," in texts[0], "event 2 of 3, int," in texts[1], "event 3 of 3, float," in texts[2]] == [
+        True
+    ] * 3
+
+
+def test_the_note_of_a_side_effects_bus_names_the_wrapped_bus(twin: Any, make: Any, log: Log) -> None:
+    delayed = twin.DelayedEventBus(make())
+    delayed.publish(1)
+    delayed.apply(True)
+    log.on(1, Boom())
+    with pytest.raises(Boom) as caught:
+        delayed.side_effects_bus.apply(True)
+    (note,) = notes(caught.value)
+    assert "failed in commitbus.delayed_event_bus._SideEffectsBus of " in note
+    assert "LogBus; it stays pending" in note
+
+
+def test_the_note_counts_what_could_not_be_collected(twin: Any) -> None:
+    class Picky(twin.AbstractEventBus):
+        def _apply_event(self, event: object, commit: object) -> None: ...
+
+        def _collect_event(self, event: object, commit: object) -> Any:
+            return print if event != 4 else None
+
+    bus = Picky()
+    bus.publish_all([1, 2, 3, 4, 5])
+    with pytest.raises(TypeError) as caught:
+        bus.collect(True)
+    assert "event 4 of 5, int," in notes(caught.value)[0]
