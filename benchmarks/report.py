@@ -153,9 +153,11 @@ def plot_callbacks(results: Results, python: str, path: Path) -> None:
         style: dict[str, Any] = {"linewidth": 3, "zorder": 3} if ours else {"linewidth": 1.4}
         axes.plot(sizes, values, marker="o", label=who, **style)
     axes.set(xscale="log", yscale="log", xlabel="N callbacks", ylabel="ns per callback")
-    axes.set_title(f"Register N callbacks with arguments, run them at the end (Python {python})")
+    figure.suptitle(f"Register N callbacks with arguments, run them at the end (Python {python})")
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.yaxis.set_minor_formatter("")
     axes.grid(visible=True, which="major", alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize="small", frameon=False)
+    figure.legend(loc="outside right center", fontsize="small", frameon=False)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
 

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 from conftest import Log, notes
 
+from commitbus import _messages
+
 
 class Boom(Exception):
     pass
@@ -111,3 +113,91 @@ def test_the_note_counts_what_could_not_be_collected(twin: Any) -> None:
     with pytest.raises(TypeError) as caught:
         bus.collect(True)
     assert "event 4 of 5, int," in notes(caught.value)[0]
+
+
+def test_handlers_may_return_what_they_like(twin: Any) -> None:
+    class Bus(twin.AbstractEventBus):
+        def _apply_event(self, event: Any, commit: Any) -> Any:
+            return event
+
+    bus = Bus()
+    for robust in (False, True):
+        bus.publish_all([1, 2, 3])
+        assert bus.apply(True, robust=robust) == [1, 2, 3]
+    bus.publish_all([1, 2, 3])
+    delayed = twin.DelayedEventBus(bus)
+    delayed.apply(True)
+    delayed.side_effects_bus._apply_event = lambda pair, commit: pair
+    assert delayed.apply_without_delay(True) == [1, 2, 3]
+    bus.publish(1)
+    ((_, function),) = bus.collect(True)
+    function(commit=True)
+
+
+@pytest.mark.parametrize("robust", [False, True])
+def test_a_group_that_a_handler_raises_is_its_own(twin: Any, robust: bool) -> None:
+    own = ExceptionGroup("mine", [Boom("a"), Boom("b")])
+
+    class Bus(twin.AbstractEventBus):
+        def _apply_event(self, event: Any, commit: Any) -> None:
+            raise own
+
+    multi = twin.MultiEventBus()
+    multi.wrap(Bus()).publish(1)
+    with pytest.raises(ExceptionGroup) as caught:
+        multi.apply(True, robust=robust)
+    assert own is (caught.value.exceptions[0] if robust else caught.value)
+
+
+def test_an_overridden_apply_without_delay_whose_events_nobody_wants(twin: Any, make: Any) -> None:
+    class Bus(twin.DelayedEventBus):
+        def apply_without_delay(self, commit: bool, *, robust: bool = False) -> Any:
+            return super().apply_without_delay(commit, robust=robust)
+
+    multi = twin.MultiEventBus()
+    for robust in (False, True):
+        bus = Bus(make())
+        multi.publish(bus)
+        bus.publish(1)
+        assert multi.apply(True, robust=robust) == [bus]
+
+
+def test_an_error_that_was_raised_while_another_was_handled_keeps_that(make: Any, log: Log) -> None:
+    bus = make()
+    bus.publish_all([1, 2])
+    log.on(1, Boom())
+
+    def act() -> None:
+        try:
+            raise Boom("first")
+        except Boom:
+            raise KeyboardInterrupt  # noqa: B904
+
+    log.on(2, act)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        bus.apply(True, robust=True)
+    assert str(caught.value.__context__) == "first"
+    assert bus.pending_events() == (1, 2)
+
+
+def test_a_pair_may_return_what_it_likes(twin: Any) -> None:
+    delayed = twin.DelayedEventBus(twin.BasicEventBus())
+    delayed.side_effects_bus.publish(("x", lambda *, commit: 3))
+    assert delayed.apply_without_delay(True) == ["x"]
+
+
+def test_a_bus_that_is_registered_twice_is_counted_once(twin: Any, make: Any) -> None:
+    with (
+        pytest.warns(twin.UnappliedEventsWarning, match="^2 events were"),
+        twin.use_orchestrator_or_create_multi_event_bus(None, True) as (bus, _),
+    ):
+        delayed = bus.wrap(make())
+        bus.publish(delayed)
+        delayed.publish(1)
+        delayed.apply(True)
+        delayed.publish(2)
+
+
+def test_naming_an_event_cannot_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_messages, "_name", None)
+    assert _messages.describe("secret") == "str"

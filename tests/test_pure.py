@@ -158,3 +158,32 @@ def test_none_is_an_event_like_any_other(twin: Any) -> None:
         assert bus.pending_events() == (None, None)
     bus.fail = False
     assert bus.apply(True, robust=True) == [None, None]
+
+
+def test_an_interrupt_while_a_delayed_bus_collects(monkeypatch: pytest.MonkeyPatch) -> None:
+    delayed = PURE.DelayedEventBus(PURE.BasicEventBus())
+    delayed.publish_all([print, repr])
+    take = PURE._take
+
+    def take_and_interrupt(pending: list[Any], batch: list[Any]) -> None:
+        take(pending, batch)
+        raise Interrupt
+
+    monkeypatch.setattr(PURE, "_take", take_and_interrupt)
+    with pytest.raises(Interrupt):
+        delayed.apply(True)
+    assert delayed.pending_events() == (print, repr)
+    assert delayed.collected_events() == ()
+    with pytest.raises(Interrupt):
+        delayed.actual_event_bus.collect(True)
+    assert delayed.pending_events() == (print, repr)
+    with pytest.raises(Interrupt) as caught:
+        delayed.actual_event_bus.apply(True, robust=True)
+    assert delayed.pending_events() == (print, repr)
+    assert "stopped after event 0 of 2" in caught.value.__notes__[0]
+
+
+def test_the_lock_is_renewed() -> None:
+    before = PURE._lock
+    PURE._renew_lock()
+    assert PURE._lock is not before
