@@ -26,7 +26,8 @@ def group(name: str) -> list[str]:
 
 def install(session: nox.Session, *groups: str, env: dict[str, str] = COMPILED) -> None:
     """Install the package as its users get it, not from the tree, and what the session needs."""
-    session.install(*(requirement for name in groups for requirement in group(name)))
+    if requirements := [requirement for name in groups for requirement in group(name)]:
+        session.install(*requirements)
     # A shared object that an older build left would be packed without a word.
     shutil.rmtree("build", ignore_errors=True)
     session.install("--force-reinstall", "--no-deps", "--no-cache-dir", ".", env=env)
