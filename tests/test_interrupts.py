@@ -64,7 +64,7 @@ def test_rule_4_interrupts(twin: Any, kind: str, through: str) -> None:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-    assert interrupts > (3 if kind == "Python" else 0)  # C code that calls C code is not interrupted at all
+    assert interrupts > 0  # C code that calls C code is not interrupted at all
     assert len(log) >= count, f"{count - len(log)} events were lost in {interrupts} interrupts"
     # A handler that has done its work, but is stopped before it returns, has raised: its event is
     # pending. Only C code that calls C code leaves no such moment.

@@ -248,7 +248,9 @@ class AbstractEventBus(EventBus[T], Generic[T]):
             for event in events:
                 if (event := function(bus, event, commit)) is not None:
                     _messages.refuse_coroutine(handler, event)
-                    event = None
+                # Not only there: on 3.14 and 3.15, a loop that ends with an `if` jumps back by an
+                # instruction that no `except` covers, and an interrupt there would lose the batch.
+                event = None
         except BaseException as error:
             done = _stopped(error, self, batch, events, event, [], [])
             _put_back(pending, batch[done:])
@@ -446,7 +448,7 @@ class AbstractEventBus(EventBus[T], Generic[T]):
                 for event in events:
                     if (event := handler(event, commit)) is not None:
                         _messages.refuse_coroutine(handler, event)
-                        event = None
+                    event = None  # also for an interrupt: see `apply`
         except BaseException as error:
             done = _stopped(error, bus, batch, events, event, failed, errors)
             (keep or partial(_put_back, pending))([batch[i] for i in failed] + batch[done:])
