@@ -309,10 +309,12 @@ cdef class _EventStore:
             result = PyObject_VectorcallMethod(
                 <PyObject*>APPLY_EVENT, stack + 1, 3 | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL
             )
+            if result is NULL:
+                return -1  # before anything is looked up: an exception is set
             if result == <PyObject*>None:
                 Py_DECREF(None)
             else:
-                finish(self._apply_event, result)
+                check(self._apply_event, result)
             done[0] += 1
         return 0
 
