@@ -184,12 +184,37 @@ def plot_ratios(results: Results, python: str, path: Path) -> None:
     plt.close(figure)
 
 
+def plot_growth(results: Results, python: str, path: Path) -> None:
+    """Draw time per event against the number of events: flat, where the cost is linear."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for name in FIGURES:
+        sizes = sorted(results[name])
+        if len(sizes) == 1:
+            continue
+        (line,) = axes.plot(sizes, [results[name][size]["compiled"] for size in sizes], marker="o", label=name)
+        axes.plot(sizes, [results[name][size]["pure"] for size in sizes], linestyle=":", color=line.get_color())
+    axes.set(xscale="log", yscale="log", xlabel="events", ylabel="ns per event")
+    figure.suptitle(f"One event among many: compiled, and dotted the pure twin (Python {python})")
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.yaxis.set_minor_formatter("")
+    axes.grid(visible=True, which="major", alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small", frameon=False)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
 def write(run: Path, name: str, command: str, into: Path) -> None:
     """Write the page and the plots."""
     results, python = read(run)
     into.mkdir(parents=True, exist_ok=True)
     plot_callbacks(results, python, into / f"callbacks-{name}.svg")
     plot_ratios(results, python, into / f"ratios-{name}.svg")
+    plot_growth(results, python, into / f"growth-{name}.svg")
     page = [
         f"# Benchmarks on Python {python}",
         "",
@@ -209,6 +234,8 @@ def write(run: Path, name: str, command: str, into: Path) -> None:
         "## Every operation",
         "",
         *operations(results),
+        "",
+        f"![Time per event against the number of events](growth-{name}.svg)",
         "",
         "## Callbacks: commitbus and its peers",
         "",

@@ -16,8 +16,9 @@ from benchmarks.candidates import CANDIDATES, Candidate
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-SIZES = ["1", "10", "1000", "100000"]
-EVENTS = [object() for _ in range(100_000)]
+SIZES = ["1", "10", "1000", "100000", "1000000"]
+EVENTS = [object() for _ in range(1_000_000)]
+ROUNDS = {100_000: 7, 1_000_000: 2}  # else 60
 
 
 def run(benchmark: Any, group: str, who: str, size: int, make: Callable[[], Any], use: Callable[[Any], object]) -> None:
@@ -33,7 +34,7 @@ def run(benchmark: Any, group: str, who: str, size: int, make: Callable[[], Any]
         for one in made:
             use(one)
 
-    benchmark.pedantic(target, setup=setup, rounds=60 if size < 100_000 else 7, warmup_rounds=1)
+    benchmark.pedantic(target, setup=setup, rounds=ROUNDS.get(size, 60), warmup_rounds=1)
 
 
 def each(function: Any, events: Any) -> None:
