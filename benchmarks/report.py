@@ -59,7 +59,9 @@ def number(value: float | None) -> str:
 
 
 def times(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f} x"
+    if value is None:
+        return ""
+    return f"{value:.2f}x" if value < 100 else f"{value:.0f}x"
 
 
 def ratio(row: dict[str, float], who: str) -> float | None:
@@ -154,6 +156,7 @@ def plot_callbacks(results: Results, python: str, path: Path) -> None:
         axes.plot(sizes, values, marker="o", label=who, **style)
     axes.set(xscale="log", yscale="log", xlabel="N callbacks", ylabel="ns per callback")
     figure.suptitle(f"Register N callbacks with arguments, run them at the end (Python {python})")
+    axes.yaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.yaxis.set_minor_formatter("")
     axes.grid(visible=True, which="major", alpha=0.3)
@@ -227,7 +230,7 @@ def write(run: Path, name: str, command: str, into: Path) -> None:
         "## The figures to reach",
         "",
         "How many times as fast as the reference each twin is. For its safety, the pure twin may pay a fifth: "
-        "0.83 x counts as 1 x.",
+        "0.83x counts as 1x.",
         "",
         *figures(results, python),
         "",
