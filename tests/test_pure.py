@@ -79,9 +79,13 @@ class Interrupt(KeyboardInterrupt):
 
 
 @pytest.mark.parametrize("through", ["apply", "robust", "delayed", "multi"])
-def test_an_interrupt_at_every_line(through: str) -> None:
+@pytest.mark.parametrize("atomic", [True, False])
+def test_an_interrupt_at_every_line(through: str, atomic: bool, request: pytest.FixtureRequest) -> None:
     """A trace function raises at the n-th line that the twin executes, for every n."""
-
+    if not atomic:
+        request.getfixturevalue("locked")
+    elif not PURE._ATOMIC:
+        pytest.skip("this Python can be interrupted in more places")
     stopped: list[str] = []
 
     def run(number: int) -> bool:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from functools import partial
-from itertools import repeat
+from itertools import chain, repeat
 from threading import RLock
 from types import MappingProxyType, MethodType
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar, cast, final
@@ -93,8 +93,9 @@ def _take(pending: list[Any], batch: list[Any]) -> None:
         pending.clear()
     else:
         with _lock:
-            batch += pending
-            del pending[: len(batch)]  # threads may have appended more meanwhile
+            head = slice(len(pending))  # threads may append more meanwhile
+            # One call, in which no bytecode runs: an interrupt between the two would double the events.
+            list(chain(map(batch.extend, (pending[head],)), map(pending.__delitem__, (head,))))
 
 
 def _put_back(pending: list[Any], events: list[Any]) -> None:
@@ -1306,7 +1307,7 @@ class SideEffectCall(_MutableCall):
     ----------
     function : callable
         What to call. A reference is kept, as to all arguments.
-    *args, **kwargs
+    *args, **kwargs : object
         What to call it with. ``commit`` is not among them: `apply` hands it over.
 
     Raises
