@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from typing import Any
 
 import pytest
 
 # The one switch: a missing extension is an error, unless somebody says that it is meant to be missing.
 PURE_ONLY = os.environ.get("COMMITBUS_TEST_PURE_ONLY", "") not in {"", "0"}
+CPYTHON = sys.implementation.name == "cpython"
 TWINS = ["pure"] if PURE_ONLY else ["pure", "compiled"]
 
 

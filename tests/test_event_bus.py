@@ -9,7 +9,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from conftest import Log, notes
+from conftest import CPYTHON, Log, notes
 
 
 class Boom(Exception):
@@ -479,6 +479,7 @@ def test_rule_7_arguments_that_nobody_takes(twin: Any) -> None:
                 cls(*args, **kwargs)
 
 
+@pytest.mark.skipif(not CPYTHON, reason="counts references")
 def test_rule_8b_no_reference_is_kept(twin: Any) -> None:
     class Event:
         def __call__(self, *, commit: bool) -> None:

@@ -23,7 +23,8 @@ def test_it_says_what_runs_and_measures_it() -> None:
     done = run("--seconds", "0.1")
     assert done.returncode == 0, done.stderr
     first, _, header, request, batch = done.stdout.splitlines()
-    assert first.startswith(f"commitbus {commitbus.__version__} on CPython {platform.python_version()}: the ")
+    python = f"{platform.python_implementation()} {platform.python_version()}"
+    assert first.startswith(f"commitbus {commitbus.__version__} on {python}: the ")
     assert header.split()[:5] == ["time", "per", "event,", "in", "ns"]
     assert header.split()[5:] == [*TWINS, "ratio"]
     assert request.startswith("a request: 3 buses of 2 events")
