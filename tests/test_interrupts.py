@@ -10,22 +10,25 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from conftest import CPYTHON
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs setitimer")
+pytestmark = [
+    pytest.mark.skipif(sys.platform == "win32", reason="needs setitimer"),
+    pytest.mark.skipif(not CPYTHON, reason="PyPy handles signals between any two bytecodes: see docs/guarantees.md"),
+]
 
 
 @pytest.fixture(autouse=True)
 def no_gc_callbacks() -> Iterator[None]:
     # An interrupt that arrives in one (hypothesis installs one for the whole process) is written to
     # sys.stderr as unraisable, and never reaches the bus.
-    callbacks: list[Any] = getattr(gc, "callbacks", [])  # PyPy has none
-    kept = callbacks[:]
-    callbacks.clear()
+    callbacks = gc.callbacks[:]
+    gc.callbacks.clear()
     yield
-    callbacks[:] = kept
+    gc.callbacks[:] = callbacks
 
 
 @pytest.mark.parametrize("through", ["apply", "robust", "delayed", "multi"])
