@@ -63,9 +63,10 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Check types, with both checkers, and the cases that must be errors."""
-    install(session, "types")
+    install(session, "types", "bench", "peers", "report")
     session.run("mypy")
     session.run("pyright")
+    session.run("pyright", "--verifytypes", "commitbus", "--ignoreexternal")
 
 
 @nox.session

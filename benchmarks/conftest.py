@@ -17,7 +17,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "turn" in metafunc.fixturenames:
-        turns = metafunc.config.getoption("--turns")
+        turns: Any = metafunc.config.getoption("--turns")
         metafunc.parametrize("turn", [f"turn{i + 1}" for i in range(turns)])
 
 

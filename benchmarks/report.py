@@ -146,6 +146,7 @@ def plot_callbacks(results: Results, python: str, path: Path) -> None:
 
     mpl.use("svg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     sizes = sorted(results[CALLBACKS])
@@ -156,7 +157,7 @@ def plot_callbacks(results: Results, python: str, path: Path) -> None:
         axes.plot(sizes, values, marker="o", label=who, **style)
     axes.set(xscale="log", yscale="log", xlabel="N callbacks", ylabel="ns per callback")
     figure.suptitle(f"Register N callbacks with arguments, run them at the end (Python {python})")
-    axes.yaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.yaxis.set_minor_formatter("")
     axes.grid(visible=True, which="major", alpha=0.3)

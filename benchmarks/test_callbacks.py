@@ -51,13 +51,15 @@ def make_django() -> Callable[[int], None]:
     from django.conf import settings
     from django.db import connection, transaction
 
+    atomic: Any = transaction.atomic
+
     if not settings.configured:
         settings.configure(DATABASES={"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"}})
         django.setup()
     connection.ensure_connection()
 
     def on_commit(count: int) -> None:
-        with transaction.atomic():
+        with atomic():
             for i in range(count):
                 transaction.on_commit(partial(callback, 1, i, three=3))
 

@@ -73,8 +73,11 @@ def test_docstrings_are_complete(name: str) -> None:
 
 # What a page needs beyond commitbus: not in every environment that runs the suite. `.ci/run` has it all.
 NEEDS = {"sqlalchemy.md": ["sqlalchemy"], "django.md": ["django"], "fastapi.md": ["fastapi", "httpx", "sqlalchemy"]}
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-PAGES = [page for page in PAGES if "```python\n" in page.read_text()]
+PAGES = [
+    page
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+    if "```python\n" in page.read_text(encoding="utf-8")
+]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
@@ -83,7 +86,7 @@ def test_pages(page: Path, name: str) -> None:
     """The Python of a page runs, top to bottom; what its comments after ``#>`` say is what it prints."""
     for module in NEEDS.get(page.name, []):
         pytest.importorskip(module)
-    code = "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
     switch = "1" if name == "pure" else ""
     # A process of its own: Django is configured once for a whole process.
     done = subprocess.run(

@@ -502,6 +502,7 @@ def test_rule_8b_no_reference_is_kept(twin: Any) -> None:
         bus.discard_pending_events()
 
     def fail_keeping_the_error() -> None:
+        caught = Boom()
         try:
             bus.apply(False)
         except Boom as error:

@@ -360,4 +360,4 @@ class Histories(RuleBasedStateMachine):
 
 
 TestHistories = Histories.TestCase
-TestHistories.settings = settings(PROFILE, suppress_health_check=list(HealthCheck))
+TestHistories.settings = settings(PROFILE, suppress_health_check=list[Any](HealthCheck))

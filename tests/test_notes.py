@@ -42,7 +42,7 @@ class Odd(metaclass=Meta):
         raise AssertionError("looked at")
 
     __repr__ = __str__ = __eq__ = __hash__ = __bool__ = __len__ = __getattr__ = _refuse
-    __class__ = property(_refuse)
+    __class__ = property(_refuse)  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
 class OddCallable:
@@ -82,7 +82,7 @@ CASES: dict[str, tuple[Any, str]] = {
     "callable": (Class(), f"{__name__}.Class"),
     "class": (Class, f"{__name__}.Class"),
     "partial": (partial(function, "secret"), f"{__name__}.function"),
-    "partials": (partial(partial(Class().method, "secret"), commit="secret"), f"{__name__}.Class.method"),
+    "partials": (partial(partial(Class().method, "secret"), commit=False), f"{__name__}.Class.method"),
     "partial of a method of a partial": (partial(MethodType(partial(function), "secret")), f"{__name__}.function"),
     "built-in": (len, "len"),
     "built-in method": (["secret"].append, "list.append"),

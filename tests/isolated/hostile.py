@@ -151,7 +151,7 @@ def raising_commit(bus: Any) -> None:
 def deep_nesting() -> None:
     """A thousand nested buses: a RecursionError or success, never a crash."""
     log: list[Any] = []
-    inner = outer = twin.MultiEventBus()
+    inner = outer = wrapping = twin.MultiEventBus()
     for _ in range(1000):
         wrapping = twin.MultiEventBus()
         wrapping.wrap(outer)
