@@ -5,6 +5,7 @@ Nothing here is fast, safe in threads or complete: it has what a history can sho
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -94,6 +95,10 @@ class DelayedBus:
         self.register()
 
     def publish_all(self, events: Any) -> None:
+        if type(self).publish is not DelayedBus.publish:
+            for event in events:
+                self.publish(event)
+            return
         try:
             self.bus.publish_all(events)
         finally:
@@ -112,7 +117,7 @@ class DelayedBus:
     def apply_without_delay(self, commit: Any, *, robust: bool = False, out: Any = None) -> list[Any]:
         def do(pair: Any) -> None:
             if isinstance(self.bus, MultiBus):
-                self.bus.turn(pair[0], commit, robust, out)
+                self.bus.handle(pair[0], commit, robust, out)
             else:
                 pair[1](commit=commit)
 
@@ -129,6 +134,25 @@ class DelayedBus:
 
     def collected_events(self) -> tuple[Any, ...]:
         return tuple(event for event, _ in self.collected)
+
+
+gathering: tuple[Any, list[Any]] | None = None  # for which multi bus applied events are gathered, and where
+
+
+def gathered(bus: Any) -> Any:
+    return gathering[1] if gathering is not None and gathering[0] is bus else None
+
+
+@contextmanager
+def gather(bus: Any, out: Any) -> Any:
+    global gathering
+    before = gathering
+    if out is not None:
+        gathering = (bus, out)
+    try:
+        yield
+    finally:
+        gathering = before
 
 
 class MultiBus(Bus):
@@ -148,12 +172,29 @@ class MultiBus(Bus):
         for wrapper in wrappers:
             wrapper.register()
 
+    def handle(self, delayed: DelayedBus, commit: Any, robust: bool, out: Any) -> None:
+        if type(self)._apply_event is MultiBus._apply_event:
+            self.turn(delayed, commit, robust, out)
+        else:
+            with gather(self, out):
+                self._apply_event(delayed, commit)
+
+    def _apply_event(self, event: DelayedBus, commit: Any) -> None:
+        self.turn(event, commit, False, gathered(self))
+
     def turn(self, delayed: DelayedBus, commit: Any, robust: bool, out: Any) -> None:
         delayed.owners = [*(owner for owner in delayed.owners if owner is not self), self]
         if isinstance(delayed.bus, MultiBus):
             inner = delayed.bus
             inner.wrappers = [other for other in inner.wrappers if other.owners and other is not delayed] + [delayed]
+        cls = type(delayed)
+        plain = cls.apply is DelayedBus.apply and cls.apply_without_delay is DelayedBus.apply_without_delay
         delayed.apply(commit)
+        if not plain:
+            events = delayed.apply_without_delay(commit, robust=robust)
+            if out is not None:
+                out += events
+            return
         try:
             events = delayed.apply_without_delay(commit, robust=robust, out=out)
         except ExceptionGroup as group:
@@ -168,16 +209,23 @@ class MultiBus(Bus):
         for delayed in self.pending:
             delayed.owners = [owner for owner in delayed.owners if owner is not self]
 
-    def apply(self, commit: Any, *, robust: bool = False, out: Any = None) -> list[Any]:
+    def apply(self, commit: Any, *, robust: bool = False) -> list[Any]:
+        return self.apply_buses(commit, robust, gathered(self))
+
+    def apply_buses(self, commit: Any, robust: bool, out: Any) -> list[Any]:
         def put_back(buses: list[Any]) -> None:
             self.put_back(buses)
             self.settle()
 
-        return run(self.take(), lambda delayed: self.turn(delayed, commit, robust, out), robust, put_back)
+        return run(self.take(), lambda delayed: self.handle(delayed, commit, robust, out), robust, put_back)
 
     def apply_and_get_applied_events(self, commit: Any, *, robust: bool = False) -> list[Any]:
         out: list[Any] = []
-        self.apply(commit, robust=robust, out=out)
+        if type(self).apply is MultiBus.apply:
+            self.apply_buses(commit, robust, out)
+        else:
+            with gather(self, out):
+                self.apply(commit, robust=robust)
         return out
 
 

@@ -9,7 +9,9 @@ import copy
 import os
 import pickle
 from collections import Counter
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import hypothesis.strategies as st
 import model
@@ -17,11 +19,15 @@ from conftest import TWINS, load
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from commitbus import _state
+
 settings.register_profile("ci", max_examples=2000, stateful_step_count=30, deadline=None, print_blob=True)
 settings.register_profile("hours", max_examples=1_000_000, stateful_step_count=60, deadline=None, print_blob=True)
 PROFILE = settings.get_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
-KINDS = ["plain", "publish", "publish_all", "collect", "_collect_event", "_apply_event"]
+KINDS = ["plain", "publish", "publish_all", "apply", "collect", "_collect_event", "_apply_event"]
+DELAYED_KINDS = ["plain", "plain", "publish", "apply", "apply_without_delay"]
+MULTI_KINDS = ["plain", "plain", "publish", "apply", "_apply_event"]
 DEPTH = 12  # how deep handlers may apply within one another: deeper is a matter of the stack
 
 
@@ -29,10 +35,22 @@ class Boom(Exception):
     pass
 
 
+NOTED: list[int] = []
+
+
+def note(event: int, *, commit: bool) -> None:
+    NOTED.append(event)
+
+
+def resolve_in(module: Any, name: str) -> Any:
+    """Find the class that a pickle names in one of the twins."""
+    return getattr(module, name.partition(":")[2])
+
+
 class World:
     """The same buses for one implementation, and what happened to them."""
 
-    def __init__(self, module: Any, kinds: list[str]) -> None:
+    def __init__(self, module: Any, kinds: list[str], delayed_kinds: list[str], multi_kinds: list[str]) -> None:
         self.module = module
         self.log: list[Any] = []
         self.plans: dict[int, list[Any]] = {}
@@ -42,14 +60,35 @@ class World:
         self.kept: list[Any] = []  # pairs that were collected by hand, and not yet called
         self.depth = 0
         self.buses = [self.make(kind, i) for i, kind in enumerate(kinds)]
-        self.delayed = [self.label(module.DelayedEventBus(bus), f"delayed {i}") for i, bus in enumerate(self.buses)]
-        self.multi = module.MultiEventBus()
-        self.inner = module.MultiEventBus()
+        self.delayed = [
+            self.label(self.subclass("DelayedEventBus", kind, f"delayed {i}")(bus), f"delayed {i}")
+            for i, (kind, bus) in enumerate(zip(delayed_kinds, self.buses, strict=True))
+        ]
+        self.multi = self.subclass("MultiEventBus", multi_kinds[0], "multi")()
+        self.inner = self.subclass("MultiEventBus", multi_kinds[1], "inner")()
         self.wrapper = self.label(self.multi.wrap(self.inner), "wrapper")
 
     def label(self, bus: Any, name: str) -> Any:
         bus.label = name
         return bus
+
+    def subclass(self, name: str, kind: str, label: str) -> Any:
+        """Make a class that overrides one method, only to log it."""
+        base = getattr(self.module, name)
+        log = self.log
+
+        class Bus(base):  # type: ignore[misc, valid-type]
+            pass
+
+        def override(self: Any, given: Any, *args: Any, **options: Any) -> Any:
+            # What wrap() publishes has no label yet.
+            log.append((label, kind, None if kind == "publish" else plain(given)))
+            return getattr(base, kind)(self, given, *args, **options)
+
+        if kind == "plain":
+            return base
+        setattr(Bus, kind, override)
+        return Bus
 
     def make(self, kind: str, index: int) -> Any:
         world = self
@@ -67,6 +106,10 @@ class World:
             world.log.append(("publish_all", index))
             base.publish_all(self, events)
 
+        def apply(self: Any, commit: Any, **options: Any) -> Any:
+            world.log.append(("apply", index, commit))
+            return base.apply(self, commit, **options)
+
         def collect(self: Any, commit: Any) -> Any:
             world.log.append(("collect", index, commit))
             return base.collect(self, commit)
@@ -77,7 +120,7 @@ class World:
                 raise Boom(f"collecting {event}")
             return lambda *, commit: world.handle(index, event, commit)
 
-        if kind in {"publish", "publish_all", "collect", "_collect_event"}:
+        if kind in {"publish", "publish_all", "apply", "collect", "_collect_event"}:
             setattr(Bus, kind, locals()[kind])
         bus: Any = Bus()
         if kind == "_apply_event":
@@ -187,9 +230,14 @@ ROBUST = st.booleans()
 class Histories(RuleBasedStateMachine):
     worlds: list[World]
 
-    @initialize(kinds=st.lists(st.sampled_from(KINDS), min_size=3, max_size=3))
-    def start(self, kinds: list[str]) -> None:
-        self.worlds = [World(module, kinds) for module in (model, *map(load, TWINS))]
+    @initialize(
+        kinds=st.lists(st.sampled_from(KINDS), min_size=3, max_size=3),
+        delayed_kinds=st.lists(st.sampled_from(DELAYED_KINDS), min_size=3, max_size=3),
+        multi_kinds=st.lists(st.sampled_from(MULTI_KINDS), min_size=2, max_size=2),
+    )
+    def start(self, kinds: list[str], delayed_kinds: list[str], multi_kinds: list[str]) -> None:
+        modules = (model, *map(load, TWINS))
+        self.worlds = [World(module, kinds, delayed_kinds, multi_kinds) for module in modules]
         self.published = 0
 
     def event(self, plan: list[Any]) -> int:
@@ -281,7 +329,7 @@ class Histories(RuleBasedStateMachine):
     def apply_side_effects_bus(self, where: int, commit: bool, robust: bool) -> None:
         def do(world: World) -> Any:
             if world.module is model:
-                return world.delayed[where].apply_without_delay(commit, robust=robust)
+                return model.DelayedBus.apply_without_delay(world.delayed[where], commit, robust=robust)
             return [event for event, _ in world.delayed[where].side_effects_bus.apply(commit, robust=robust)]
 
         self.all(do)
@@ -323,16 +371,26 @@ class Histories(RuleBasedStateMachine):
 
     @rule(where=INDEX)
     def pickle(self, where: int) -> None:
-        """What is pending survives in a bus that can be pickled."""
+        """What is pending and collected survives in a bus that can be pickled, from either twin to either."""
         for world in self.worlds[1:]:
-            bus = world.module.DelayedEventBus(world.module.BasicEventBus())
-            events = [world.module.SideEffectCall(dict, event=event) for event in world.buses[where].pending_events()]
-            bus.publish_all(events)
+            twin = world.module
+            bus = twin.DelayedEventBus(twin.BasicEventBus())
+            events = world.buses[where].pending_events()
+            bus.publish_all(twin.SideEffectCall(note, event) for event in events)
             bus.apply(True)
-            bus.publish_all(events[:2])
-            loaded = pickle.loads(pickle.dumps(bus))
-            kwargs = [dict(call.kwargs) for call in loaded.collected_events() + loaded.pending_events()]
-            assert kwargs == [dict(call.kwargs) for call in events + events[:2]]
+            bus.publish_all(twin.SideEffectCall(note, event=event) for event in events[:2])
+            multi = twin.MultiEventBus()
+            multi.publish(bus)
+            pickled = pickle.dumps(multi)
+            for other in self.worlds[1:]:
+                module = other.module
+                with mock.patch.object(_state, "resolve", partial(resolve_in, module)):
+                    loaded = pickle.loads(pickled)
+                assert type(loaded) is module.MultiEventBus
+                NOTED.clear()
+                applied = loaded.apply_and_get_applied_events(True)
+                assert [*events, *events[:2]] == NOTED
+                assert all(type(call) is module.SideEffectCall for call in applied)
 
     @invariant()
     def every_world_is_the_same(self) -> None:
