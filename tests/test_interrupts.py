@@ -7,6 +7,7 @@ import random
 import signal
 import sys
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -32,7 +33,7 @@ def no_gc_callbacks() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("through", ["apply", "robust", "delayed", "multi"])
-@pytest.mark.parametrize("kind", ["C", "Python"])
+@pytest.mark.parametrize("kind", ["C", "Python", "functions", "calls"])
 def test_rule_4_interrupts(twin: Any, kind: str, through: str) -> None:
     log: list[Any] = []
 
@@ -44,12 +45,17 @@ def test_rule_4_interrupts(twin: Any, kind: str, through: str) -> None:
         def _apply_event(self, event: int, commit: Any) -> None:
             log.insert(event, commit)
 
-    bus = (CBus if kind == "C" else PythonBus)()
+    def note(event: int, *, commit: Any) -> None:
+        log.insert(event, commit)
+
+    buses: dict[str, Any] = {"C": CBus, "Python": PythonBus}
+    bus = buses.get(kind, twin.BasicEventBus)()
     delayed = twin.DelayedEventBus(bus)
     multi = twin.MultiEventBus()
     multi.publish(delayed)
     count = 60_000
-    bus.publish_all(range(count))
+    make: Any = {"functions": partial, "calls": twin.SideEffectCall}.get(kind)
+    bus.publish_all(range(count) if make is None else [make(note, i) for i in range(count)])
     interrupts = 0
     rng = random.Random(0)
 

@@ -6,6 +6,7 @@ import linecache
 import os
 import sys
 import threading
+from functools import partial
 from typing import Any
 
 import pytest
@@ -78,7 +79,7 @@ class Interrupt(KeyboardInterrupt):
     pass
 
 
-@pytest.mark.parametrize("through", ["apply", "robust", "delayed", "multi"])
+@pytest.mark.parametrize("through", ["apply", "robust", "delayed", "multi", "functions", "calls"])
 @pytest.mark.parametrize("atomic", [True, False])
 def test_an_interrupt_at_every_line(through: str, atomic: bool, request: pytest.FixtureRequest) -> None:
     """A trace function raises at the n-th line that the twin executes, for every n."""
@@ -95,11 +96,15 @@ def test_an_interrupt_at_every_line(through: str, atomic: bool, request: pytest.
             def _apply_event(self, event: int, commit: bool) -> None:
                 log.append(event)
 
-        bus = Bus()
+        def note(event: int, *, commit: bool) -> None:
+            log.append(event)
+
+        make: Any = {"functions": partial, "calls": PURE.SideEffectCall}.get(through)
+        bus = Bus() if make is None else PURE.BasicEventBus()
         delayed = PURE.DelayedEventBus(bus)
         multi = PURE.MultiEventBus()
         multi.publish(delayed)
-        bus.publish_all([1, 2, 3])
+        bus.publish_all([1, 2, 3] if make is None else [make(note, event) for event in (1, 2, 3)])
         lines = 0
 
         def trace(frame: Any, what: str, _: object) -> Any:
@@ -133,6 +138,8 @@ def test_an_interrupt_at_every_line(through: str, atomic: bool, request: pytest.
         finally:
             sys.settrace(None)
         left = list(delayed.collected_events() + bus.pending_events())
+        if make is not None:
+            left = [event.args[0] for event in left]
         assert log + left in ([1, 2, 3], [*log, *log[-1:], *left[1:]]), (where, log, left)
         assert set(log + left) == {1, 2, 3}, (where, log, left)
         return True

@@ -516,6 +516,54 @@ class BasicEventBus(AbstractEventBus[CommittableFunction]):
             raise _messages.not_callable(event)
         self._commitbus_pending.append(event)
 
+    def apply(self, commit: bool, *, robust: bool = False) -> list[CommittableFunction]:
+        """Apply the pending events in the order in which they were published.
+
+        Parameters
+        ----------
+        commit : bool
+            Passed to each event as a keyword.
+        robust : bool, default False
+            Try every event once, whatever the others raise.
+
+        Returns
+        -------
+        list of CommittableFunction
+            The events that were applied, in order.
+
+        Raises
+        ------
+        BaseException
+            As in `AbstractEventBus.apply`.
+        """
+        hook = getattr(self._apply_event, "__func__", None)
+        if robust or not self._commitbus_plain or hook is not BasicEventBus._apply_event:
+            return super().apply(commit, robust=robust)
+        # The same, without a call of `_apply_event` for each event, and of `SideEffectCall.__call__`.
+        pending = self._commitbus_pending
+        batch: list[Any] = []
+        events = iter(batch)
+        event: Any = None
+        call: Any = None
+        try:
+            batch += pending
+            pending.clear()
+            for event in events:
+                if type(event) is SideEffectCall:
+                    call = event
+                    event = call._commitbus_function(*call._commitbus_args, **call._commitbus_kwargs, commit=commit)
+                else:
+                    event = event(commit=commit)
+                if event is not None:
+                    _messages.refuse_coroutine(batch[-cast("Any", events).__length_hint__() - 1], event)
+                event = None
+        except BaseException as error:
+            done = _stopped(error, self, batch, events, event, [], [])
+            _put_back(pending, batch[done:])
+            batch = event = events = call = None  # type: ignore[assignment]
+            raise
+        return batch
+
     def _apply_event(self, event: CommittableFunction, commit: bool) -> None:
         """Call the event.
 
