@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from conftest import CPYTHON
 
 ROOT = Path(__file__).parent.parent
 pytestmark = [
@@ -58,6 +59,7 @@ def test_the_sdist_is_complete(sdist: Path) -> None:
     assert "src/shared/__init__.py" not in names
 
 
+@pytest.mark.skipif(not CPYTHON, reason="only CPython has the extension")
 def test_with_a_compiler(sdist: Path, tmp_path: Path) -> None:
     done, names, wheel = build(sdist, tmp_path, COMMITBUS_REQUIRE_EXTENSIONS="1")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -77,6 +79,7 @@ def test_without_a_compiler_the_package_is_pure(sdist: Path, tmp_path: Path) -> 
     assert "commitbus/_pure.py" in names
 
 
+@pytest.mark.skipif(not CPYTHON, reason="only CPython has the extension")
 def test_without_a_compiler_it_fails_where_the_extension_is_required(sdist: Path, tmp_path: Path) -> None:
     done, names, _ = build(sdist, tmp_path, CC="/bin/false", COMMITBUS_REQUIRE_EXTENSIONS="1")
     assert done.returncode != 0
