@@ -198,6 +198,106 @@ def test_a_bus_that_is_registered_twice_is_counted_once(twin: Any, make: Any) ->
         delayed.publish(2)
 
 
+def test_none_after_other_events_stays_pending(make: Any, log: Log) -> None:
+    bus = make()
+    bus.publish_all([1, 2, None, 3])
+    log.on(None, Boom())
+    with pytest.raises(Boom):
+        bus.apply(True)
+    assert bus.pending_events() == (None, 3)
+
+
+def test_a_collected_callable_refuses_a_coroutine(twin: Any) -> None:
+    class AsyncBus(twin.AbstractEventBus):
+        async def _apply_event(self, event: object, commit: object) -> None: ...
+
+    bus = AsyncBus()
+    bus.publish(1)
+    ((_, function),) = bus.collect(True)
+    with pytest.raises(TypeError, match="returned a coroutine"):
+        function(commit=True)
+
+
+def test_a_coroutine_is_refused_by_the_name_of_its_own_event(twin: Any) -> None:
+    def first(*, commit: bool) -> None: ...
+
+    async def second(*, commit: bool) -> None: ...
+
+    bus = twin.BasicEventBus()
+    bus.publish_all([first, second, first, first])
+    with pytest.raises(TypeError, match=r"\.second returned a coroutine"):
+        bus.apply(True)
+    assert bus.pending_events() == (second, first, first)
+
+
+def test_a_pair_may_not_return_a_coroutine(twin: Any) -> None:
+    async def send(*, commit: bool) -> None: ...
+
+    delayed = twin.DelayedEventBus(twin.BasicEventBus())
+    delayed.side_effects_bus.publish(("x", send))
+    with pytest.raises(TypeError, match=r"\.send returned a coroutine"):
+        delayed.apply_without_delay(True)
+
+
+def test_a_group_that_is_raised_while_collecting_stays_whole(twin: Any) -> None:
+    own = ExceptionGroup("mine", [Boom("a"), Boom("b")])
+
+    class Bus(twin.AbstractEventBus):
+        def _apply_event(self, event: Any, commit: Any) -> None: ...
+
+        def _collect_event(self, event: Any, commit: Any) -> Any:
+            raise own
+
+    multi = twin.MultiEventBus()
+    multi.wrap(Bus()).publish(1)
+    with pytest.raises(ExceptionGroup) as caught:
+        multi.apply(True, robust=True)
+    assert caught.value.exceptions == (own,)
+
+
+def test_wrapping_in_a_nested_bus_registers_that_again(twin: Any, make: Any) -> None:
+    outer, inner = twin.MultiEventBus(), twin.MultiEventBus()
+    delayed = outer.wrap(inner)
+    for _ in range(2):
+        inner.wrap(make()).publish(1)
+        assert outer.pending_events() == (delayed,)
+        assert outer.apply_and_get_applied_events(True) == [1]
+
+
+def test_a_nested_bus_registers_with_each_bus_around_it(twin: Any, make: Any) -> None:
+    inner = twin.MultiEventBus()
+    outers = [twin.MultiEventBus() for _ in range(3)]
+    wrappers = [outer.wrap(inner) for outer in outers]
+    for outer in outers:
+        outer.apply(True)
+    inner.wrap(make()).publish(1)
+    assert [outer.pending_events() for outer in outers] == [(wrapper,) for wrapper in wrappers]
+
+
+def test_an_overridden_hook_of_a_multi_bus_is_not_robust(twin: Any, make: Any, log: Log) -> None:
+    class Bus(twin.MultiEventBus):
+        def _apply_event(self, event: Any, commit: Any) -> None:
+            super()._apply_event(event, commit)
+
+    multi = Bus()
+    multi.wrap(make()).publish_all([1, 2])
+    log.on(1, Boom())
+    with pytest.raises(Boom):
+        multi.apply(True)
+    assert log.events == []
+
+
+def test_a_bus_that_failed_registers_itself_once(twin: Any, make: Any, log: Log) -> None:
+    multi = twin.MultiEventBus()
+    delayed = multi.wrap(make())
+    delayed.publish(1)
+    log.on(1, Boom())
+    with pytest.raises(Boom):
+        multi.apply(True)
+    delayed.publish(2)
+    assert multi.pending_events() == (delayed,)
+
+
 def test_naming_an_event_cannot_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_messages, "_name", None)
     assert _messages.describe("secret") == "str"
