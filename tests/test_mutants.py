@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -47,6 +49,25 @@ def test_events_are_gathered_through_an_overridden_apply(twin: Any, make: Any) -
     assert multi.apply_and_get_applied_events(True, robust=True) == [3]
     multi.wrap(make()).publish(4)
     assert len(multi.apply(True)) == 1
+
+
+def test_an_overridden_apply_is_robust_when_asked(twin: Any, make: Any, log: Log) -> None:
+    class Multi(twin.MultiEventBus):
+        def apply(self, commit: bool, *, robust: bool = False) -> Any:
+            return super().apply(commit, robust=robust)
+
+    class Delayed(twin.DelayedEventBus):
+        def apply_without_delay(self, commit: bool, *, robust: bool = False) -> Any:
+            return super().apply_without_delay(commit, robust=robust)
+
+    multi = Multi()
+    delayed = Delayed(make())
+    multi.publish(delayed)
+    delayed.publish_all([1, 2])
+    log.on(1, Boom())
+    with pytest.raises(ExceptionGroup):
+        multi.apply_and_get_applied_events(True, robust=True)
+    assert log.events == [2]
 
 
 def test_an_overridden_publish_is_honoured_after_an_apply_too(twin: Any) -> None:
@@ -224,10 +245,10 @@ def test_a_coroutine_is_refused_by_the_name_of_its_own_event(twin: Any) -> None:
     async def second(*, commit: bool) -> None: ...
 
     bus = twin.BasicEventBus()
-    bus.publish_all([first, second, first, first])
+    bus.publish_all([first, second, first, first, first])
     with pytest.raises(TypeError, match=r"\.second returned a coroutine"):
         bus.apply(True)
-    assert bus.pending_events() == (second, first, first)
+    assert bus.pending_events() == (second, first, first, first)
 
 
 def test_a_pair_may_not_return_a_coroutine(twin: Any) -> None:
@@ -296,6 +317,26 @@ def test_a_bus_that_failed_registers_itself_once(twin: Any, make: Any, log: Log)
         multi.apply(True)
     delayed.publish(2)
     assert multi.pending_events() == (delayed,)
+
+
+def test_registering_with_one_bus_keeps_the_other_waiting(twin: Any, make: Any) -> None:
+    first, second = twin.MultiEventBus(), twin.MultiEventBus()
+    delayed = first.wrap(make())
+    second.publish(delayed)
+    first.apply(True)
+    second.apply(True)
+    first.publish(delayed)
+    assert second.pending_events() == ()
+    delayed.publish(1)
+    assert first.pending_events() == second.pending_events() == (delayed,)
+
+
+def test_what_was_collected_without_pairs_is_copied(twin: Any) -> None:
+    delayed = twin.DelayedEventBus(twin.BasicEventBus())
+    delayed.publish(print)
+    delayed.apply(True)
+    for other in (copy.copy(delayed), copy.deepcopy(delayed), pickle.loads(pickle.dumps(delayed))):
+        assert other.collected_events() == (print,)
 
 
 def test_naming_an_event_cannot_fail(monkeypatch: pytest.MonkeyPatch) -> None:

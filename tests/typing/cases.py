@@ -95,3 +95,7 @@ shared.publish(SideEffectCall(send, "a"))
 shared.publish(send)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 assert_type(SharedSideEffectContext.current().get_or_create("k", dict[str, int]), dict[str, int])
 dropped_in: SharedAbstractEventBus[Order] = orders
+
+
+# SideEffectCall is final.
+class Call(SideEffectCall): ...  # type: ignore[misc]  # pyright: ignore[reportGeneralTypeIssues]
