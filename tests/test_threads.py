@@ -63,6 +63,8 @@ class Boom(Exception):
 def test_rule_8_publish_and_apply(twin: Any, fail: bool) -> None:
     applied: list[tuple[int, int]] = []
     failed: set[tuple[int, int]] = set()
+    # Each failure puts back all that is left of the batch: with a million left, that takes a while.
+    count = min(COUNT, 20_000) if fail else COUNT
 
     class Bus(twin.AbstractEventBus):
         def _apply_event(self, event: tuple[int, int], commit: bool) -> None:
@@ -76,7 +78,7 @@ def test_rule_8_publish_and_apply(twin: Any, fail: bool) -> None:
 
     def publish(producer: int) -> None:
         nonlocal running
-        for i in range(COUNT):
+        for i in range(count):
             bus.publish((producer, i))
         running -= 1
 
@@ -89,7 +91,7 @@ def test_rule_8_publish_and_apply(twin: Any, fail: bool) -> None:
     while bus.pending_events():
         with suppress(Boom):
             bus.apply(True)
-    check(applied, 3, COUNT)
+    check(applied, 3, count)
 
 
 def test_rule_8_one_consumer_keeps_the_order_of_each_producer(twin: Any) -> None:
