@@ -82,7 +82,7 @@ def _renew_lock() -> None:
     _lock = RLock()
 
 
-if hasattr(os, "register_at_fork"):
+if hasattr(os, "register_at_fork"):  # pragma: no branch (Windows)
     os.register_at_fork(after_in_child=_renew_lock)
 
 
