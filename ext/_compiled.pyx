@@ -164,7 +164,6 @@ cdef int call_handler(object handler, list batch, Py_ssize_t* done, object commi
     cdef PyObject* stack[4]
     cdef PyObject** arguments = stack + 1
     cdef PyObject* function = <PyObject*>handler
-    cdef PyObject* result
     cdef size_t count = 2
     cdef vectorcallfunc vectorcall
     if PyMethod_Check(handler):
@@ -181,11 +180,7 @@ cdef int call_handler(object handler, list batch, Py_ssize_t* done, object commi
     while done[0] < PyList_GET_SIZE(batch):
         event = <object>PyList_GET_ITEM(batch, done[0])
         stack[count - 1] = <PyObject*>event
-        result = vectorcall(function, arguments, count | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL)
-        if result == <PyObject*>None:
-            Py_DECREF(None)
-        else:
-            finish(handler, result)
+        finish(handler, vectorcall(function, arguments, count | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL))
         done[0] += 1
     return 0
 
