@@ -1479,7 +1479,7 @@ class SharedSideEffectsEventBus(AbstractEventBus[SideEffectCall]):
     One connection for all the mails of a commit, opened when the first is sent and closed after the
     last:
 
-    >>> from contextlib import AbstractContextManager, contextmanager
+    >>> from contextlib import contextmanager
     >>> from commitbus import SharedSideEffectContext, SharedSideEffectsEventBus, SideEffectCall
     >>> @contextmanager
     ... def connection():
@@ -1613,11 +1613,10 @@ def use_orchestrator_or_create_multi_event_bus(
     Returns
     -------
     context manager of (EventBusOrchestrator, callable)
-        It yields what to wrap buses with and, in the name of this library,
-        ``commit_and_execute_side_effects``. That
-        commits, applies, and returns the events that were applied. With an orchestrator it does
-        nothing and returns an empty list. It raises what `commit_transaction` raises, and then
-        nothing was applied and everything stays; else what `MultiEventBus.apply` raises.
+        It yields what to wrap buses with, and ``commit_and_execute_side_effects``. That commits,
+        applies, and returns the events that were applied. With an orchestrator it does nothing and
+        returns an empty list. It raises what `commit_transaction` raises, and then nothing was
+        applied and everything stays; else what `MultiEventBus.apply` raises.
 
     Raises
     ------
