@@ -6,8 +6,12 @@ import argparse
 import json
 import sys
 from collections import defaultdict
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
 
 ROOT = Path(__file__).parent.parent
 # Nanoseconds for one event, or bytes: by operation, size, and who.
@@ -140,76 +144,72 @@ def memory(results: Results) -> list[str]:
     return ["| reference | pure | compiled |", "| --: | --: | --: |", f"| {' | '.join(cells)} |"]
 
 
-def plot_callbacks(results: Results, python: str, path: Path) -> None:
-    """Draw time per callback against N, on two logarithmic axes."""
+@contextmanager
+def plot(path: Path) -> Generator[tuple[Any, Any]]:
+    """Give a figure and its axes to draw on, and save them."""
     import matplotlib as mpl
 
     mpl.use("svg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import LogLocator
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    sizes = sorted(results[CALLBACKS])
-    for who in sorted(results[CALLBACKS][sizes[0]], key=lambda who: results[CALLBACKS][sizes[-1]].get(who, 0)):
-        ours = who.startswith("commitbus")
-        values = [results[CALLBACKS][size][who] for size in sizes]
-        style: dict[str, Any] = {"linewidth": 3, "zorder": 3} if ours else {"linewidth": 1.4}
-        axes.plot(sizes, values, marker="o", label=who, **style)
-    axes.set(xscale="log", yscale="log", xlabel="N callbacks", ylabel="ns per callback")
-    figure.suptitle(f"Register N callbacks with arguments, run them at the end (Python {python})")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    yield figure, axes
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def logarithmic(axes: Any, xlabel: str, ylabel: str) -> None:
+    """Make both axes logarithmic, with times that are written out."""
+    axes.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel)
     axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.yaxis.set_minor_formatter("")
     axes.grid(visible=True, which="major", alpha=0.3)
-    figure.legend(loc="outside right center", fontsize="small", frameon=False)
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+
+
+def plot_callbacks(results: Results, python: str, path: Path) -> None:
+    """Draw time per callback against N, on two logarithmic axes."""
+    with plot(path) as (figure, axes):
+        from matplotlib.ticker import LogLocator
+
+        sizes = sorted(results[CALLBACKS])
+        for who in sorted(results[CALLBACKS][sizes[0]], key=lambda who: results[CALLBACKS][sizes[-1]].get(who, 0)):
+            ours = who.startswith("commitbus")
+            values = [results[CALLBACKS][size][who] for size in sizes]
+            style: dict[str, Any] = {"linewidth": 3, "zorder": 3} if ours else {"linewidth": 1.4}
+            axes.plot(sizes, values, marker="o", label=who, **style)
+        logarithmic(axes, "N callbacks", "ns per callback")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        figure.suptitle(f"Register N callbacks with arguments, run them at the end (Python {python})")
+        figure.legend(loc="outside right center", fontsize="small", frameon=False)
 
 
 def plot_ratios(results: Results, python: str, path: Path) -> None:
     """Draw how many times as fast as the reference each twin is."""
-    import matplotlib as mpl
-
-    mpl.use("svg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    names = list(FIGURES)[::-1]
-    for offset, who in ((0.2, "compiled"), (-0.2, "pure")):
-        values = [ratio(results[name][FIGURES[name][0]], who) or 0 for name in names]
-        bars = axes.barh([i + offset for i in range(len(names))], values, height=0.38, label=who)
-        axes.bar_label(bars, [f"{value:.1f}x" for value in values], padding=3, fontsize="small")
-    axes.axvline(1, color="black", linewidth=1)
-    axes.set(xscale="log", xlabel="times as fast as the reference (a list, a loop, partials)", xlim=(0.3, 400))
-    axes.set_yticks(range(len(names)), names, fontsize="small")
-    axes.set_title(f"commitbus against the plainest Python (Python {python})")
-    axes.legend(loc="lower right", frameon=False)
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+    with plot(path) as (_, axes):
+        names = list(FIGURES)[::-1]
+        for offset, who in ((0.2, "compiled"), (-0.2, "pure")):
+            values = [ratio(results[name][FIGURES[name][0]], who) or 0 for name in names]
+            bars = axes.barh([i + offset for i in range(len(names))], values, height=0.38, label=who)
+            axes.bar_label(bars, [f"{value:.1f}x" for value in values], padding=3, fontsize="small")
+        axes.axvline(1, color="black", linewidth=1)
+        axes.set(xscale="log", xlabel="times as fast as the reference (a list, a loop, partials)", xlim=(0.3, 400))
+        axes.set_yticks(range(len(names)), names, fontsize="small")
+        axes.set_title(f"commitbus against the plainest Python (Python {python})")
+        axes.legend(loc="lower right", frameon=False)
 
 
 def plot_growth(results: Results, python: str, path: Path) -> None:
     """Draw time per event against the number of events: flat, where the cost is linear."""
-    import matplotlib as mpl
-
-    mpl.use("svg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for name in FIGURES:
-        sizes = sorted(results[name])
-        if len(sizes) == 1:
-            continue
-        (line,) = axes.plot(sizes, [results[name][size]["compiled"] for size in sizes], marker="o", label=name)
-        axes.plot(sizes, [results[name][size]["pure"] for size in sizes], linestyle=":", color=line.get_color())
-    axes.set(xscale="log", yscale="log", xlabel="events", ylabel="ns per event")
-    figure.suptitle(f"One event among many: compiled, and dotted the pure twin (Python {python})")
-    axes.yaxis.set_major_formatter("{x:,.0f}")
-    axes.yaxis.set_minor_formatter("")
-    axes.grid(visible=True, which="major", alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=2, fontsize="small", frameon=False)
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+    with plot(path) as (figure, axes):
+        for name in FIGURES:
+            sizes = sorted(results[name])
+            if len(sizes) == 1:
+                continue
+            (line,) = axes.plot(sizes, [results[name][size]["compiled"] for size in sizes], marker="o", label=name)
+            axes.plot(sizes, [results[name][size]["pure"] for size in sizes], linestyle=":", color=line.get_color())
+        logarithmic(axes, "events", "ns per event")
+        figure.suptitle(f"One event among many: compiled, and dotted the pure twin (Python {python})")
+        figure.legend(loc="outside lower center", ncols=2, fontsize="small", frameon=False)
 
 
 def write(run: Path, name: str, command: str, into: Path) -> None:
