@@ -18,6 +18,8 @@ nox.options.sessions = ["tests", "lint", "types", "docs", "example"]
 PYTHONS = ["3.11", "3.12", "3.13", "3.14", "3.15"]
 COMPILED = {"COMMITBUS_REQUIRE_EXTENSIONS": "1"}
 PYPROJECT = nox.project.load_toml("pyproject.toml")
+# The tests that run in other processes, where neither a mutant nor coverage reaches, or that race against a clock.
+APART = ("build", "drop_in", "example", "histories", "imports", "interrupts", "main", "memory", "threads")
 
 
 def group(name: str) -> list[str]:
@@ -185,10 +187,8 @@ def coverage(session: nox.Session) -> None:
         build = f"from setuptools import Extension, setup; setup(ext_modules=[{extension}])"
         session.run("python", "-c", build, "build_ext", "--build-lib", "src", "-q", env={"CFLAGS": flags})
         env = {"PYTHONPATH": "src", "COVERAGE_CORE": "ctrace"}
-        # What runs in other processes adds nothing; what races against a clock would lose, being traced.
-        left_out = ("build", "drop_in", "example", "histories", "imports", "interrupts", "main", "memory", "threads")
         # A test that sets a trace function of its own would end the measuring.
-        tests = ["-q", "-k", "not every_line", *(f"--ignore=tests/test_{name}.py" for name in left_out)]
+        tests = ["-q", "-k", "not every_line", *(f"--ignore=tests/test_{name}.py" for name in APART)]
         session.run("python", "-m", "coverage", "run", "-m", "pytest", *tests, env=env)
         session.run("python", "-m", "coverage", "report", "--show-missing")
 
@@ -204,16 +204,8 @@ def mutate(session: nox.Session) -> None:
     package = str(session.run("python", "-c", where, silent=True)).strip()
     shutil.copytree(package, copy / "commitbus")
     here = Path.cwd()
-    left_out = {
-        "test_build",
-        "test_bundles",
-        "test_docs",
-        "test_drop_in",
-        "test_example",
-        "test_histories",
-        "test_imports",
-    }
-    left_out |= {"test_interrupts", "test_main", "test_memory", "test_threads"}
+    # What runs in other processes is not changed there, as the documentation is not.
+    left_out = {f"test_{name}" for name in (*APART, "docs")}
     tests = " ".join(str(path) for path in sorted(here.glob("tests/test_*.py")) if path.stem not in left_out)
     (copy / "mutate.toml").write_text(
         "[cosmic-ray]\n"

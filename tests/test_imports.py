@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipapp
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +113,36 @@ def test_reimporting_one_twin_leaves_the_other_alone() -> None:
 
 
 def test_python_oo(tmp_path: Path) -> None:
-    code = "import commitbus as c; b = c.BasicEventBus(); b.publish(lambda *, commit: print(commit)); b.apply(True)"
+    code = (
+        "import commitbus as c; b = c.BasicEventBus(); b.publish(lambda *, commit: print(commit)); b.apply(True)\n"
+        "print(c.implementation)"
+    )
     for switch in ("", "1"):
         env: dict[str, Any] = {**os.environ, "COMMITBUS_NO_EXTENSIONS": switch}
         done = subprocess.run([sys.executable, "-OO", "-c", code], env=env, capture_output=True, text=True)
-        assert done.stdout == "True\n", done.stderr
+        assert done.stdout == f"True\n{'pure' if switch or PURE_ONLY else 'compiled'}\n", done.stderr
+
+
+def test_zip_application(tmp_path: Path) -> None:
+    """The pure twin, imported from a zip file; an isolated Python finds no other."""
+    source = tmp_path / "source"
+    for package in ("commitbus", "shared"):
+        for module in (PACKAGE.parent / package).rglob("*.py"):
+            copy = source / module.relative_to(PACKAGE.parent)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(module, copy)
+    (source / "__main__.py").write_text(
+        "import commitbus, shared.event_bus\n"
+        "with shared.event_bus.use_orchestrator_or_create_multi_event_bus(None, True) as (event_bus, execute):\n"
+        "    bus = event_bus.wrap(commitbus.BasicEventBus())\n"
+        "    bus.publish(lambda *, commit: print(commit))\n"
+        "    execute()\n"
+        "print(commitbus.implementation, commitbus.__file__)"
+    )
+    zipapp.create_archive(source, tmp_path / "app.pyz")
+    command = [sys.executable, "-I", "-S", "-W", "error", str(tmp_path / "app.pyz")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    commit, where = done.stdout.splitlines()
+    assert commit == "True"
+    assert where.startswith(f"pure {tmp_path / 'app.pyz'}")
