@@ -9,6 +9,7 @@ import threading
 from typing import Any
 
 import pytest
+from test_threads import run
 
 
 def test_tasks_do_not_see_one_another(twin: Any) -> None:
@@ -51,10 +52,8 @@ def test_threads_do_not_see_one_another(twin: Any) -> None:
     """One bus, applied by many threads: one context, but each has its own commit and resources."""
     bus = twin.SharedSideEffectsEventBus()
     current = twin.SharedSideEffectContext.current
-    barrier = threading.Barrier(4)
     entered: list[Any] = []
     left: list[Any] = []
-    errors: list[BaseException] = []
 
     class Resource:
         def __enter__(self) -> int:
@@ -72,25 +71,13 @@ def test_threads_do_not_see_one_another(twin: Any) -> None:
         value = context.get_or_create(key, lambda: context.enter_context(Resource()))
         assert value == threading.get_ident()
 
-    def work(number: int) -> None:
+    def work() -> None:
         commit = object()
-        barrier.wait()
         for _ in range(200):
             bus.publish_all([twin.SideEffectCall(effect)] * 3)
             bus.apply(commit)
 
-    def guarded(number: int) -> None:
-        try:
-            work(number)
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=guarded, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert errors == []
+    run(*[work] * 4)
     bus.apply(True)
     assert len(entered) == len(left) > 0
     assert {id(one) for one in entered} == {id(one) for one in left}
