@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: the extension, and whether to build it.
+"""What pyproject.toml cannot say: the extension modules, and whether to build them.
 
 COMMITBUS_NO_EXTENSIONS=1       builds the pure package
 COMMITBUS_REQUIRE_EXTENSIONS=1  makes a failed compilation fatal; without it, the pure package is built
@@ -6,6 +6,7 @@ COMMITBUS_REQUIRE_EXTENSIONS=1  makes a failed compilation fatal; without it, th
 
 import os
 import sys
+from pathlib import Path
 
 from setuptools import Extension, setup
 
@@ -16,16 +17,18 @@ def switched_on(name: str) -> bool:
 
 extensions = []
 if not switched_on("COMMITBUS_NO_EXTENSIONS") and sys.implementation.name == "cpython":
-    # setuptools has Cython compile it; cythonize() would drop `optional`.
-    extension = Extension(
-        "commitbus._compiled",
-        ["ext/_compiled.pyx"],
-        optional=not switched_on("COMMITBUS_REQUIRE_EXTENSIONS"),
-        # Debug symbols would make the wheel eight times as large; -O3 is larger than -O2 and no faster.
-        extra_compile_args=[] if sys.platform == "win32" else ["-g0", "-O2"],
-        extra_link_args=["-Wl,-s"] if sys.platform == "linux" else [],
-    )
-    extension.cython_c_in_temp = True
-    extensions.append(extension)
+    # setuptools has Cython compile them; cythonize() would drop `optional`.
+    for source in sorted(Path("ext/commitbus/_compiled").glob("*.pyx")):
+        extension = Extension(
+            f"commitbus._compiled.{source.stem}",
+            [source.as_posix()],
+            optional=not switched_on("COMMITBUS_REQUIRE_EXTENSIONS"),
+            # Debug symbols would make the wheel eight times as large; -O3 is larger than -O2 and no faster.
+            extra_compile_args=[] if sys.platform == "win32" else ["-g0", "-O2"],
+            extra_link_args=["-Wl,-s"] if sys.platform == "linux" else [],
+        )
+        extension.cython_c_in_temp = True
+        extension.cython_include_dirs = ["ext"]
+        extensions.append(extension)
 
 setup(ext_modules=extensions)

@@ -12,7 +12,7 @@ import pytest
 from test_threads import run
 
 
-def test_tasks_do_not_see_one_another(twin: Any) -> None:
+def test_rule_21_tasks_do_not_see_one_another(twin: Any) -> None:
     """Tasks that interleave while a bus applies: each sees its own, or none."""
     current = twin.SharedSideEffectContext.current
     seen: list[Any] = []
@@ -48,7 +48,7 @@ def test_tasks_do_not_see_one_another(twin: Any) -> None:
     assert len(seen) == 50
 
 
-def test_threads_do_not_see_one_another(twin: Any) -> None:
+def test_rule_21_threads_do_not_see_one_another(twin: Any) -> None:
     """One bus, applied by many threads: one context, but each has its own commit and resources."""
     bus = twin.SharedSideEffectsEventBus()
     current = twin.SharedSideEffectContext.current
@@ -92,7 +92,7 @@ FAILURES = [None, "enter", "effect", "exit"]
 
 @pytest.mark.parametrize("robust", [False, True])
 @pytest.mark.parametrize("failures", list(itertools.product(FAILURES, repeat=3)))
-def test_what_was_entered_is_left_once(twin: Any, failures: tuple[str | None, ...], robust: bool) -> None:
+def test_rule_21_what_was_entered_is_left_once(twin: Any, failures: tuple[str | None, ...], robust: bool) -> None:
     """Three effects, each with a resource; each may fail at any point."""
     log: list[tuple[str, int]] = []
 

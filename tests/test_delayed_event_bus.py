@@ -27,7 +27,7 @@ def delayed(twin: Any, wrapped: Any) -> Any:
 
 
 @pytest.mark.parametrize("bad", [None, 3, "bus", dict])
-def test_only_a_bus_can_be_delayed(twin: Any, bad: object) -> None:
+def test_rule_11_only_a_bus_can_be_delayed(twin: Any, bad: object) -> None:
     with pytest.raises(TypeError, match=r"^DelayedEventBus\(\) takes the AbstractEventBus to wrap, not .*; pass"):
         twin.DelayedEventBus(bad)
     with pytest.raises(TypeError, match="DelayedEventBus"):
@@ -36,7 +36,7 @@ def test_only_a_bus_can_be_delayed(twin: Any, bad: object) -> None:
         twin.DelayedEventBus(twin.BasicEventBus)
 
 
-def test_a_subclass_that_forgets_super_is_told(twin: Any) -> None:
+def test_rule_11_a_subclass_that_forgets_super_is_told(twin: Any) -> None:
     class Forgetful(twin.DelayedEventBus):
         def __init__(self) -> None:
             pass
@@ -313,7 +313,7 @@ def test_rule_7_apply_event_set_on_the_wrapped_instance(delayed: Any, wrapped: A
     assert log.calls == []
 
 
-def test_a_basic_bus_checks_what_a_delayed_one_publishes(twin: Any) -> None:
+def test_rule_10_a_basic_bus_checks_what_a_delayed_one_publishes(twin: Any) -> None:
     bus = twin.BasicEventBus()
     delayed = twin.DelayedEventBus(bus)
     with pytest.raises(TypeError, match="not callable"):
@@ -355,3 +355,18 @@ def test_rule_12_with_an_empty_robust_run(delayed: Any) -> None:
     delayed.publish(1)
     delayed.apply(True)
     assert delayed.apply_without_delay(True, robust=True) == [1]
+
+
+def test_rule_4c_a_pair_may_return_what_it_likes(twin: Any) -> None:
+    delayed = twin.DelayedEventBus(twin.BasicEventBus())
+    delayed.side_effects_bus.publish(("x", lambda *, commit: 3))
+    assert delayed.apply_without_delay(True) == ["x"]
+
+
+def test_rule_4c_a_pair_may_not_return_a_coroutine(twin: Any) -> None:
+    async def send(*, commit: bool) -> None: ...
+
+    delayed = twin.DelayedEventBus(twin.BasicEventBus())
+    delayed.side_effects_bus.publish(("x", send))
+    with pytest.raises(TypeError, match=r"\.send returned a coroutine"):
+        delayed.apply_without_delay(True)

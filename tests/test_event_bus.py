@@ -560,7 +560,7 @@ def test_rule_10_what_cannot_be_called_is_refused(twin: Any, bad: object) -> Non
     assert good.mock_calls == [mock.call(commit=False)] * 2
 
 
-def test_an_abstract_class_cannot_be_instantiated(twin: Any) -> None:
+def test_rule_7_an_abstract_class_cannot_be_instantiated(twin: Any) -> None:
     for cls in (twin.EventBus, twin.AbstractEventBus, twin.EventBusOrchestrator):
         with pytest.raises(TypeError, match="abstract"):
             cls()
@@ -572,10 +572,89 @@ def test_an_abstract_class_cannot_be_instantiated(twin: Any) -> None:
         Unfinished()
 
 
-def test_generic_subclasses(twin: Any) -> None:
+def test_rule_7_generic_subclasses(twin: Any) -> None:
     class Bus(twin.AbstractEventBus[int]):
         def _apply_event(self, event: int, commit: bool) -> None: ...
 
     assert issubclass(Bus, twin.EventBus)
     assert isinstance(Bus(), twin.AbstractEventBus)
     assert twin.DelayedEventBus[int]
+
+
+def test_rule_4_several_events_published_meanwhile_come_last(make: Any, log: Log) -> None:
+    bus = make()
+    bus.publish_all([1, 2])
+    log.on(1, lambda: bus.publish_all(["a", "b", "c"]))
+    log.on(2, Boom())
+    with pytest.raises(Boom):
+        bus.apply(True)
+    assert bus.pending_events() == (2, "a", "b", "c")
+
+
+def test_rule_4c_handlers_may_return_what_they_like(twin: Any) -> None:
+    class Bus(twin.AbstractEventBus):
+        def _apply_event(self, event: Any, commit: Any) -> Any:
+            return event
+
+    bus = Bus()
+    for robust in (False, True):
+        bus.publish_all([1, 2, 3])
+        assert bus.apply(True, robust=robust) == [1, 2, 3]
+    bus.publish_all([1, 2, 3])
+    delayed = twin.DelayedEventBus(bus)
+    delayed.apply(True)
+    delayed.side_effects_bus._apply_event = lambda pair, commit: pair
+    assert delayed.apply_without_delay(True) == [1, 2, 3]
+    bus.publish(1)
+    ((_, function),) = bus.collect(True)
+    function(commit=True)
+
+
+def test_rule_4b_an_error_that_was_raised_while_another_was_handled_keeps_that(make: Any, log: Log) -> None:
+    bus = make()
+    bus.publish_all([1, 2])
+    log.on(1, Boom())
+
+    def act() -> None:
+        try:
+            raise Boom("first")
+        except Boom:
+            raise KeyboardInterrupt  # noqa: B904
+
+    log.on(2, act)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        bus.apply(True, robust=True)
+    assert str(caught.value.__context__) == "first"
+    assert bus.pending_events() == (1, 2)
+
+
+def test_rule_4_none_after_other_events_stays_pending(make: Any, log: Log) -> None:
+    bus = make()
+    bus.publish_all([1, 2, None, 3])
+    log.on(None, Boom())
+    with pytest.raises(Boom):
+        bus.apply(True)
+    assert bus.pending_events() == (None, 3)
+
+
+def test_rule_4c_a_collected_callable_refuses_a_coroutine(twin: Any) -> None:
+    class AsyncBus(twin.AbstractEventBus):
+        async def _apply_event(self, event: object, commit: object) -> None: ...
+
+    bus = AsyncBus()
+    bus.publish(1)
+    ((_, function),) = bus.collect(True)
+    with pytest.raises(TypeError, match="returned a coroutine"):
+        function(commit=True)
+
+
+def test_rule_4c_a_coroutine_is_refused_by_the_name_of_its_own_event(twin: Any) -> None:
+    def first(*, commit: bool) -> None: ...
+
+    async def second(*, commit: bool) -> None: ...
+
+    bus = twin.BasicEventBus()
+    bus.publish_all([first, second, first, first, first])
+    with pytest.raises(TypeError, match=r"\.second returned a coroutine"):
+        bus.apply(True)
+    assert bus.pending_events() == (second, first, first, first)

@@ -139,7 +139,7 @@ def test_rule_17_a_bus_registered_during_apply_waits(multi: Any, make: Any, log:
 
 
 @pytest.mark.parametrize("publish", ["publish", "publish_all"])
-def test_rule_17_a_bus_registers_itself_again(multi: Any, make: Any, log: Log, publish: str) -> None:
+def test_rule_17b_a_bus_registers_itself_again(multi: Any, make: Any, log: Log, publish: str) -> None:
     bus = multi.wrap(make())
     for event in (1, 2, 3):
         if publish == "publish":
@@ -153,7 +153,7 @@ def test_rule_17_a_bus_registers_itself_again(multi: Any, make: Any, log: Log, p
     assert log.events == [1, 1, 2, 2, 3, 3]
 
 
-def test_rule_17_a_basic_bus_registers_itself_again(twin: Any, multi: Any) -> None:
+def test_rule_17b_a_basic_bus_registers_itself_again(twin: Any, multi: Any) -> None:
     bus = multi.wrap(twin.BasicEventBus())
     for _ in range(3):
         event = mock.Mock()
@@ -163,7 +163,7 @@ def test_rule_17_a_basic_bus_registers_itself_again(twin: Any, multi: Any) -> No
         event.assert_called_once_with(commit=False)
 
 
-def test_rule_17_registering_by_hand_after_an_apply(multi: Any, make: Any) -> None:
+def test_rule_17b_registering_by_hand_after_an_apply(multi: Any, make: Any) -> None:
     bus = multi.wrap(make())
     multi.apply(True)
     multi.publish(bus)
@@ -171,7 +171,7 @@ def test_rule_17_registering_by_hand_after_an_apply(multi: Any, make: Any) -> No
     assert multi.pending_events() == (bus,)
 
 
-def test_rule_17_a_failed_bus_is_registered_once(multi: Any, make: Any, log: Log) -> None:
+def test_rule_17b_a_failed_bus_is_registered_once(multi: Any, make: Any, log: Log) -> None:
     bus = multi.wrap(make())
     bus.publish_all([1, 2])
     log.on(1, lambda: bus.publish("meanwhile"))
@@ -185,7 +185,8 @@ def test_rule_17_a_failed_bus_is_registered_once(multi: Any, make: Any, log: Log
     assert multi.apply_and_get_applied_events(True) == [2, "meanwhile", "after"]
 
 
-def test_rule_17_two_multi_buses(twin: Any, make: Any, log: Log) -> None:
+def test_rule_17b_two_multi_buses(twin: Any, make: Any, log: Log) -> None:
+    """The one that let go of a bus last is the one where it registers again."""
     one, two = twin.MultiEventBus(), twin.MultiEventBus()
     bus = one.wrap(make())
     two.publish(bus)
@@ -194,13 +195,15 @@ def test_rule_17_two_multi_buses(twin: Any, make: Any, log: Log) -> None:
     two.apply(True)
     assert log.events == [1]
     bus.publish(2)
-    assert one.pending_events() == two.pending_events() == (bus,)
-    two.apply(True)
+    assert one.pending_events() == ()
+    assert two.pending_events() == (bus,)
     one.apply(True)
+    assert log.events == [1]
+    two.apply(True)
     assert log.events == [1, 2]
 
 
-def test_rule_17_a_bus_keeps_no_orchestrator_alive(twin: Any, make: Any) -> None:
+def test_rule_17b_a_bus_keeps_no_orchestrator_alive(twin: Any, make: Any) -> None:
     multi = twin.MultiEventBus()
     bus = multi.wrap(make())
     multi.apply(True)
@@ -466,3 +469,167 @@ def test_rule_19_leaving_by_an_exception(twin: Any, make: Any, log: Log) -> None
     assert caught.value is error
     assert notes(error) == []
     assert log.calls == []
+
+
+def test_rule_16_events_are_gathered_through_an_overridden_apply(twin: Any, make: Any) -> None:
+    class Bus(twin.MultiEventBus):
+        def apply(self, commit: bool, *, robust: bool = False) -> Any:
+            return super().apply(commit, robust=robust)
+
+    multi = Bus()
+    multi.wrap(make()).publish_all([1, 2])
+    assert multi.apply_and_get_applied_events(True) == [1, 2]
+    multi.wrap(make()).publish_all([3])
+    assert multi.apply_and_get_applied_events(True, robust=True) == [3]
+    multi.wrap(make()).publish(4)
+    assert len(multi.apply(True)) == 1
+
+
+def test_rule_4b_an_overridden_apply_is_robust_when_asked(twin: Any, make: Any, log: Log) -> None:
+    class Multi(twin.MultiEventBus):
+        def apply(self, commit: bool, *, robust: bool = False) -> Any:
+            return super().apply(commit, robust=robust)
+
+    class Delayed(twin.DelayedEventBus):
+        def apply_without_delay(self, commit: bool, *, robust: bool = False) -> Any:
+            return super().apply_without_delay(commit, robust=robust)
+
+    multi = Multi()
+    delayed = Delayed(make())
+    multi.publish(delayed)
+    delayed.publish_all([1, 2])
+    log.on(1, Boom())
+    with pytest.raises(ExceptionGroup):
+        multi.apply_and_get_applied_events(True, robust=True)
+    assert log.events == [2]
+
+
+def test_rule_7_an_overridden_publish_is_honoured_after_an_apply_too(twin: Any) -> None:
+    class Doubling(twin.AbstractEventBus):
+        def publish(self, event: Any) -> None:
+            super().publish(event * 2)
+
+        def _apply_event(self, event: object, commit: object) -> None: ...
+
+    multi = twin.MultiEventBus()
+    delayed = multi.wrap(Doubling())
+    for _ in range(2):
+        delayed.publish(1)
+        delayed.publish(2)
+        delayed.publish(3)
+        assert multi.apply_and_get_applied_events(True) == [2, 4, 6]
+
+
+def test_rule_18_a_unit_of_work_is_not_robust_by_default(twin: Any, make: Any, log: Log) -> None:
+    log.on(1, Boom())
+    with (
+        pytest.raises(Boom),
+        twin.use_orchestrator_or_create_multi_event_bus(None, True) as (bus, execute),
+    ):
+        bus.wrap(make()).publish_all([1, 2])
+        execute()
+    assert log.events == []
+
+
+@pytest.mark.parametrize("hook", ["_apply_event", "_collect_event"])
+@pytest.mark.parametrize("robust", [False, True])
+def test_rule_4b_a_group_that_a_hook_raises_is_its_own(twin: Any, make: Any, hook: str, robust: bool) -> None:
+    own = ExceptionGroup("mine", [Boom("a"), Boom("b")])
+
+    class Bus(make):
+        pass
+
+    def fail(self: Any, event: Any, commit: Any) -> Any:
+        raise own
+
+    setattr(Bus, hook, fail)
+    multi = twin.MultiEventBus()
+    multi.wrap(Bus()).publish(1)
+    with pytest.raises(ExceptionGroup) as caught:
+        multi.apply(True, robust=robust)
+    if robust:
+        assert caught.value.exceptions == (own,)
+    else:
+        assert caught.value is own
+
+
+def test_rule_7_an_overridden_apply_without_delay_whose_events_nobody_wants(twin: Any, make: Any) -> None:
+    class Bus(twin.DelayedEventBus):
+        def apply_without_delay(self, commit: bool, *, robust: bool = False) -> Any:
+            return super().apply_without_delay(commit, robust=robust)
+
+    multi = twin.MultiEventBus()
+    for robust in (False, True):
+        bus = Bus(make())
+        multi.publish(bus)
+        bus.publish(1)
+        assert multi.apply(True, robust=robust) == [bus]
+
+
+def test_rule_19_a_bus_that_is_registered_twice_is_counted_once(twin: Any, make: Any) -> None:
+    with (
+        pytest.warns(twin.UnappliedEventsWarning, match="^2 events were"),
+        twin.use_orchestrator_or_create_multi_event_bus(None, True) as (bus, _),
+    ):
+        delayed = bus.wrap(make())
+        bus.publish(delayed)
+        delayed.publish(1)
+        delayed.apply(True)
+        delayed.publish(2)
+
+
+def test_rule_17b_wrapping_in_a_nested_bus_registers_that_again(twin: Any, make: Any) -> None:
+    outer, inner = twin.MultiEventBus(), twin.MultiEventBus()
+    delayed = outer.wrap(inner)
+    for _ in range(2):
+        inner.wrap(make()).publish(1)
+        assert outer.pending_events() == (delayed,)
+        assert outer.apply_and_get_applied_events(True) == [1]
+
+
+def test_rule_17b_a_nested_bus_registers_with_the_last_bus_around_it(twin: Any, make: Any) -> None:
+    inner = twin.MultiEventBus()
+    outers = [twin.MultiEventBus() for _ in range(3)]
+    wrappers = [outer.wrap(inner) for outer in outers]
+    for outer in outers:
+        outer.apply(True)
+    inner.wrap(make()).publish(1)
+    assert [outer.pending_events() for outer in outers] == [(), (), (wrappers[2],)]
+    assert outers[2].apply_and_get_applied_events(True) == [1]
+
+
+def test_rule_4b_an_overridden_hook_of_a_multi_bus_is_not_robust(twin: Any, make: Any, log: Log) -> None:
+    class Bus(twin.MultiEventBus):
+        def _apply_event(self, event: Any, commit: Any) -> None:
+            super()._apply_event(event, commit)
+
+    multi = Bus()
+    multi.wrap(make()).publish_all([1, 2])
+    log.on(1, Boom())
+    with pytest.raises(Boom):
+        multi.apply(True)
+    assert log.events == []
+
+
+def test_rule_17b_a_bus_that_failed_registers_itself_once(twin: Any, make: Any, log: Log) -> None:
+    multi = twin.MultiEventBus()
+    delayed = multi.wrap(make())
+    delayed.publish(1)
+    log.on(1, Boom())
+    with pytest.raises(Boom):
+        multi.apply(True)
+    delayed.publish(2)
+    assert multi.pending_events() == (delayed,)
+
+
+def test_rule_17b_a_bus_that_was_registered_elsewhere_waits_for_nobody(twin: Any, make: Any) -> None:
+    first, second = twin.MultiEventBus(), twin.MultiEventBus()
+    delayed = first.wrap(make())
+    second.publish(delayed)
+    first.apply(True)
+    second.apply(True)
+    first.publish(delayed)
+    delayed.publish(1)
+    assert first.pending_events() == (delayed,)
+    assert second.pending_events() == ()
+    assert first.apply_and_get_applied_events(True) == [1]

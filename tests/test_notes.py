@@ -8,9 +8,13 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from conftest import CPYTHON, notes
+from conftest import CPYTHON, Log, notes
 
-from commitbus import _messages
+from commitbus import _messages, _naming
+
+
+class Boom(Exception):
+    pass
 
 
 def function(*_: object, commit: bool) -> None: ...
@@ -130,7 +134,7 @@ def test_rule_4_side_effect_calls_and_collected_callables(twin: Any) -> None:
     assert "secret" not in notes(caught.value)[0]
 
 
-def test_a_bus_that_was_never_initialised_has_a_name(twin: Any) -> None:
+def test_rule_4_a_bus_that_was_never_initialised_has_a_name(twin: Any) -> None:
     class Forgetful(twin.DelayedEventBus):
         def __init__(self) -> None:
             pass
@@ -140,13 +144,59 @@ def test_a_bus_that_was_never_initialised_has_a_name(twin: Any) -> None:
     with pytest.raises(TypeError, match="wraps no bus"):
         multi.publish(bus)
     assert multi.pending_events() == ()
-    assert _messages.describe_bus(bus).endswith("Forgetful")
+    assert _naming.describe_bus(bus).endswith("Forgetful")
 
 
-def test_texts_count() -> None:
+def test_rule_4_texts_count() -> None:
     error = ValueError()
     _messages.note_interrupted(error, object(), 2, 3)
     assert notes(error) == ["commitbus: stopped after event 2 of 3 in object; the others stay pending"]
-    assert str(_messages.group(object(), [error], 1, 1)) == (
-        "1 of 1 event failed in object and stays pending (1 sub-exception)"
-    )
+    failures = _messages.Failures()
+    failures.errors.append(error)
+    failures.positions.append(0)
+    failures.count = 1
+    assert str(failures.group(object())) == "1 of 1 event failed in object and stays pending (1 sub-exception)"
+
+
+def test_rule_4b_a_robust_note_names_its_own_event(make: Any, log: Log) -> None:
+    bus = make()
+    bus.publish_all(["first", 2, 3.0])
+    for event in ("first", 2, 3.0):
+        log.on(event, Boom())
+    with pytest.raises(ExceptionGroup) as caught:
+        bus.apply(True, robust=True)
+    texts = [notes(error)[0] for error in caught.value.exceptions]
+    assert ["event 1 of 3, str," in texts[0], "event 2 of 3, int," in texts[1], "event 3 of 3, float," in texts[2]] == [
+        True
+    ] * 3
+
+
+def test_rule_4_the_note_of_a_side_effects_bus_names_the_wrapped_bus(twin: Any, make: Any, log: Log) -> None:
+    delayed = twin.DelayedEventBus(make())
+    delayed.publish(1)
+    delayed.apply(True)
+    log.on(1, Boom())
+    with pytest.raises(Boom) as caught:
+        delayed.side_effects_bus.apply(True)
+    (note,) = notes(caught.value)
+    assert "failed in commitbus.delayed_event_bus.SideEffectsBus of " in note
+    assert "LogBus; it stays pending" in note
+
+
+def test_rule_5_the_note_counts_what_could_not_be_collected(twin: Any) -> None:
+    class Picky(twin.AbstractEventBus):
+        def _apply_event(self, event: object, commit: object) -> None: ...
+
+        def _collect_event(self, event: object, commit: object) -> Any:
+            return print if event != 4 else None
+
+    bus = Picky()
+    bus.publish_all([1, 2, 3, 4, 5])
+    with pytest.raises(TypeError) as caught:
+        bus.collect(True)
+    assert "event 4 of 5, int," in notes(caught.value)[0]
+
+
+def test_rule_4_naming_an_event_cannot_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_naming, "name_of", None)
+    assert _naming.describe("secret") == "str"

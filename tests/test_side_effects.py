@@ -460,3 +460,14 @@ def test_rule_21_an_async_effect_is_refused(twin: Any, shared: Any) -> None:
     with pytest.raises(TypeError, match=r"effect returned a coroutine"):
         shared.apply(True)
     assert len(shared.pending_events()) == 1
+
+
+def test_rule_20_calls_of_the_same_bound_method_are_equal(twin: Any) -> None:
+    class Mailer:
+        def send(self, *, commit: bool) -> None: ...
+
+    mailer = Mailer()
+    call = twin.SideEffectCall(mailer.send)
+    assert call == twin.SideEffectCall(mailer.send)
+    assert hash(call) == hash(twin.SideEffectCall(mailer.send))
+    assert call != twin.SideEffectCall(Mailer().send)

@@ -190,3 +190,11 @@ print('loaded')
         data,
     )
     assert out == b"loaded\n"
+
+
+def test_rule_9_what_was_collected_without_pairs_is_copied(twin: Any) -> None:
+    delayed = twin.DelayedEventBus(twin.BasicEventBus())
+    delayed.publish(print)
+    delayed.apply(True)
+    for other in (copy.copy(delayed), copy.deepcopy(delayed), pickle.loads(pickle.dumps(delayed))):
+        assert other.collected_events() == (print,)

@@ -179,7 +179,7 @@ def test_rule_8_multi(twin: Any) -> None:
 @pytest.mark.skipif(
     not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="this Python has a GIL; the workflow runs this on 3.14t"
 )
-def test_importing_leaves_the_gil_off() -> None:
+def test_rule_8_importing_leaves_the_gil_off() -> None:
     code = "import sys, commitbus; assert not sys._is_gil_enabled(); print(commitbus.implementation)"
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

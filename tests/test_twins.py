@@ -181,7 +181,7 @@ def test_errors_are_the_same(twins: tuple[Any, Any], case: str) -> None:
     assert isinstance(pure, tuple), f"no error, but {pure}"
 
 
-def test_attributes_can_be_set_where_the_drop_in_allowed_it(twin: Any) -> None:
+def test_rule_6_attributes_can_be_set_where_the_drop_in_allowed_it(twin: Any) -> None:
     buses = [twin.BasicEventBus(), twin.MultiEventBus(), twin.SharedSideEffectsEventBus()]
     buses += [twin.DelayedEventBus(buses[0])]
     for bus in buses:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, ExitStack
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
+from threading import get_ident
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 if TYPE_CHECKING:
@@ -14,22 +15,33 @@ __all__ = ["SharedSideEffectContext"]
 V = TypeVar("V")
 
 
-class _Run:
-    """One apply of one bus in one thread or task."""
+class Run:
+    """One apply of one bus in one thread: what its side effects entered and made.
 
-    __slots__ = ("commit", "context", "entered", "outer", "outermost", "stack", "token", "values")
+    ``over`` is what ends it, by one assignment that nothing can interrupt. The context variable is reset,
+    too, but where an interrupt prevented that, or in a copy of the context that a task or a thread was
+    given, a run that is over is passed by.
+    """
+
+    __slots__ = ("commit", "context", "depth", "entered", "outer", "outermost", "over", "stack", "thread", "values")
 
     def __init__(self, context: SharedSideEffectContext, commit: bool) -> None:
         self.context = context
         self.commit = commit
-        self.outer = _running.get()
+        self.outer = running()
+        self.thread = get_ident()
         within = context._run()
         # Resources belong to the outermost apply of the bus: a nested one must not close them.
-        self.outermost: _Run = self if within is None else within.outermost
+        self.outermost: Run = self if within is None else within.outermost
         self.stack: ExitStack | None = None
+        self.depth = 0  # how many context managers were entered or asked for by `enter_context`
         self.entered: dict[int, tuple[object, Any]] = {}
         self.values: dict[Hashable, Any] = {}
-        self.token: Token[_Run | None] = _running.set(self)
+        self.over = False
+
+    def enter(self) -> None:
+        """Have `SharedSideEffectContext.current` find it."""
+        _running.set(self)
 
     def leave(self, error: BaseException | None) -> bool:
         """Close what was entered, then restore the context; true if that swallowed the error."""
@@ -39,12 +51,36 @@ class _Run:
             kind = None if error is None else type(error)
             return bool(self.stack.__exit__(kind, error, None if error is None else error.__traceback__))
         finally:
+            self.over = True
             self.entered.clear()
             self.values.clear()
-            _running.reset(self.token)
+            _running.set(self.outer)
 
 
-_running: ContextVar[_Run | None] = ContextVar("commitbus_running", default=None)
+_running: ContextVar[Run | None] = ContextVar("commitbus_running", default=None)
+
+
+def live(run: Run | None) -> Run | None:
+    """Give a run, or the next one outwards, that is of this thread and not over."""
+    while run is not None and (run.over or run.thread != get_ident()):
+        run = run.outer
+    return run
+
+
+def running() -> Run | None:
+    """Give the innermost run of this thread."""
+    return live(_running.get())
+
+
+# The multi bus whose applied events are being gathered, and where they go: for the hooks that a subclass
+# overrides, which cannot be handed the list.
+gathering: ContextVar[tuple[object, list[Any]] | None] = ContextVar("commitbus_gathering", default=None)
+
+
+def gathering_of(bus: object) -> list[Any] | None:
+    """Give the list that gathers the events that `bus` applies, if there is one."""
+    found = gathering.get()
+    return found[1] if found is not None and found[0] is bus else None
 
 
 class SharedSideEffectContext:
@@ -67,6 +103,8 @@ class SharedSideEffectContext:
     {'UA': 2, 'AA': 1}
     """
 
+    __module__ = "commitbus.side_effects"
+
     __slots__ = ("__weakref__", "_values")
 
     def __init__(self) -> None:
@@ -86,7 +124,7 @@ class SharedSideEffectContext:
         LookupError
             When no side effect of a `SharedSideEffectsEventBus` is running.
         """
-        run = _running.get()
+        run = running()
         if run is None:
             raise LookupError(
                 "no side effect of a SharedSideEffectsEventBus is running here; call "
@@ -123,8 +161,8 @@ class SharedSideEffectContext:
         -------
         object
             The context keeps a reference as long as the bus lives. A value whose factory called
-            `enter_context` is forgotten when what it entered is left, so that nobody gets a closed
-            client.
+            `enter_context`, or asked for such a value, is forgotten when what was entered is left, so that
+            nobody gets a closed client.
 
         Raises
         ------
@@ -138,13 +176,22 @@ class SharedSideEffectContext:
         if run is not None:
             run = run.outermost
             if key in run.values:
+                run.depth += 1  # so that who made something of it in a factory is forgotten with it
                 return cast("V", run.values[key])
         if key in kept:
             return cast("V", kept[key])
-        entered = 0 if run is None else len(run.entered)
+        before: list[tuple[Run, int]] = []  # from the innermost run outwards, up to this bus's own
+        if run is not None:
+            one = running()
+            while one is not None:
+                before.append((one, one.depth))
+                one = None if one is run else live(one.outer)
         value = factory()
-        if run is not None and len(run.entered) > entered:
-            kept = run.values
+        for one, depth in before:
+            if one.depth > depth:
+                if one.outermost is not run:
+                    return value  # it belongs to another bus's apply, which ends before this one: keep it nowhere
+                kept = run.values
         return cast("V", kept.setdefault(key, value))
 
     def enter_context(self, cm: AbstractContextManager[V, bool | None]) -> V:
@@ -175,6 +222,7 @@ class SharedSideEffectContext:
         if run is None:
             raise LookupError("this bus is not applying here; call enter_context() from one of its side effects")
         run = run.outermost
+        run.depth += 1
         if id(cm) in run.entered:
             return cast("V", run.entered[id(cm)][1])
         if run.stack is None:
@@ -183,11 +231,9 @@ class SharedSideEffectContext:
         run.entered[id(cm)] = (cm, value)  # holding cm keeps its id from being used again
         return value
 
-    def _run(self) -> _Run | None:
-        run = _running.get()
+    def _run(self) -> Run | None:
+        run = running()
         while run is not None and run.context is not self:
-            run = run.outer
+            run = live(run.outer)
         return run
 
-
-SharedSideEffectContext.__module__ = "commitbus.side_effects"

@@ -46,6 +46,8 @@ class CommittableFunction(Protocol):
     would send to ada@example.org
     """
 
+    __module__ = "commitbus.event_bus"
+
     def __call__(self, *, commit: bool) -> object:
         """Carry the side effect out, or only pretend to.
 
@@ -81,6 +83,8 @@ class EventBus(ABC, Generic[T]):
     published a
     published b
     """
+
+    __module__ = "commitbus.event_bus"
 
     __slots__ = ()
 
@@ -149,6 +153,8 @@ class EventBusOrchestrator(ABC):
     1
     """
 
+    __module__ = "commitbus.multi_event_bus"
+
     __slots__ = ()
 
     @abstractmethod
@@ -189,6 +195,8 @@ class UnappliedEventsWarning(RuntimeWarning):
 yielded before the block ends, or leave the block by an exception
     """
 
+    __module__ = "commitbus.multi_event_bus"
+
 
 def iterate(events: Iterable[Any]) -> Any:
     """Do what `iter` does, with an error that says what to pass."""
@@ -200,9 +208,3 @@ def iterate(events: Iterable[Any]) -> Any:
         name = type(events).__qualname__
     raise TypeError(f"publish_all() takes an iterable of events, not {name}; publish a single event with publish()")
 
-
-for _public in (CommittableFunction, EventBus):
-    _public.__module__ = "commitbus.event_bus"
-EventBusOrchestrator.__module__ = "commitbus.multi_event_bus"
-UnappliedEventsWarning.__module__ = "commitbus.multi_event_bus"
-del _public

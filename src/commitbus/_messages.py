@@ -1,97 +1,29 @@
 """Every error text and note, once for both twins, so that they cannot differ.
 
-Nothing here runs on the happy path. Events are named by their types and functions alone: no code of
-theirs runs, and nothing that they contain is shown.
+Nothing here runs on the happy path.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Coroutine, Generator, Mapping
 from contextlib import suppress
-from functools import partial
-from types import BuiltinFunctionType, FunctionType, GetSetDescriptorType, MethodType
-from typing import Any, cast
+from types import BuiltinFunctionType, FunctionType
+from typing import Any
 
-from commitbus._interfaces import EventBusOrchestrator, UnappliedEventsWarning
+from commitbus._naming import describe, describe_bus, name_of, type_name
 
 _FUNCTIONS = (FunctionType, BuiltinFunctionType, type)
-_DEEPEST = 100  # a partial can be nested in itself
-_see_through: list[tuple[type, Callable[[Any], object]]] = []
-_wrappers: list[tuple[type, Callable[[Any], object]]] = []
-
-
-def see_through(cls: type, inner: Callable[[Any], object]) -> None:
-    """Have `describe` name what `inner` gives for instances of `cls`."""
-    _see_through.append((cls, inner))
-
-
-def wraps_bus(cls: type, inner: Callable[[Any], object]) -> None:
-    """Have `describe_bus` name the bus that `inner` gives, too."""
-    _wrappers.append((cls, inner))
-
-
-def type_name(cls: type) -> str:
-    """Give the qualified name of a class, whatever its metaclass defines."""
-    qualname: str = type.__dict__["__qualname__"].__get__(cls)
-    module = type.__dict__["__module__"].__get__(cls)
-    return f"{module}.{qualname}" if isinstance(module, str) and module != "builtins" else qualname
-
-
-def _name(event: Any) -> str:
-    cls = cast("Any", type(event))
-    if issubclass(cls, type):
-        return type_name(event)
-    if callable(event):
-        for base in cls.__mro__:
-            # Only what C code defines: a property or a Mock's __getattr__ could run anything.
-            if isinstance(base.__dict__.get("__qualname__"), GetSetDescriptorType):
-                module = getattr(event, "__module__", None)
-                prefix = f"{module}." if isinstance(module, str) and module != "builtins" else ""
-                return f"{prefix}{event.__qualname__}"
-    return type_name(cls)
-
-
-def describe(event: Any) -> str:
-    """Name an event: its type or, for a callable, its function."""
-    try:
-        inner = event
-        for _ in range(_DEEPEST):
-            cls = cast("Any", type(inner))  # never __class__, which a Mock makes up
-            for known, look in _see_through:
-                if issubclass(cls, known):
-                    inner = look(inner)
-                    break
-            else:
-                break
-        return _name(inner)
-    except Exception:
-        return type_name(cast("Any", type(event)))
-
-
-def describe_bus(bus: object) -> str:
-    """Name a bus and the one that it wraps."""
-    cls = type(bus)
-    for known, look in _wrappers:
-        if issubclass(cls, known):
-            with suppress(TypeError):  # a subclass that did not call super().__init__()
-                return f"{type_name(cls)} of {describe_bus(look(bus))}"
-    return type_name(cls)
-
-
-see_through(partial, vars(partial)["func"].__get__)
-see_through(MethodType, lambda method: method.__func__)
 
 
 # Notes on errors that pass through a bus
 
 
 def _add_note(error: BaseException, text: str) -> None:
-    with suppress(Exception):  # an exception whose __notes__ are no list
+    with suppress(Exception):  # an exception whose __notes__ are no list, or raise
         BaseException.add_note(error, f"commitbus: {text}")
 
 
-def note_stopped(error: BaseException, bus: object, event: object, number: int, count: int, earlier: int = 0) -> None:
+def note_stopped(error: BaseException, bus: object, event: object, number: int, count: int, earlier: int) -> None:
     """Say which event stopped an apply, and what stays pending."""
     left = count - number
     rest = f"it and the {left} after it stay pending" if left else "it stays pending"
@@ -102,14 +34,6 @@ def note_stopped(error: BaseException, bus: object, event: object, number: int, 
 def note_interrupted(error: BaseException, bus: object, done: int, count: int) -> None:
     """Say how far an apply came that was stopped between two events."""
     _add_note(error, f"stopped after event {done} of {count} in {describe_bus(bus)}; the others stay pending")
-
-
-def note_failed(errors: list[Exception], bus: object, event: object, number: int, count: int) -> None:
-    """Say which event failed in a robust apply; a bus in a multi bus may fail with several errors."""
-    for error in errors:
-        _add_note(
-            error, f"event {number} of {count}, {describe(event)}, failed in {describe_bus(bus)}; it stays pending"
-        )
 
 
 def note_uncollected(error: BaseException, bus: object, event: object, number: int, count: int) -> None:
@@ -126,19 +50,59 @@ def note_left(error: BaseException, bus: object) -> None:
     _add_note(error, f"leaving the shared context of {describe_bus(bus)} failed, after its side effects had run")
 
 
-def group(bus: object, errors: list[Exception], failed: int, count: int) -> ExceptionGroup[Exception]:
-    """Make the one error of a robust apply."""
-    events = "1 event" if count == 1 else f"{count} events"
-    stays = "stays" if failed == 1 else "stay"
-    made = ExceptionGroup(f"{failed} of {events} failed in {describe_bus(bus)} and {stays} pending", errors)
-    vars(made)["_commitbus_bus"] = bus  # by which a multi bus knows the groups of its own buses
-    return made
+def drop_own_frames(error: BaseException) -> None:
+    """Drop the frames of the loops from the head of a traceback: between an apply and its handler they say nothing."""
+    with suppress(Exception):
+        traceback = error.__traceback__
+        while traceback is not None and _is_own(traceback.tb_frame.f_globals.get("__name__")):
+            traceback = traceback.tb_next
+        BaseException.with_traceback(error, traceback)
 
 
-def chain(error: BaseException, bus: object, errors: list[Exception], failed: int, count: int) -> None:
-    """Keep the errors of a robust apply in sight when something else stops it."""
-    if error.__context__ is None:
-        error.__context__ = group(bus, errors, failed, count)
+def _is_own(module: object) -> bool:
+    return type(module) is str and module.startswith(("commitbus._pure.", "commitbus._compiled."))
+
+
+class Failures:
+    """What failed in one robust apply of one bus.
+
+    A multi bus hands its own list of errors to each bus that it applies, so that they all end in one group.
+    """
+
+    __slots__ = ("begin", "count", "errors", "positions")
+
+    def __init__(self, errors: list[Exception] | None = None) -> None:
+        self.errors: list[Exception] = [] if errors is None else errors
+        self.positions: list[int] = []  # in the batch, of the events that failed
+        self.begin = 0  # where the batch begins: those before were done by earlier applies
+        self.count = 0  # how many events it has
+
+    def note(self, first: int, bus: object, event: object, position: int) -> None:
+        """Say of the errors from `first` on which event failed; a bus in a multi bus may have several."""
+        number = position - self.begin + 1
+        for error in self.errors[first:]:
+            _add_note(
+                error,
+                f"event {number} of {self.count}, {describe(event)}, failed in {describe_bus(bus)}; it stays pending",
+            )
+
+    def group(self, bus: object) -> ExceptionGroup[Exception]:
+        """Make one error of all."""
+        events = "1 event" if self.count == 1 else f"{self.count} events"
+        stays = "stays" if len(self.positions) == 1 else "stay"
+        text = f"{len(self.positions)} of {events} failed in {describe_bus(bus)} and {stays} pending"
+        return ExceptionGroup(text, self.errors)
+
+    def chain(self, error: BaseException, bus: object) -> None:
+        """Keep the errors in sight when something that is no `Exception` stops the apply."""
+        if self.errors and error.__context__ is None:
+            error.__context__ = self.end(bus)
+
+    def end(self, bus: object) -> ExceptionGroup[Exception]:
+        """Give the one error of all, and keep none: a traceback leads to the frame that has this object."""
+        group = self.group(bus)
+        self.errors.clear()
+        return group
 
 
 # Errors of the bus itself
@@ -186,6 +150,19 @@ def not_wrapping() -> TypeError:
     )
 
 
+def still_collected(bus: object) -> TypeError:
+    """Refuse to wrap another bus while something is collected."""
+    return TypeError(
+        f"{describe_bus(bus)} holds events that were collected, so it cannot be initialised again; "
+        "apply them with apply_without_delay(commit=...) first"
+    )
+
+
+def no_collector() -> TypeError:
+    """Refuse to use a side-effects bus that was made by hand."""
+    return TypeError("this side_effects_bus belongs to no DelayedEventBus; use delayed_event_bus.side_effects_bus")
+
+
 def not_a_call(value: object) -> TypeError:
     """Refuse an event that is no side-effect call."""
     return TypeError(
@@ -211,6 +188,11 @@ def commit_keyword() -> TypeError:
     return TypeError(
         "SideEffectCall() takes no keyword commit; leave it out, apply(commit=...) hands it to the function"
     )
+
+
+def keyword_is_no_string() -> TypeError:
+    """Say what calling a function with such a keyword says."""
+    return TypeError("keywords must be strings")
 
 
 def not_a_pair(value: object) -> TypeError:
@@ -249,72 +231,37 @@ def immutable(name: str) -> AttributeError:
 
 def call_repr(function: object, args: tuple[object, ...], kwargs: Mapping[str, object]) -> str:
     """Show a side-effect call the way it was made."""
-    parts = [_name(function) if isinstance(function, _FUNCTIONS) else repr(function)]
+    parts = [name_of(function) if isinstance(function, _FUNCTIONS) else repr(function)]
     parts += map(repr, args)
     parts += (f"{name}={value!r}" for name, value in kwargs.items())
     return f"SideEffectCall({', '.join(parts)})"
 
 
 def refuse_coroutine(function: object, result: object) -> None:
-    """Raise when a function that should have acted returned a coroutine, which would never run.
+    """Raise when a function that should have acted returned what would only act when it is run.
 
     Parameters
     ----------
     function : object
         What was called.
     result : object
-        What it returned. A coroutine is closed.
+        What it returned. A coroutine or a generator is closed.
 
     Raises
     ------
     TypeError
-        When `result` is a coroutine or an asynchronous generator.
+        When `result` is a coroutine, a generator or an asynchronous generator.
     """
     cls = type(result)
     if issubclass(cls, Coroutine):
-        with suppress(Exception):
-            result.close()  # type: ignore[attr-defined]
-        kind = "a coroutine"
+        kind, advice = "a coroutine, which nothing would await", "make it a plain function, "
+        advice += "or have it schedule the work, for example with asyncio.run or a task queue"
+    elif issubclass(cls, Generator):
+        kind, advice = "a generator, which nothing would run", "remove the yield"
     elif issubclass(cls, AsyncGenerator):
-        kind = "an asynchronous generator"
+        kind, advice = "an asynchronous generator, which nothing would run", "make it a plain function"
     else:
         return
-    raise TypeError(
-        f"{describe(function)} returned {kind}, which nothing would await; make it a plain function, "
-        "or have it schedule the work, for example with asyncio.run or a task queue"
-    )
-
-
-def count_unapplied(buses: Any) -> int:
-    """Count the events that are left in a multi bus; those in a bus that is wrapped twice, once."""
-    total = 0
-    seen: set[int] = set()
-    left: list[Any] = list(buses.pending_events())
-    while left:
-        delayed = left.pop()
-        actual = delayed.actual_event_bus
-        events: list[Any] = []
-        if id(delayed) not in seen:
-            events += delayed.collected_events()
-        if id(actual) not in seen:
-            events += actual.pending_events()
-        seen |= {id(delayed), id(actual)}
-        if isinstance(actual, EventBusOrchestrator):
-            left += events
-        else:
-            total += len(events)
-    return total
-
-
-def warn_unapplied(buses: Any, stacklevel: int) -> None:
-    """Warn when a unit of work was left with events that nobody applied."""
-    if not (count := count_unapplied(buses)):
-        return
-    was = "1 event was" if count == 1 else f"{count} events were"
-    warnings.warn(
-        f"{was} published but never applied; call the function that "
-        "use_orchestrator_or_create_multi_event_bus() yielded before the block ends, "
-        "or leave the block by an exception",
-        UnappliedEventsWarning,
-        stacklevel=stacklevel + 1,
-    )
+    with suppress(Exception):
+        result.close()  # type: ignore[attr-defined]
+    raise TypeError(f"{describe(function)} returned {kind}; {advice}")

@@ -12,11 +12,11 @@ if os.environ.get("COMMITBUS_NO_EXTENSIONS", "") not in {"", "0"}:
     reason = "switched off by COMMITBUS_NO_EXTENSIONS"
 else:
     try:
-        import commitbus._compiled as twin  # type: ignore[import-not-found, no-redef]
+        import commitbus._compiled as twin
 
         implementation = "compiled"
     except ModuleNotFoundError as error:
-        if error.name != "commitbus._compiled":
+        if error.name != "commitbus._compiled.side_effects":  # the first that it imports
             raise  # it is there, but broken: that must not pass in silence
         reason = "the extension was not built"
 

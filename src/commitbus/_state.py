@@ -8,28 +8,38 @@ from __future__ import annotations
 import importlib
 from typing import Any, cast
 
-_owned: dict[type, str] = {}
-
-
-def own(namespace: dict[str, Any], names: list[str]) -> None:
-    """Remember the classes of a twin, which are pickled by name and module."""
-    for name in names:
-        value = namespace[name]
-        if isinstance(value, type):
-            _owned[value] = f"{value.__module__}:{value.__qualname__}"
+# Where the classes are that a pickle may name. Nothing else is ever looked up by a name: an unpickler that
+# lets only commitbus through must not lead to what commitbus could be made to import.
+_MODULES = {
+    "AbstractEventBus": "commitbus.event_bus",
+    "BasicEventBus": "commitbus.event_bus",
+    "DelayedEventBus": "commitbus.delayed_event_bus",
+    "MultiEventBus": "commitbus.multi_event_bus",
+    "SharedSideEffectsEventBus": "commitbus.shared_side_effects",
+    "SideEffectCall": "commitbus.side_effects",
+    "SideEffectsBus": "commitbus.delayed_event_bus",
+}
 
 
 def reference(cls: type) -> type | str:
-    """Give what stands for a class in a pickle."""
-    return _owned.get(cls, cls)
+    """Give what stands for a class in a pickle: our own go by name, so that either twin finds its own."""
+    return cls.__name__ if _MODULES.get(cls.__name__) == cls.__module__ else cls
 
 
 def resolve(cls: type | str) -> Any:
-    """Find the class that a reference stands for, in the twin that is in use."""
+    """Find the class that a reference stands for, in the twin that is in use.
+
+    Raises
+    ------
+    ValueError
+        When it is none of commitbus's own: the pickle was not made by commitbus.
+    """
     if isinstance(cls, type):
         return cls
-    module, _, name = cls.partition(":")
-    return getattr(importlib.import_module(module), name)
+    if cls not in _MODULES:
+        raise ValueError(f"{cls!r} is not a class of commitbus; this pickle was not made by it")
+    # The private one is in the twin's own module alone.
+    return getattr(importlib.import_module(_MODULES[cls]), cls)
 
 
 def new(cls: type | str) -> Any:
@@ -41,6 +51,11 @@ def new(cls: type | str) -> Any:
 def call(cls: type | str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Make a side-effect call."""
     return resolve(cls)(function, *args, **kwargs)
+
+
+def collected(bus: Any, event: Any) -> Any:
+    """Make the default callable of a collected event, in the twin that is in use."""
+    return resolve("AbstractEventBus")._collect_event(bus, event, None)
 
 
 def _slots(cls: type) -> list[str]:
@@ -55,7 +70,7 @@ def _slots(cls: type) -> list[str]:
     return names
 
 
-def get_own(instance: Any) -> Any:
+def _get_own(instance: Any) -> Any:
     """Give what a subclass keeps, as `object.__getstate__` would."""
     cls = cast("Any", type(instance))
     if cls.__getstate__ is not object.__getstate__:
@@ -65,8 +80,8 @@ def get_own(instance: Any) -> Any:
     return (attributes, slots) if attributes or slots else None
 
 
-def set_own(instance: Any, state: Any) -> None:
-    """Set what `get_own` gave, as `pickle` would."""
+def _set_own(instance: Any, state: Any) -> None:
+    """Set what `_get_own` gave, as `pickle` would."""
     if state is None:
         return
     if hasattr(cast("Any", type(instance)), "__setstate__"):
@@ -79,39 +94,34 @@ def set_own(instance: Any, state: Any) -> None:
         setattr(instance, name, value)
 
 
-def set_state(instance: Any, state: tuple[Any, Any]) -> None:
+def _set_state(instance: Any, state: tuple[Any, Any]) -> None:
     """Set the state of a bus: what it keeps itself, then what its subclass keeps."""
-    kept, own_state = state
+    kept, own = state
     instance._commitbus_set(kept)
-    set_own(instance, own_state)
+    _set_own(instance, own)
 
 
-def reduce(instance: Any) -> tuple[Any, ...]:
-    """Take a bus apart for `pickle`."""
-    state = (instance._commitbus_get(), get_own(instance))
-    cls = cast("Any", type(instance))
-    # Not in the arguments of `new`: an event may lead back to its bus.
-    return (new, (reference(cls),), state, None, None, set_state)
+class Stateful:
+    """Copies and pickles a bus, which gives what it keeps by ``_commitbus_get`` and takes it by ``_commitbus_set``."""
 
+    __slots__ = ()
 
-def shallow(instance: Any) -> Any:
-    """Make a copy that shares the events, but not their list."""
-    cls = cast("Any", type(instance))
-    made = new(cls)
-    set_state(made, (instance._commitbus_get(), get_own(instance)))
-    return made
+    def __copy__(self) -> Any:
+        """Make a copy that shares the events, but has lists of its own."""
+        made = new(type(self))
+        _set_state(made, (cast("Any", self)._commitbus_get(), _get_own(self)))
+        return made
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Make a copy that shares nothing."""
+        from copy import deepcopy  # a millisecond, which an import of commitbus need not take
 
-def deep(instance: Any, memo: dict[int, Any]) -> Any:
-    """Make a copy that shares nothing."""
-    from copy import deepcopy  # a millisecond, which an import of commitbus need not take
+        made = memo[id(self)] = new(type(self))
+        _set_state(made, deepcopy((cast("Any", self)._commitbus_get(), _get_own(self)), memo))
+        return made
 
-    cls = cast("Any", type(instance))
-    made = memo[id(instance)] = new(cls)
-    set_state(made, deepcopy((instance._commitbus_get(), get_own(instance)), memo))
-    return made
-
-
-def collected(bus: Any, event: Any) -> Any:
-    """Make the default callable of a collected event, in the twin that is in use."""
-    return resolve("commitbus.event_bus:AbstractEventBus")._collect_event(bus, event, None)
+    def __reduce__(self) -> Any:
+        """Take the bus apart for `pickle`, with all that it holds."""
+        state = (cast("Any", self)._commitbus_get(), _get_own(self))
+        # Not in the arguments of `new`: an event may lead back to its bus.
+        return (new, (reference(type(self)),), state, None, None, _set_state)

@@ -10,6 +10,6 @@ else:
     from commitbus._select import twin
 
     DelayedEventBus = twin.DelayedEventBus
-    _SideEffectsBus = twin._SideEffectsBus  # pickles name it
+    SideEffectsBus = twin.SideEffectsBus  # pickles name it
 
 __all__ = ["DelayedEventBus"]

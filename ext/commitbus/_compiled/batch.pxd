@@ -1,0 +1,42 @@
+from cpython.object cimport PyObject
+
+
+cdef extern from "Python.h":
+    # A built-in method: its C function and what it is bound to tell whether it is ours.
+    ctypedef PyObject* (*PyCFunction)(PyObject*, PyObject*)
+    PyCFunction PyCFunction_GET_FUNCTION(object function)
+
+
+cdef class Source:
+    """Where an apply takes its batch from, and puts back what is left of it."""
+
+    # What carries an event out. Looked up once an apply, before anything is taken.
+    cdef object hook(self)
+    # Takes all that is pending, of which the events before `head` are done and None; None when there is none.
+    cdef list take(self, Py_ssize_t* head)
+    # Runs a batch from `done` on, up to the first event that fails.
+    cdef int run(
+        self, object hook, list batch, Py_ssize_t* done, object commit, object failures, list out
+    ) except -1
+    # Puts a batch back, from `head` on. `begun` is how many of these were tried: they come first.
+    cdef int put_back(self, list batch, Py_ssize_t head, Py_ssize_t begun) except -1
+    # What surrounds the handlers, or None.
+    cdef object scope(self, object commit)
+
+
+cdef class Pair:
+    """An event in a list of collected ones whose callable is not the default one."""
+
+    # The event and its callable. A bare event stands for itself and the default one.
+    cdef tuple pair
+
+
+cdef object event_of(object item)
+cdef list events_of(list items)
+cdef object explicit(tuple pair)
+cdef list carry_out(Source source, object bus, object commit, object failures, list out)
+cdef int call_handler(object handler, list batch, Py_ssize_t* done, object commit) except -1
+cdef int call_events(list batch, Py_ssize_t* done, object commit) except -1
+cdef int call_event(object event, object commit) except -1
+cdef int check(object function, object result) except -1
+cdef bint is_ours(object method, PyCFunction function, object bus) noexcept

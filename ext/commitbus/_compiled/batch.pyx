@@ -1,0 +1,326 @@
+# cython: language_level=3, binding=False, embedsignature=True, embedsignature.format=clinic
+# cython: auto_pickle=False, freethreading_compatible=True, boundscheck=False, wraparound=False
+"""A batch: what one apply took out of a bus, how it is run, and what is left of it when it is stopped.
+
+A batch is a list that an apply took out of a bus: nobody else has it, so each event in it is applied by
+that apply or put back. ``done`` counts the events that are finished. C code is not interrupted between a
+handler's return and the count.
+"""
+
+cimport cython
+from cpython.object cimport PyObject
+from cpython.ref cimport Py_DECREF
+
+from commitbus._compiled.side_effects cimport SideEffectCall
+
+from commitbus import _messages
+
+
+cdef extern from "Python.h":
+    const size_t PY_VECTORCALL_ARGUMENTS_OFFSET
+    # Returns a new reference, or NULL with an exception set. The arguments stay the caller's. With
+    # the offset flag the callee may use args[-1] for a while, which saves it a copy.
+    PyObject* PyObject_Vectorcall(PyObject* function, PyObject* const* args, size_t count, PyObject* names)
+    # The vectorcall function of an object, or NULL: then it is called in another way.
+    ctypedef PyObject* (*vectorcallfunc)(PyObject*, PyObject* const*, size_t, PyObject*)
+    vectorcallfunc PyVectorcall_Function(PyObject* function)
+    bint PyCFunction_Check(object function)
+    # Borrowed, good as long as the method is.
+    PyObject* PyCFunction_GET_SELF(object function)
+    # A Python method in its two parts: borrowed references, good as long as the method is.
+    bint PyMethod_Check(object method)
+    PyObject* PyMethod_GET_FUNCTION(object method)
+    PyObject* PyMethod_GET_SELF(object method)
+    # Borrowed; NULL where no exception is set.
+    PyObject* PyErr_Occurred()
+    # No checks of type or index; borrowed.
+    PyObject* PyList_GET_ITEM(object list, Py_ssize_t index)
+    Py_ssize_t PyList_GET_SIZE(object list)
+
+cdef tuple COMMIT = ("commit",)
+
+
+# Calling
+
+
+cdef int check(object function, object result) except -1:
+    """Refuse what a handler returned, if it would only act when it is run."""
+    if result is not None:
+        _messages.refuse_coroutine(function, result)
+    return 0
+
+
+cdef inline int finish(object function, PyObject* result) except -1:
+    """Take over what a call gave: NULL and an exception, None, or anything else."""
+    if result == <PyObject*>None:
+        Py_DECREF(None)
+        return 0
+    if result is NULL:
+        if PyErr_Occurred() is NULL:  # CPython forgets the error where memory runs out in a frame
+            raise SystemError("a handler failed without an exception")
+        return -1
+    taken = <object>result
+    Py_DECREF(taken)
+    return check(function, taken)
+
+
+cdef int call_event(object event, object commit) except -1:
+    """Call an event as ``event(commit=commit)``."""
+    cdef PyObject* stack[2]
+    if type(event) is SideEffectCall:
+        return finish(event, (<SideEffectCall>event).call(<PyObject*>commit))
+    stack[0] = NULL
+    stack[1] = <PyObject*>commit
+    return finish(
+        event, PyObject_Vectorcall(<PyObject*>event, stack + 1, PY_VECTORCALL_ARGUMENTS_OFFSET, <PyObject*>COMMIT)
+    )
+
+
+cdef int call_events(list batch, Py_ssize_t* done, object commit) except -1:
+    """Call the events of a batch that are not done."""
+    # The size is read each time: somebody may find the list by the garbage collector, and clear it.
+    while done[0] < PyList_GET_SIZE(batch):
+        event = <object>PyList_GET_ITEM(batch, done[0])
+        call_event(event, commit)
+        done[0] += 1
+    return 0
+
+
+cdef int call_handler(object handler, list batch, Py_ssize_t* done, object commit) except -1:
+    """Call ``handler(event, commit)`` for the events of a batch that are not done."""
+    cdef PyObject* stack[4]
+    cdef PyObject** arguments = stack + 1
+    cdef PyObject* function = <PyObject*>handler
+    cdef size_t count = 2
+    cdef vectorcallfunc vectorcall
+    if PyMethod_Check(handler):
+        # Unpacked once here, not once for each event: `handler` keeps both alive.
+        function = PyMethod_GET_FUNCTION(handler)
+        stack[1] = PyMethod_GET_SELF(handler)
+        count = 3
+    # Looked up once: PyObject_Vectorcall would look it up, with the thread's state, for each event, which is
+    # a tenth of the time of a call.
+    vectorcall = PyVectorcall_Function(function)
+    if vectorcall is NULL:
+        vectorcall = PyObject_Vectorcall
+    stack[0] = NULL
+    stack[count] = <PyObject*>commit
+    while done[0] < PyList_GET_SIZE(batch):
+        event = <object>PyList_GET_ITEM(batch, done[0])
+        stack[count - 1] = <PyObject*>event
+        finish(handler, vectorcall(function, arguments, count | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL))
+        done[0] += 1
+    return 0
+
+
+cdef bint is_ours(object method, PyCFunction function, object bus) noexcept:
+    """Whether a method is a certain one of ours, and bound to that very bus: one borrowed from another is not."""
+    return (
+        PyCFunction_Check(method)
+        and PyCFunction_GET_FUNCTION(method) == function
+        and PyCFunction_GET_SELF(method) == <PyObject*>bus
+    )
+
+
+# Applying
+
+
+cdef class Source:
+    cdef object hook(self):
+        raise NotImplementedError
+
+    cdef list take(self, Py_ssize_t* head):
+        raise NotImplementedError
+
+    cdef int run(
+        self, object hook, list batch, Py_ssize_t* done, object commit, object failures, list out
+    ) except -1:
+        raise NotImplementedError
+
+    cdef int put_back(self, list batch, Py_ssize_t head, Py_ssize_t begun) except -1:
+        raise NotImplementedError
+
+    cdef object scope(self, object commit):
+        return None
+
+
+cdef list carry_out(Source source, object bus, object commit, object failures, list out):
+    """Apply what is pending in a source: the one path behind every apply.
+
+    `bus` is named in notes. `failures` is None, or the `Failures` that a robust apply fills. `out` gathers the
+    events that multi buses apply. Returns the events that were applied.
+    """
+    cdef Py_ssize_t begin = 0
+    cdef Py_ssize_t done
+    cdef Py_ssize_t before = 0
+    cdef bint owned = True  # whether the batch is this apply's own: not once it was put back
+    cdef list applied = None
+    hook = source.hook()
+    cdef list batch = source.take(&begin)
+    if batch is None:
+        return []
+    done = begin
+    scope = None
+    try:
+        scope = source.scope(commit)
+        if scope is not None:
+            scope.enter()
+        if failures is None:
+            source.run(hook, batch, &done, commit, None, out)
+        else:
+            before = len(failures.errors)
+            run_robustly(source, hook, bus, batch, begin, &done, commit, failures, out)
+            if failures.positions:
+                applied = applied_of(batch, begin, done, failures.positions)
+                owned = False
+                put_back(source, batch, begin, done, failures)
+        if applied is None:
+            applied = batch if begin == 0 else batch[begin:]
+        owned = False
+        if scope is not None and leave(scope, bus, failures, before):
+            del failures.errors[before:]
+        return applied
+    except BaseException as error:
+        if owned:
+            applied = stopped(source, bus, batch, begin, done, failures, error, scope is not None)
+        if scope is not None and not scope.over and scope.leave(error):
+            return applied
+        raise
+    finally:
+        if scope is not None:
+            scope.over = True
+
+
+cdef int run_robustly(
+    Source source,
+    object hook,
+    object bus,
+    list batch,
+    Py_ssize_t begin,
+    Py_ssize_t* done,
+    object commit,
+    object failures,
+    list out,
+) except -1:
+    """Run a batch to its end, whatever `Exception` its events raise."""
+    cdef Py_ssize_t count = PyList_GET_SIZE(batch) - begin
+    failures.begin = begin
+    failures.count = count
+    while True:
+        try:
+            source.run(hook, batch, done, commit, failures, out)
+            return 0
+        except Exception as error:
+            failures.positions.append(done[0])
+            done[0] += 1
+            failures.errors.append(error)
+            try:
+                _messages.drop_own_frames(error)
+                event = event_at(batch, done[0] - 1)
+                failures.note(len(failures.errors) - 1, bus, event, done[0] - 1)
+            except Exception:
+                pass  # where there is no stack left, that costs a note
+
+
+cdef bint leave(object scope, object bus, object failures, Py_ssize_t before) except -1:
+    """Leave what surrounded the handlers, which have all run; true if that swallowed their errors."""
+    try:
+        failed = failures is not None and len(failures.errors) > before
+        return scope.leave(failures.group(bus) if failed else None) and failed
+    except BaseException as error:
+        _messages.note_left(error, bus)
+        raise
+
+
+cdef list stopped(
+    Source source,
+    object bus,
+    list batch,
+    Py_ssize_t begin,
+    Py_ssize_t done,
+    object failures,
+    object error,
+    bint swallowing,
+):
+    """Put back what was not applied, then make the note. Gives what was applied, if that may be asked for."""
+    cdef Py_ssize_t count = PyList_GET_SIZE(batch) - begin
+    cdef bint left = done < PyList_GET_SIZE(batch)
+    cdef list applied = None
+    event = event_at(batch, done)
+    if swallowing:
+        try:
+            applied = applied_of(batch, begin, done, () if failures is None else failures.positions)
+        except MemoryError:
+            applied = []
+    # First of all: whatever raises from here on costs a note, but no event.
+    put_back(source, batch, begin, done, failures)
+    try:
+        _messages.drop_own_frames(error)
+        if left:
+            earlier = 0 if failures is None else len(failures.positions)
+            _messages.note_stopped(error, bus, event, done + 1 - begin, count, earlier)
+        if failures is not None and not isinstance(error, Exception):
+            failures.chain(error, bus)
+    except Exception:
+        pass
+    return applied
+
+
+cdef int put_back(Source source, list batch, Py_ssize_t begin, Py_ssize_t done, object failures) except -1:
+    """Put back what failed, then what was not tried; drop the references to what was applied.
+
+    Nothing is copied, and no memory is needed: an apply that is resumed after each of many failures would
+    otherwise take time by the square of their number.
+    """
+    cdef Py_ssize_t size = PyList_GET_SIZE(batch)
+    cdef Py_ssize_t head, begun, position
+    head = done = min(done, size)
+    if failures is not None:
+        for position in reversed(failures.positions):
+            if position < size:
+                head -= 1
+                batch[head] = batch[position]
+    begun = done - head + (1 if done < size else 0)
+    # What goes now may run a finalizer, and that may find the list, and clear it.
+    position = begin
+    while position < head and position < PyList_GET_SIZE(batch):
+        batch[position] = None
+        position += 1
+    if head > size // 2:
+        try:
+            del batch[:head]
+            head = 0
+        except MemoryError:
+            pass
+    if head < PyList_GET_SIZE(batch):
+        source.put_back(batch, head, begun)
+    return 0
+
+
+cdef list applied_of(list batch, Py_ssize_t begin, Py_ssize_t done, object positions):
+    failed = set(positions)
+    return [batch[i] for i in range(begin, min(done, len(batch))) if i not in failed]
+
+
+cdef object event_at(list batch, Py_ssize_t position):
+    """Give the event at a position, or None where there is none."""
+    return event_of(<object>PyList_GET_ITEM(batch, position)) if position < PyList_GET_SIZE(batch) else None
+
+
+@cython.final
+cdef class Pair:
+    pass
+
+
+cdef object event_of(object item):
+    return (<Pair>item).pair[0] if type(item) is Pair else item
+
+
+cdef list events_of(list items):
+    return [event_of(item) for item in items]
+
+
+cdef object explicit(tuple pair):
+    cdef Pair item = Pair.__new__(Pair)
+    item.pair = pair
+    return item

@@ -1,0 +1,40 @@
+from commitbus._compiled.batch cimport Source
+from commitbus._compiled.event_bus cimport EventStore
+
+
+cdef class PairStore(EventStore):
+    # The bus whose events these are; None until it is set.
+    cdef EventStore wraps
+    # The delayed bus that collected them, by a weak reference; None for a copy.
+    cdef object collector
+    # Whether there ever was a `Pair` among them: set before it goes in, read after a batch was taken.
+    cdef bint mixed
+
+    cdef EventStore wrapped(self)
+    cdef tuple pair_of(self, object item)
+
+
+cdef class DelayedStore(Source):
+    # None until __init__.
+    cdef EventStore actual
+    # Whether the class of `actual` leaves `publish` as it is.
+    cdef bint direct
+    # The multi bus that let go of this bus last, by a weak reference, as nobody else could apply it: the next
+    # event registers this bus there. None while it is registered.
+    cdef object owner
+    # What was collected: None until something was.
+    cdef PairStore collected
+    # For `MultiStore.put_back`, within one call: whether it is among those that failed.
+    cdef bint failed
+    cdef object __weakref__
+
+    cdef int enclose(self, EventStore actual) except -1
+    cdef EventStore wrapped(self)
+    cdef PairStore collecting(self)
+    cdef list collect(self, object commit)
+    cdef int turn(self, object ref, object commit, object failures, list out) except -1
+    cdef int let_go(self, object owner) except -1
+    cdef int after_turn(self) except -1
+    cdef int link(self) except -1
+    cdef int hold(self) except -1
+    cdef int register(self) except -1

@@ -1,0 +1,44 @@
+from commitbus._compiled.batch cimport Source
+
+
+cdef enum:
+    PUBLISH_IS_OURS = 1
+    COLLECT_IS_OURS = 2
+    APPLY_IS_OURS = 4
+
+
+cdef class EventStore(Source):
+    # What was published, and nothing else: None while that is nothing. In a critical section it is appended
+    # to or swapped for another; whoever swapped it out owns it.
+    cdef list pending
+    # What an apply put back, before `pending`; or None. The events before `head` are done, and None.
+    cdef list left
+    cdef Py_ssize_t head
+    # Once a multi bus let go of this bus: that multi bus, and the delayed bus around this one, by weak
+    # references, as nobody else could apply them. The next event registers the one with the other.
+    cdef object owner
+    cdef object wrapper
+    cdef object __weakref__
+
+    cdef int add(self, object event) except -1
+    cdef int append(self, object event) except -1
+    cdef int append_first(self, object event) except -1
+    cdef int append_all(self, list events) except -1
+    cdef int add_all(self, object events) except -1
+    cdef int register(self) except -1
+    cdef int forget_again(self, list tried) except -1
+    cdef bint holds_any(self) noexcept
+    cdef list items(self)
+    cdef list look(self, list items)
+    cdef bint is_multi(self) noexcept
+    cdef bint keeps_events(self) noexcept
+
+
+cdef class CallableStore(EventStore):
+    pass
+
+
+cdef int class_flags(object bus) except -1
+cdef bint collects_plainly(EventStore bus) except -1
+cdef object collected(EventStore bus, object event)
+cdef object make(object cls)

@@ -1,0 +1,413 @@
+# cython: language_level=3, binding=False, embedsignature=True, embedsignature.format=clinic
+# cython: auto_pickle=False, freethreading_compatible=True, boundscheck=False, wraparound=False
+"""`AbstractEventBus` and `BasicEventBus`: what they do, and why, is documented in `commitbus._pure.event_bus`."""
+
+cimport cython
+from cpython.object cimport PyObject
+
+from commitbus._compiled.batch cimport (
+    PyCFunction,
+    PyCFunction_GET_FUNCTION,
+    Source,
+    call_event,
+    call_events,
+    call_handler,
+    carry_out,
+    check,
+    is_ours,
+)
+
+from abc import abstractmethod
+
+from commitbus import _messages, _naming, _state
+from commitbus._interfaces import CommittableFunction, EventBus, T, iterate
+
+
+cdef extern from "Python.h":
+    ctypedef struct PyTypeObject
+    ctypedef object (*newfunc)(PyTypeObject*, object, PyObject*)
+    ctypedef struct PyTypeObject:
+        # Changes with every change to the class or its bases; 0 while it has none.
+        unsigned int tp_version_tag
+        # Returns a new reference, or NULL with an exception set.
+        newfunc tp_new
+    PyTypeObject* Py_TYPE(object instance)
+    Py_ssize_t PyList_GET_SIZE(object list)
+
+cdef extern from *:
+    """
+    #ifdef Py_GIL_DISABLED
+    #define WITH_GIL 0
+    #else
+    #define WITH_GIL 1
+    #endif
+    """
+    bint WITH_GIL
+
+cdef tuple EMPTY = ()
+
+
+cdef object make(object cls):
+    """Make an instance, without the look-ups of ``cls.__new__(cls)`` and without __init__."""
+    return (<PyTypeObject*>cls).tp_new(<PyTypeObject*>cls, EMPTY, NULL)
+
+
+# What a class overrides
+
+
+cdef enum:
+    CLASSES = 64  # that are remembered
+    PLACES = 4  # where a class may be found, from the one that its address gives: two never share one
+
+
+cdef struct ClassInfo:
+    PyTypeObject* cls
+    unsigned int version
+    int flags
+
+
+cdef ClassInfo[CLASSES] class_infos
+
+
+cdef int class_flags(object bus) except -1:
+    """Tell which methods the class of a bus leaves as they are.
+
+    A look-up on a class takes as long as a call, and a request makes ten of them: remembering them takes 12 %
+    off it.
+    """
+    cdef PyTypeObject* cls = Py_TYPE(bus)
+    cdef size_t first = <size_t>cls >> 5
+    cdef size_t place
+    cdef ClassInfo* info
+    if WITH_GIL:
+        for place in range(first, first + PLACES):
+            info = &class_infos[place % CLASSES]
+            if info.cls == cls and info.version == cls.tp_version_tag and info.version != 0:
+                return info.flags
+    return look_up_class_flags(<object>cls, first)
+
+
+cdef int look_up_class_flags(object cls, size_t first) except -1:
+    cdef int flags = 0
+    cdef size_t place
+    cdef ClassInfo* info = &class_infos[first % CLASSES]
+    # A method is ours where an extension type defines it, and no class before that in the order of bases.
+    if is_extension_method(cls, "publish"):
+        flags |= PUBLISH_IS_OURS
+    if is_extension_method(cls, "collect"):
+        flags |= COLLECT_IS_OURS
+    if is_extension_method(cls, "apply"):
+        flags |= APPLY_IS_OURS
+    if WITH_GIL:
+        for place in range(first, first + PLACES):
+            if class_infos[place % CLASSES].cls == <PyTypeObject*>cls or class_infos[place % CLASSES].cls is NULL:
+                info = &class_infos[place % CLASSES]
+                break
+        info.cls = <PyTypeObject*>cls
+        info.version = info.cls.tp_version_tag
+        info.flags = flags
+    return flags
+
+
+cdef bint is_extension_method(object cls, str name) except -1:
+    for base in cls.__mro__:
+        if name in base.__dict__:
+            return base in EXTENSION_TYPES
+    return False
+
+
+# The extension types below, and those of the modules that build on this one.
+EXTENSION_TYPES = set()
+
+
+# Collecting
+
+
+# As many as CPython keeps of free tuples, the pairs that these are in: a fifth of the time of collect().
+@cython.final
+@cython.trashcan(True)
+@cython.freelist(2000)
+cdef class Collected:
+    """The default callable of a collected event."""
+
+    # Set once.
+    cdef EventStore bus
+    cdef readonly object event
+
+    def __call__(self, *, commit):
+        handler = self.bus._apply_event
+        check(handler, handler(self.event, commit))
+
+    def __reduce__(self):
+        return _state.collected, (self.bus, self.event)
+
+
+cdef object collected(EventStore bus, object event):
+    cdef Collected made = Collected.__new__(Collected)
+    made.bus = bus
+    made.event = event
+    return made
+
+
+cdef bint collects_plainly(EventStore bus) except -1:
+    """Whether a bus collects with the default callables, so that its bare events are enough."""
+    return (
+        class_flags(bus) & COLLECT_IS_OURS
+        and bus.keeps_events()
+        and is_ours(bus._collect_event, COLLECT_EVENT, bus)
+    )
+
+
+# Storage
+
+
+@cython.trashcan(True)
+cdef class EventStore(Source):
+    def __cinit__(self, *args, **kwargs):
+        if (args or kwargs) and type(self).__init__ is object.__init__:
+            raise _messages.no_arguments(type(self))
+
+    cdef int add(self, object event) except -1:
+        """Check an event, and append it."""
+        return self.append(event)
+
+    cdef int append(self, object event) except -1:
+        with cython.critical_section(self):
+            if self.pending is not None:
+                self.pending.append(event)
+                return 0
+        return self.append_first(event)
+
+    cdef int append_first(self, object event) except -1:
+        # Making a list may run the garbage collector, and that a finalizer that publishes here: look again.
+        # And not [event], which has room for one: the next event would have to make room again.
+        cdef list made = []
+        made.append(event)
+        return self.append_all(made)
+
+    cdef int append_all(self, list events) except -1:
+        """Append events in a list that nobody else has."""
+        with cython.critical_section(self):
+            if self.pending is None:
+                self.pending = events
+            else:
+                self.pending.extend(events)
+        return self.register()
+
+    cdef int add_all(self, object events) except -1:
+        """Append one by one; what nobody can see happen, at once."""
+        cdef list copied
+        if type(events) is list or type(events) is tuple:
+            copied = list(events)
+            return self.append_all(copied) if copied else 0
+        for event in iterate(events):
+            self.append(event)
+        return 0
+
+    cdef int register(self) except -1:
+        """Register with the multi bus that let go of this bus last, if that is still there."""
+        if self.owner is None:
+            return 0
+        with cython.critical_section(self):
+            owner, wrapper = self.owner, self.wrapper
+            self.owner = self.wrapper = None
+        multi = None if owner is None else owner()
+        if multi is None:
+            return 0
+        delayed = wrapper()
+        if delayed is None:
+            multi.wrap(self)
+        else:
+            multi.publish(delayed)
+        return 0
+
+    cdef list take(self, Py_ssize_t* head):
+        cdef list taken
+        with cython.critical_section(self):
+            head[0] = 0
+            if self.left is None:
+                taken = self.pending
+            else:
+                if self.pending is not None:
+                    self.left.extend(self.pending)
+                taken = self.left
+                head[0] = self.head
+                self.left = None
+            self.pending = None
+        return taken
+
+    cdef int put_back(self, list batch, Py_ssize_t head, Py_ssize_t begun) except -1:
+        cdef Py_ssize_t i
+        with cython.critical_section(self):
+            if self.left is not None:  # a nested apply, or one in another thread, has put back before
+                for i in range(self.head, PyList_GET_SIZE(self.left)):
+                    batch.append(self.left[i])
+            self.left = batch
+            self.head = head
+        return self.register()
+
+    cdef int forget_again(self, list tried) except -1:
+        """See to events that were tried, and are put back where they were collected."""
+        return 0
+
+    cdef bint holds_any(self) noexcept:
+        return self.pending is not None or self.left is not None
+
+    cdef list items(self):
+        """Copy what is pending."""
+        cdef list copied = []
+        with cython.critical_section(self):
+            if self.left is not None:
+                copied = self.left[self.head:]
+            if self.pending is not None:
+                copied.extend(self.pending)
+        return copied
+
+    cdef list look(self, list items):
+        """Give the events that the items of a pending list stand for."""
+        return items
+
+    cdef bint is_multi(self) noexcept:
+        return False
+
+    cdef bint keeps_events(self) noexcept:
+        """Whether the items of the pending list are the events themselves."""
+        return True
+
+    cdef object hook(self):
+        return self._apply_event
+
+    cdef int run(
+        self, object hook, list batch, Py_ssize_t* done, object commit, object failures, list out
+    ) except -1:
+        return call_handler(hook, batch, done, commit)
+
+    def publish(self, event):
+        """Add an event, in constant time; nothing happens to it until it is applied."""
+        self.append(event)
+
+    def publish_all(self, events):
+        """Publish one by one."""
+        if class_flags(self) & PUBLISH_IS_OURS:
+            self.add_all(events)
+        else:
+            publish = self.publish
+            for event in iterate(events):
+                publish(event)
+
+    def apply(self, commit, *, robust=False):
+        """Apply the pending events in the order in which they were published."""
+        failures = _messages.Failures() if robust else None
+        applied = carry_out(self, self, commit, failures, None)
+        if failures is not None and failures.errors:
+            raise failures.end(self)
+        return applied
+
+    def collect(self, commit):
+        """Take the pending events, each with the callable that applies it."""
+        cdef Py_ssize_t head = 0
+        cdef list pairs = []
+        collect_event = self._collect_event
+        cdef list items = self.take(&head)
+        cdef list batch = None
+        if items is None:
+            return pairs
+        try:
+            batch = self.look(items if head == 0 else items[head:])
+            if is_ours(collect_event, COLLECT_EVENT, self):
+                return [(event, collected(self, event)) for event in batch]
+            for event in batch:
+                function = collect_event(event, commit)
+                if not callable(function):
+                    check(collect_event, function)
+                    raise _messages.not_collected(self, function)
+                pairs.append((event, function))
+            return pairs
+        except BaseException as error:
+            count = 0 if batch is None else len(batch)
+            event = batch[len(pairs)] if len(pairs) < count else None
+            self.put_back(items, head, 0)
+            try:
+                if len(pairs) < count:
+                    _messages.note_uncollected(error, self, event, len(pairs) + 1, count)
+            except Exception:
+                pass
+            raise
+
+    def _collect_event(self, event, commit):
+        """Give the callable that applies one event."""
+        return collected(self, event)
+
+    def pending_events(self):
+        """Return what was published and neither collected, applied nor discarded."""
+        return tuple(self.look(self.items()))
+
+    def discard_pending_events(self):
+        """Drop the pending events."""
+        cdef Py_ssize_t head = 0
+        cdef list items = self.take(&head)
+        if items is None:
+            return []
+        return self.look(items if head == 0 else items[head:])
+
+    def _commitbus_get(self):
+        return self.items()
+
+    def _commitbus_set(self, kept):
+        for event in kept:
+            self.append(event)
+
+
+@cython.trashcan(True)
+cdef class CallableStore(EventStore):
+    cdef int add(self, object event) except -1:
+        if not callable(event):
+            raise _messages.not_callable(event)
+        return self.append(event)
+
+    cdef int add_all(self, object events) except -1:
+        for event in iterate(events):
+            self.add(event)
+        return 0
+
+    cdef int run(
+        self, object hook, list batch, Py_ssize_t* done, object commit, object failures, list out
+    ) except -1:
+        if is_ours(hook, CALL_EVENT, self):
+            return call_events(batch, done, commit)
+        return call_handler(hook, batch, done, commit)
+
+    def publish(self, event):
+        """Add an event, in constant time; nothing happens to it until it is applied."""
+        self.add(event)
+
+    def _apply_event(self, event, commit):
+        """Call the event."""
+        call_event(event, commit)
+
+
+EXTENSION_TYPES.update((EventStore, CallableStore))
+cdef PyCFunction COLLECT_EVENT = PyCFunction_GET_FUNCTION(EventStore()._collect_event)
+cdef PyCFunction CALL_EVENT = PyCFunction_GET_FUNCTION(CallableStore()._apply_event)
+_naming.see_through(Collected, Collected.event.__get__)
+
+
+# The public classes: Python classes, since an extension type cannot inherit from an abstract one
+
+
+class AbstractEventBus(EventStore, _state.Stateful, EventBus[T]):
+    """A bus that keeps its events until it is applied: subclass it and implement ``_apply_event``."""
+
+    __module__ = "commitbus.event_bus"
+    __slots__ = ()
+
+    @abstractmethod
+    @cython.embedsignature(False)
+    def _apply_event(self, event, commit):
+        """Carry one event out, or only pretend to."""
+
+
+class BasicEventBus(CallableStore, AbstractEventBus[CommittableFunction]):
+    """A bus whose events are callables: each is called as ``event(commit=commit)``."""
+
+    __module__ = "commitbus.event_bus"

@@ -1,0 +1,6 @@
+from commitbus._compiled.delayed_event_bus cimport DelayedStore
+from commitbus._compiled.event_bus cimport EventStore
+
+
+cdef class MultiStore(EventStore):
+    cdef int turn(self, DelayedStore delayed, object ref, object commit, object failures, list out) except -1

@@ -1,0 +1,274 @@
+# cython: language_level=3, binding=False, embedsignature=True, embedsignature.format=clinic
+# cython: auto_pickle=False, freethreading_compatible=True, boundscheck=False, wraparound=False
+"""`MultiEventBus` and the unit of work: documented in `commitbus._pure.multi_event_bus`."""
+
+cimport cython
+from cpython.object cimport PyObject
+from cpython.weakref cimport PyWeakref_NewRef
+
+from commitbus._compiled.batch cimport PyCFunction, PyCFunction_GET_FUNCTION, carry_out, check, is_ours
+from commitbus._compiled.delayed_event_bus cimport DelayedStore
+from commitbus._compiled.event_bus cimport APPLY_IS_OURS, PUBLISH_IS_OURS, EventStore, class_flags, make
+
+from commitbus import _messages
+from commitbus._compiled.delayed_event_bus import DelayedEventBus
+from commitbus._compiled.event_bus import EXTENSION_TYPES, AbstractEventBus
+from commitbus._context import gathering, gathering_of
+from commitbus._interfaces import EventBusOrchestrator, iterate
+from commitbus._unit_of_work import events_to_apply, unit_of_work
+
+
+cdef extern from "Python.h":
+    # No checks of type or index; borrowed.
+    PyObject* PyList_GET_ITEM(object list, Py_ssize_t index)
+    Py_ssize_t PyList_GET_SIZE(object list)
+    # Takes over the reference, and forgets the one that it replaces.
+    void PyList_SET_ITEM(object list, Py_ssize_t index, PyObject* item)
+    # Returns 1 with an exception set when the stack is too deep.
+    int Py_EnterRecursiveCall(const char* where) except 1
+    void Py_LeaveRecursiveCall()
+
+
+@cython.trashcan(True)
+cdef class MultiStore(EventStore):
+    # What is pending are DelayedStores, and nothing else.
+
+    cdef bint is_multi(self) noexcept:
+        return True
+
+    def wrap(self, event_bus):
+        """Delay a bus and register it."""
+        if not isinstance(event_bus, EventStore):
+            raise _messages.not_wrappable(event_bus, isinstance(event_bus, DelayedStore))
+        cdef DelayedStore delayed = make(DELAYED)
+        delayed.enclose(event_bus)
+        if class_flags(self) & PUBLISH_IS_OURS:
+            self.append(delayed)
+        else:
+            self.publish(delayed)
+        return delayed
+
+    cdef int add(self, object event) except -1:
+        if not isinstance(event, DelayedStore):
+            raise _messages.not_delayed(event)
+        (<DelayedStore>event).wrapped()
+        self.append(event)
+        (<DelayedStore>event).hold()
+        return 0
+
+    cdef int add_all(self, object events) except -1:
+        for event in iterate(events):
+            self.add(event)
+        return 0
+
+    cdef int run(
+        self, object hook, list batch, Py_ssize_t* done, object commit, object failures, list out
+    ) except -1:
+        cdef Py_ssize_t begin = 0
+        cdef bint ours = is_ours(hook, TAKE_TURN, self)
+        cdef object ref = PyWeakref_NewRef(self, None)
+        cdef object outer = None if ours else gathering.get()
+        Py_EnterRecursiveCall(" while applying the buses of a MultiEventBus")
+        try:
+            while done[0] < PyList_GET_SIZE(batch):
+                delayed = <object>PyList_GET_ITEM(batch, done[0])
+                if ours:
+                    if failures is not None:
+                        begin = len(failures.errors)
+                    self.turn(delayed, ref, commit, failures, out)
+                    if failures is not None and len(failures.errors) > begin:
+                        # The bus has put back what failed in it, and stays registered.
+                        failures.positions.append(done[0])
+                        done[0] += 1
+                        failures.note(begin, self, delayed, done[0] - 1)
+                        continue
+                else:
+                    if out is not None:
+                        gathering.set((self, out))
+                    check(hook, hook(delayed, commit))
+                done[0] += 1
+        finally:
+            Py_LeaveRecursiveCall()
+            if not ours:
+                gathering.set(outer)
+        return 0
+
+    cdef int turn(self, DelayedStore delayed, object ref, object commit, object failures, list out) except -1:
+        cls = type(delayed)
+        try:
+            if cls is DELAYED or (
+                cls.apply is DELAYED_APPLY and cls.apply_without_delay is DELAYED_APPLY_WITHOUT_DELAY
+            ):
+                delayed.turn(ref, commit, None if failures is None else _messages.Failures(failures.errors), out)
+            else:
+                apply_overridden(delayed, ref, commit, failures is not None, out)
+        finally:
+            delayed.after_turn()
+        return 0
+
+    cdef int put_back(self, list batch, Py_ssize_t head, Py_ssize_t begun) except -1:
+        cdef list tried = batch[head:head + begun]
+        EventStore.put_back(self, batch, head, begun)
+        return self.forget_again(tried)
+
+    cdef int forget_again(self, list tried) except -1:
+        """Take out of `pending` the buses that were tried: they are put back with the batch.
+
+        Each has registered itself again when it put back its events. In place, and without any memory.
+        """
+        cdef Py_ssize_t size, i
+        cdef Py_ssize_t kept = 0
+        cdef PyObject* item
+        cdef DelayedStore delayed
+        for delayed in tried:
+            delayed.failed = True
+        with cython.critical_section(self):
+            if self.pending is not None:
+                size = PyList_GET_SIZE(self.pending)
+                for i in range(size):
+                    item = PyList_GET_ITEM(self.pending, i)
+                    if not (<DelayedStore>item).failed:
+                        PyList_SET_ITEM(self.pending, i, PyList_GET_ITEM(self.pending, kept))
+                        PyList_SET_ITEM(self.pending, kept, item)
+                        kept += 1
+                if kept == 0:
+                    self.pending = None
+                elif kept < size:
+                    try:
+                        del self.pending[kept:]
+                    except MemoryError:
+                        pass  # registered twice: the second turn finds nothing
+        for delayed in tried:
+            delayed.failed = False
+            delayed.hold()
+        return 0
+
+    def publish(self, event):
+        """Register a delayed bus: the next apply runs it."""
+        self.add(event)
+
+    def apply(self, commit, *, robust=False):
+        """Apply the registered buses in the order in which they were registered."""
+        failures = _messages.Failures() if robust else None
+        applied = carry_out(self, self, commit, failures, gathering_of(self))
+        if failures is not None and failures.errors:
+            raise failures.end(self)
+        return applied
+
+    def apply_and_get_applied_events(self, commit, *, robust=False):
+        """Apply the registered buses, and return the events instead."""
+        cdef list out = []
+        failures = _messages.Failures() if robust else None
+        if class_flags(self) & APPLY_IS_OURS:
+            carry_out(self, self, commit, failures, out)
+            if failures is not None and failures.errors:
+                raise failures.end(self)
+            return out
+        outer = gathering.get()
+        gathering.set((self, out))
+        try:
+            if failures is None:
+                self.apply(commit)
+            else:
+                self.apply(commit, robust=True)
+        finally:
+            gathering.set(outer)
+        return out
+
+    def events_to_apply(self):
+        """Return the events that an apply would carry out now, flat, in that order."""
+        return events_to_apply(self)
+
+    def discard_pending_events(self):
+        """Let go of the registered buses, and drop what is pending or collected in them."""
+        cdef Py_ssize_t head = 0
+        cdef Py_ssize_t i
+        cdef list buses
+        cdef list taken = self.take(&head)
+        if taken is None:
+            return []
+        try:
+            buses = taken[head:]
+            ref = PyWeakref_NewRef(self, None)
+            for i in range(len(buses)):
+                discard(buses[i], ref)
+                head += 1
+        except BaseException:
+            self.put_back(taken, head, 0)
+            raise
+        return buses
+
+    def _apply_event(self, event, commit):
+        """Collect what is pending in one delayed bus, and apply it without delay."""
+        if not isinstance(event, DelayedStore):
+            raise _messages.not_delayed(event)
+        self.turn(event, PyWeakref_NewRef(self, None), commit, None, gathering_of(self))
+
+
+cdef int discard(DelayedStore delayed, object ref) except -1:
+    """Let go of a bus, and drop all that is in it: from now on, an event registers it again."""
+    delayed.wrapped()
+    delayed.let_go(ref)
+    try:
+        if delayed.collected is not None:
+            discard_buses(delayed.collected.discard_pending_events(), delayed.actual)
+        delayed.discard_pending_events()
+    finally:
+        delayed.after_turn()
+    return 0
+
+
+cdef int discard_buses(list pairs, EventStore actual) except -1:
+    """Drop what is in the buses that were collected from a multi bus."""
+    if actual.is_multi():
+        ref = PyWeakref_NewRef(actual, None)
+        for event, _ in pairs:
+            if isinstance(event, DelayedStore):
+                discard(event, ref)
+    return 0
+
+
+cdef int apply_overridden(DelayedStore delayed, object ref, object commit, bint robust, list out) except -1:
+    """Take the turn of a bus whose class overrides how it is applied; it may know no `robust`."""
+    cdef EventStore actual = delayed.wrapped()
+    outer = gathering.get()
+    if out is not None and actual.is_multi():
+        gathering.set((actual, out))
+    try:
+        delayed.apply(commit)
+        delayed.let_go(ref)
+        if robust:
+            events = delayed.apply_without_delay(commit, robust=True)
+        else:
+            events = delayed.apply_without_delay(commit)
+    finally:
+        gathering.set(outer)
+    if out is not None and not actual.is_multi():
+        out.extend(events)
+    return 0
+
+
+EXTENSION_TYPES.add(MultiStore)
+cdef object DELAYED = DelayedEventBus
+cdef object DELAYED_APPLY = DelayedStore.apply
+cdef object DELAYED_APPLY_WITHOUT_DELAY = DelayedStore.apply_without_delay
+cdef PyCFunction TAKE_TURN = PyCFunction_GET_FUNCTION(MultiStore()._apply_event)
+
+
+# The public class: a Python class, since an extension type cannot inherit from an abstract one
+
+
+class MultiEventBus(MultiStore, AbstractEventBus[DelayedEventBus], EventBusOrchestrator):
+    """Runs many buses at once: hand it out as an orchestrator, then apply it."""
+
+    __module__ = "commitbus.multi_event_bus"
+
+
+def use_orchestrator_or_create_multi_event_bus(
+    event_bus_orchestrator, commit, *, commit_transaction=None, robust=False
+):
+    """Run in the caller's unit of work or, without one, in a new one."""
+    return unit_of_work(MultiEventBus, event_bus_orchestrator, commit, commit_transaction, robust)
+
+
+use_orchestrator_or_create_multi_event_bus.__module__ = "commitbus.multi_event_bus"

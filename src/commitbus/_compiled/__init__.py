@@ -1,0 +1,24 @@
+"""The compiled twin: its modules are built from ``ext/commitbus/_compiled``."""
+
+from commitbus._compiled.side_effects import SideEffectCall  # isort: skip (its absence says that nothing was built)
+from commitbus._compiled.delayed_event_bus import DelayedEventBus, SideEffectsBus
+from commitbus._compiled.event_bus import AbstractEventBus, BasicEventBus
+from commitbus._compiled.multi_event_bus import MultiEventBus, use_orchestrator_or_create_multi_event_bus
+from commitbus._compiled.shared_side_effects import SharedSideEffectsEventBus
+from commitbus._context import SharedSideEffectContext
+from commitbus._interfaces import CommittableFunction, EventBus, EventBusOrchestrator, UnappliedEventsWarning
+
+__all__ = [
+    "AbstractEventBus",
+    "BasicEventBus",
+    "CommittableFunction",
+    "DelayedEventBus",
+    "EventBus",
+    "EventBusOrchestrator",
+    "MultiEventBus",
+    "SharedSideEffectContext",
+    "SharedSideEffectsEventBus",
+    "SideEffectCall",
+    "UnappliedEventsWarning",
+    "use_orchestrator_or_create_multi_event_bus",
+]

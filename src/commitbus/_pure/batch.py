@@ -1,0 +1,411 @@
+"""A batch: what one apply took out of a bus, how it is run, and what is left of it when it is stopped.
+
+Thread safety rests on three rules. A pending list is never replaced, only appended to, which is atomic,
+so publishing takes no lock. What is taken from it or put back is moved by lines in which nothing else can
+run. And an event is in the hands of exactly one apply once it was taken; what that apply did not finish,
+it puts back.
+
+CPython with a GIL switches threads, handles signals and calls tracers only at a call, at a jump back or at
+the start of a line; on 3.11 it also collects garbage where it allocates. A line that has none of these
+between its parts is atomic. Such lines look odd (two statements in one, a slice made beforehand), and each
+has its reason beside it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import suppress
+from itertools import chain
+from threading import RLock
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
+
+from commitbus import _messages
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from commitbus._context import Run
+
+Handler: TypeAlias = "Callable[[Any, bool], object]"
+
+ATOMIC = sys.implementation.name == "cpython" and getattr(sys, "_is_gil_enabled", lambda: True)()
+BETWEEN: Any = object()  # in place of an event: none is being applied
+ALL = slice(None)  # made beforehand: making one may collect garbage on 3.11, and so run a finalizer
+
+# For Pythons without atomic lines. Re-entrant, since a finalizer or a signal handler may apply a bus while
+# another is being taken from; one for all buses, as it is held for a few instructions only.
+lock = RLock()
+
+
+def renew_lock() -> None:
+    """Start a forked child with a lock that no thread of its parent holds."""
+    global lock
+    lock = RLock()
+
+
+if hasattr(os, "register_at_fork"):  # pragma: no branch (Windows)
+    os.register_at_fork(after_in_child=renew_lock)
+
+
+# A batch is a list of six: its events; the iterator over them, or None while none was begun; what the loop
+# had in `event`; the positions of those that failed; what was left before, or None; and where it begins: the
+# events before that are done. It is a list, and not an object, since what an apply leaves must be stored
+# without a call: at the recursion limit a call fails, and an interrupt comes after it. `tidy` brings it into
+# order later.
+EVENTS, ITERATOR, EVENT, FAILED, BEHIND, BEGIN = range(6)
+
+
+def move_left(source: Source, home: Source) -> None:
+    """Move the batch that is left in one place to another, before what is left there."""
+    with lock:
+        tidy(source)
+        if (left := source._commitbus_left) is not None:
+            # One line: it is here or there.
+            left[BEHIND], home._commitbus_left, source._commitbus_left = home._commitbus_left, left, None
+
+
+def drop_pending(source: Source, unwanted: list[Any]) -> None:
+    """Drop some events from what is pending, without replacing its list, to which others append meanwhile."""
+    identities = set(map(id, unwanted))
+    if not identities:
+        return
+    with lock:
+        # What is pending becomes the last batch that is left, and what is appended from now on comes after that.
+        later = new_batch()
+        if (last := source._commitbus_left) is None:
+            source._commitbus_left = last = later
+        while last is not later and last[BEHIND] is not None:
+            last = last[BEHIND]
+        if last is not later:
+            last[BEHIND] = later
+        _move(source._commitbus_pending, later[EVENTS])
+        later[EVENTS] = [event for event in later[EVENTS] if id(event) not in identities]
+
+
+def keep_first(bus: Any, name: str, made: Any) -> None:
+    """Set an attribute that is None, once, whichever thread comes first."""
+    with lock:
+        if getattr(bus, name) is None:
+            setattr(bus, name, made)
+
+
+def new_batch() -> list[Any]:
+    """Make an empty batch, to take events into."""
+    return [[], None, BETWEEN, (), None, 0]
+
+
+class Source:
+    """What events are taken from, or put back into: a bus."""
+
+    __slots__ = ()
+    _commitbus_pending: list[Any]  # only ever appended to and emptied
+    _commitbus_left: list[Any] | None  # the batch that was put back, before what is pending
+
+    def _commitbus_choose(
+        self,
+        hook: Handler,
+        failures: _messages.Failures | None,  # noqa: ARG002
+        out: list[Any] | None,  # noqa: ARG002
+    ) -> Handler:
+        """Give what carries out the items of a batch that was taken, by the hook that was looked up before."""
+        return hook
+
+    def _commitbus_scope(self, commit: bool) -> Run | None:  # noqa: ARG002
+        """Give what surrounds the handlers, if anything does."""
+        return None
+
+    def _commitbus_back(self, tried: list[Any]) -> None:
+        """See to what has to happen once events were put back, of which some were tried."""
+
+
+def take(source: Source, batch: list[Any]) -> None:
+    """Move all that is pending into an empty batch, which the caller has made, and puts back when it is stopped."""
+    while (left := source._commitbus_left) is not None:
+        tidy(source)
+        with lock:
+            # One line: the events are in one place or the other. (Who puts back takes no lock where lines are atomic.)
+            # fmt: off
+            if source._commitbus_left is left and left[BEHIND] is None: batch[EVENTS], batch[BEGIN], source._commitbus_left = left[EVENTS], left[BEGIN], None  # noqa: E501, E701
+            # fmt: on
+    _move(source._commitbus_pending, batch[EVENTS])
+
+
+def _move(pending: list[Any], events: list[Any]) -> None:
+    if ATOMIC:
+        # As in `AbstractEventBus.apply`.
+        events += pending; del pending[ALL]  # fmt: skip  # noqa: E702
+    else:
+        with lock:
+            head = slice(len(pending))  # threads may append more meanwhile
+            # One call, in which no bytecode runs: an interrupt between the two would double the events.
+            list(chain(map(events.extend, (pending[head],)), map(pending.__delitem__, (head,))))
+
+
+def put_back(source: Source, batch: list[Any]) -> None:
+    """Put back what is not done of a batch. Where a call could fail, the callers do this themselves."""
+    with lock:
+        batch[BEHIND], source._commitbus_left = source._commitbus_left, batch
+
+
+def position_of(batch: list[Any]) -> int:
+    """Tell where the first event is that is not finished.
+
+    While a handler runs, the loop has its event; once it returned, the None that it returned. (An event
+    that is None itself is taken for unfinished.)
+    """
+    begin: int = batch[BEGIN]
+    if batch[ITERATOR] is None:
+        return begin
+    events, event = batch[EVENTS], batch[EVENT]
+    begun = len(events) - cast("int", batch[ITERATOR].__length_hint__())
+    if begun > begin and event is not BETWEEN and (event is not None or events[begun - 1] is None):
+        begun -= 1
+    return max(begin, begun)
+
+
+def tidy(source: Source) -> None:
+    """Bring what is left into its one form: one batch, which begins with the first event that is not done."""
+    with lock:
+        while (left := source._commitbus_left) is not None:
+            _tidy_one(left)
+            made = left
+            if (behind := left[BEHIND]) is not None:
+                _tidy_one(behind)
+                made = new_batch()
+                made[EVENTS] = left[EVENTS][left[BEGIN] :] + behind[EVENTS][behind[BEGIN] :]
+                made[BEHIND] = behind[BEHIND]
+            elif left[BEGIN] < len(left[EVENTS]):
+                return
+            else:
+                made = None
+            # One line, as somebody may have put back more.
+            if source._commitbus_left is left: source._commitbus_left = made  # fmt: skip  # noqa: E701
+
+
+def _tidy_one(batch: list[Any]) -> None:
+    """Bring one batch into order: first what failed, then what was not tried; and keep no reference to what is done.
+
+    Nothing is copied but to make the list shorter by half: an apply that is resumed after each of many
+    failures would otherwise take time by the square of their number.
+    """
+    iterator = batch[ITERATOR]
+    if iterator is None:
+        return
+    events, failed = batch[EVENTS], batch[FAILED]
+    done = position_of(batch)
+    begin = done - len(failed)
+    again = [events[i] for i in failed]
+    if begin * 2 > len(events):
+        events, begin = again + events[done:], 0
+    else:
+        span = slice(batch[BEGIN], done)
+        gone = events[span]  # until all is in order: what goes may run a finalizer
+        events[span] = [None] * (begin - batch[BEGIN]) + again
+        del gone
+    # One line: the batch is as it was, or in order.
+    batch[EVENTS], batch[ITERATOR], batch[EVENT], batch[FAILED], batch[BEGIN] = events, None, BETWEEN, (), begin
+
+
+def event_of(item: Any) -> Any:
+    """Give the event that an item of a pending list stands for."""
+    return item.pair[0] if type(item) is Explicit else item
+
+
+class Explicit:
+    """An event in a list of collected ones whose callable is not the default one."""
+
+    __slots__ = ("pair",)
+
+    def __init__(self, pair: tuple[Any, Any]) -> None:
+        self.pair = pair
+
+
+def carry_out(
+    source: Source,
+    home: Source,
+    bus: object,
+    hook: Handler,
+    commit: bool,
+    failures: _messages.Failures | None,
+    out: list[Any] | None,
+) -> list[Any]:
+    """Apply what is pending: the path behind every apply but those that need nothing of it.
+
+    Parameters
+    ----------
+    source : Source
+        What the batch is taken from.
+    home : Source
+        What puts the batch's events into effect, and where those go back that were not applied.
+    bus : object
+        Named in notes.
+    hook : callable
+        Looked up by the caller, before anything is taken. Called with an event and `commit`.
+    commit : bool
+        As in `AbstractEventBus.apply`.
+    failures : Failures, optional
+        Filled by a robust apply; None for one that stops at the first error.
+    out : list, optional
+        Gathers the events that multi buses apply.
+
+    Returns
+    -------
+    list
+        The events that were applied.
+    """
+    batch: Any = new_batch()
+    failed: list[int] = []
+    left: Any = None
+    events: Any = None
+    event: Any = BETWEEN
+    applied: Any = None
+    before = 0
+    scope = None
+    try:
+        try:
+            take(source, batch)
+            if not batch[EVENTS]:
+                return []
+            scope = home._commitbus_scope(commit)
+            if scope is not None:
+                scope.enter()
+            handler = home._commitbus_choose(hook, failures, out)
+            events = iter(batch[EVENTS])
+            if batch[BEGIN]:
+                events = iter_from(batch)
+            if failures is None:
+                for event in events:
+                    if (event := handler(event, commit)) is not None:
+                        _messages.refuse_coroutine(handler, event)
+                    # Not only there: on 3.14 and 3.15, a loop that ends with an `if` jumps back by an
+                    # instruction that no `except` covers, and an interrupt there would lose the batch.
+                    event = None
+            else:
+                failed = failures.positions
+                failures.begin = batch[BEGIN]
+                failures.count = len(batch[EVENTS]) - batch[BEGIN]
+                before = known = len(failures.errors)
+                for event in events:
+                    if (event := _attempt(handler, event, commit, failures)) is not None:
+                        position = len(batch[EVENTS]) - cast("Any", events).__length_hint__() - 1
+                        # One line: the event has failed, or is not done yet.
+                        failed += (position,); event = BETWEEN  # fmt: skip  # noqa: E702
+                        with suppress(Exception):  # where there is no stack left, this costs a note
+                            failures.note(known, bus, event_of(batch[EVENTS][position]), position)
+                        known = len(failures.errors)
+                    event = BETWEEN
+            applied = batch[EVENTS][batch[BEGIN] :] if batch[BEGIN] else batch[EVENTS]
+            if failed:
+                applied = _applied(batch[EVENTS], batch[BEGIN], len(batch[EVENTS]), failed)
+                batch[ITERATOR], batch[EVENT], batch[FAILED] = events, BETWEEN, failed
+                if ATOMIC:
+                    batch[BEHIND], home._commitbus_left, left, batch = home._commitbus_left, batch, batch, None
+                else:
+                    with lock:
+                        batch[BEHIND], home._commitbus_left, left, batch = home._commitbus_left, batch, batch, None
+                home._commitbus_back(_put_in_order(left))
+            batch = left = events = None
+        except BaseException:
+            # First of all, and without a call, which could fail: nothing is lost from here on.
+            if batch is not None:
+                batch[ITERATOR], batch[EVENT], batch[FAILED] = events, event, failed
+                if ATOMIC:
+                    batch[BEHIND], home._commitbus_left, left, batch = home._commitbus_left, batch, batch, None
+                else:
+                    with lock:
+                        batch[BEHIND], home._commitbus_left, left, batch = home._commitbus_left, batch, batch, None
+            raise
+        if scope is not None and _leave(scope, bus, failures, before):
+            del cast("Any", failures).errors[before:]
+        return cast("list[Any]", applied)
+    except BaseException as error:
+        if batch is not None:  # a tracer has raised at one of the lines above
+            batch[ITERATOR], batch[EVENT], batch[FAILED] = events, event, failed
+            batch[BEHIND], home._commitbus_left, left, batch = home._commitbus_left, batch, batch, None
+        events = event = None  # the traceback keeps this frame, and must keep no event
+        if left is not None:
+            try:
+                applied = stopped(home, left, bus, error, failures)
+            except Exception:  # noqa: S110
+                pass  # no stack or no memory: that costs the note
+            left = None
+        if scope is not None and not scope.over and scope.leave(error):
+            return applied or []
+        applied = None
+        raise
+    finally:
+        if scope is not None:
+            scope.over = True
+
+
+def _attempt(handler: Handler, event: Any, commit: bool, failures: _messages.Failures) -> object:
+    """Apply one event of a robust apply; give anything but None when it failed."""
+    # Not in the loop: an interrupt at the line of a `try` within a `try` is caught by neither.
+    known = len(failures.errors)
+    try:
+        if (result := handler(event, commit)) is not None:
+            _messages.refuse_coroutine(handler, result)
+    except Exception as error:
+        failures.errors.append(error)
+        _messages.drop_own_frames(error)
+    # A bus in its turn raises nothing: it adds its errors to those of the multi bus.
+    return FAILED if len(failures.errors) > known else None
+
+
+def iter_from(batch: list[Any]) -> Iterator[Any]:
+    """Iterate over what is not done of a batch."""
+    iterator: Any = iter(batch[EVENTS])
+    if hasattr(iterator, "__setstate__"):
+        iterator.__setstate__(batch[BEGIN])
+    else:
+        for _ in range(batch[BEGIN]):
+            next(iterator)
+    return cast("Iterator[Any]", iterator)
+
+
+def stopped(
+    home: Source, batch: list[Any], bus: object, error: BaseException, failures: _messages.Failures | None
+) -> list[Any]:
+    """See to a batch that was put back: bring it into order, make the note, and give what was applied of it."""
+    with lock:
+        events, begin, done = batch[EVENTS], batch[BEGIN], position_of(batch)
+        begun = done if batch[ITERATOR] is None else len(events) - cast("int", batch[ITERATOR].__length_hint__())
+        event = event_of(events[done]) if done < len(events) else None
+        applied = _applied(events, begin, done, batch[FAILED])
+        earlier, count, left = len(batch[FAILED]), len(events) - begin, done < len(events)
+        tried = _put_in_order(batch)
+    home._commitbus_back(tried)
+    _messages.drop_own_frames(error)
+    if begun > done:
+        _messages.note_stopped(error, bus, event, done + 1 - begin, count, earlier)
+    elif left:
+        _messages.note_interrupted(error, bus, done - begin, count)
+    if failures is not None and not isinstance(error, Exception):
+        failures.chain(error, bus)
+    return applied
+
+
+def _put_in_order(batch: list[Any]) -> list[Any]:
+    """Bring a batch that was put back into order, and give those of its events that were tried."""
+    with lock:
+        events, done = batch[EVENTS], position_of(batch)
+        begun = done if batch[ITERATOR] is None else len(events) - cast("int", batch[ITERATOR].__length_hint__())
+        tried = [events[i] for i in batch[FAILED]] + events[done:begun]
+        _tidy_one(batch)
+    return tried
+
+
+def _applied(events: list[Any], begin: int, done: int, failed: list[int]) -> list[Any]:
+    positions = set(failed)
+    return [events[i] for i in range(begin, done) if i not in positions]
+
+
+def _leave(scope: Run, bus: object, failures: _messages.Failures | None, before: int) -> bool:
+    """Leave what surrounded the handlers, which have all run; true if that swallowed their errors."""
+    try:
+        failed = failures is not None and len(failures.errors) > before
+        return scope.leave(failures.group(bus) if failures is not None and failed else None) and failed
+    except BaseException as error:
+        _messages.note_left(error, bus)
+        raise

@@ -1,0 +1,579 @@
+"""`DelayedEventBus`, and its `side_effects_bus`."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import TYPE_CHECKING, Any, Generic, cast
+
+from commitbus import _messages, _naming, _state
+from commitbus._context import gathering, gathering_of
+from commitbus._interfaces import EventBus, T
+from commitbus._pure.batch import (
+    ATOMIC,
+    BEGIN,
+    BEHIND,
+    EVENTS,
+    Explicit,
+    Handler,
+    Source,
+    carry_out,
+    event_of,
+    keep_first,
+    move_left,
+    new_batch,
+    put_back,
+    take,
+)
+from commitbus._pure.event_bus import AbstractEventBus, Pair, apply_collected, collects_plainly, is_bus, is_method
+
+if TYPE_CHECKING:
+    from commitbus._context import Run
+    from typing import Self
+
+    from typing_extensions import deprecated
+else:
+
+    def deprecated(_message: str, **_: None) -> Callable[[T], T]:
+        """Mark for type checkers alone (PEP 702): 3.11 has no `warnings.deprecated`."""
+        return lambda function: function
+
+
+class SideEffectsBus(AbstractEventBus[Pair[T]], Generic[T]):
+    """The pairs that a `DelayedEventBus` collected: made only when somebody looks at them.
+
+    What is pending are the bare events of the wrapped bus. Other pairs are in an `Explicit`, which is
+    never given out, and set `_commitbus_mixed` before they go in.
+    """
+
+    __module__ = "commitbus.delayed_event_bus"
+
+    # _collector: the delayed bus that collected them, weakly; None for a copy
+    __slots__ = ("__dict__", "_commitbus_collector", "_commitbus_mixed", "_commitbus_wraps")
+    _commitbus_wraps: AbstractEventBus[T]
+    _commitbus_collector: weakref.ref[DelayedEventBus[T]] | None
+    _commitbus_mixed: bool
+    _commitbus_plain = False
+
+    def __new__(cls) -> Self:
+        """Make an empty bus, for a delayed bus to set."""
+        self = super().__new__(cls)
+        self._commitbus_collector = None
+        self._commitbus_mixed = False
+        return self
+
+    def publish(self, event: Pair[T]) -> None:
+        """Add a pair, in constant time; nothing happens to it until it is applied.
+
+        Parameters
+        ----------
+        event : tuple of (T, CommittableFunction)
+            The bus keeps a reference until it was applied or discarded.
+
+        Raises
+        ------
+        TypeError
+            When `event` is not such a pair. The bus is as it was.
+        """
+        if type(event) is not tuple or len(event) != 2 or not callable(event[1]):
+            raise _messages.not_a_pair(event)
+        self._commitbus_mixed = True
+        self._commitbus_append([Explicit(event)])
+
+    def _commitbus_append(self, items: list[Any]) -> None:
+        """Append collected events in one call."""
+        cast("list[Any]", self._commitbus_pending).extend(items)
+        self._commitbus_register()
+
+    def _commitbus_register(self) -> None:
+        super()._commitbus_register()
+        collector = None if self._commitbus_collector is None else self._commitbus_collector()
+        if collector is not None:
+            collector._commitbus_register()
+
+    def _commitbus_back(self, tried: list[Any]) -> None:
+        self._commitbus_register()
+        self._commitbus_wraps._commitbus_forget_again(list(map(event_of, tried)))
+
+    def apply(self, commit: bool, *, robust: bool = False) -> list[Pair[T]]:
+        """Apply the collected events in the order in which they were collected.
+
+        Parameters
+        ----------
+        commit : bool
+            Handed to every callable.
+        robust : bool, default False
+            Try every event once, whatever the others raise.
+
+        Returns
+        -------
+        list of (T, CommittableFunction)
+            What was applied, in order.
+
+        Raises
+        ------
+        BaseException
+            As in `AbstractEventBus.apply`.
+        """
+        failures = _messages.Failures() if robust else None
+        applied = carry_out(self, self, self, self._commitbus_hook(), commit, failures, None)
+        if failures is not None and failures.errors:
+            raise failures.end(self)
+        return self._commitbus_look(applied)
+
+    def _apply_event(self, event: Pair[T], commit: bool) -> None:
+        """Call the callable of a pair.
+
+        Parameters
+        ----------
+        event : tuple of (T, CommittableFunction)
+            The pair.
+        commit : bool
+            Passed to the callable as a keyword.
+
+        Raises
+        ------
+        TypeError
+            When it returns a coroutine, which is closed.
+        """
+        if (result := event[1](commit=commit)) is not None:
+            _messages.refuse_coroutine(event[1], result)
+
+    def _commitbus_wrapped(self) -> AbstractEventBus[T]:
+        try:
+            return self._commitbus_wraps
+        except AttributeError:
+            raise _messages.no_collector() from None
+
+    def _commitbus_hook(self) -> Any:
+        """Give the hook of the wrapped bus or, in a tuple, one that somebody has set on this bus."""
+        hook = self._apply_event
+        ours = is_method(hook, SideEffectsBus._apply_event, self)
+        return self._commitbus_wrapped()._commitbus_hook() if ours else (hook,)
+
+    def _commitbus_choose(self, hook: Any, failures: _messages.Failures | None, out: list[Any] | None) -> Handler:
+        # After the batch was taken: whoever put a pair into it had set the flag before.
+        wraps = self._commitbus_wraps
+        own = hook[0] if type(hook) is tuple else None
+        if own is None and not self._commitbus_mixed:
+            return wraps._commitbus_choose(hook, failures, out)
+        if not wraps._commitbus_multi:
+            out = None
+
+        def apply_item(item: Any, commit: bool) -> None:
+            event, function = pair = self._commitbus_pair(item)
+            outer = gathering.get()
+            try:
+                if out is not None:
+                    gathering.set((wraps, out))
+                if own is not None:
+                    called, result = own, own(pair, commit)
+                else:
+                    called, result = function, function(commit=commit)
+            finally:
+                gathering.set(outer)
+            if result is not None:
+                _messages.refuse_coroutine(called, result)
+            if out is not None and not isinstance(event, DelayedEventBus):
+                out.append(event)
+
+        return apply_item
+
+    def _commitbus_scope(self, commit: bool) -> Run | None:
+        return self._commitbus_wraps._commitbus_scope(commit)
+
+    def _commitbus_pair(self, item: Any) -> Pair[T]:
+        if type(item) is Explicit:
+            return cast("Pair[T]", item.pair)
+        return item, partial(apply_collected, self._commitbus_wraps, item)
+
+    def _commitbus_look(self, items: list[Any]) -> list[Any]:
+        return list(map(self._commitbus_pair, items))
+
+    def _commitbus_get(self) -> Any:
+        items = self._commitbus_items()
+        explicit = {i: item.pair for i, item in enumerate(items) if type(item) is Explicit}
+        return self._commitbus_wrapped(), list(map(event_of, items)), explicit
+
+    def _commitbus_set(self, kept: Any) -> None:
+        self._commitbus_wraps, items, explicit = kept
+        self._commitbus_mixed = bool(explicit)
+        self._commitbus_append([Explicit(explicit[i]) if i in explicit else item for i, item in enumerate(items)])
+
+
+class DelayedEventBus(Source, _state.Stateful, EventBus[T], Generic[T]):
+    """A bus whose ``apply`` carries nothing out: it only collects, until `apply_without_delay`.
+
+    Parameters
+    ----------
+    actual_event_bus : AbstractEventBus
+        The bus to wrap: what is published here goes there. A reference is kept.
+
+    Raises
+    ------
+    TypeError
+        When `actual_event_bus` is anything else, or when ``__init__`` is called again while something is
+        collected.
+
+    Notes
+    -----
+    Whether the wrapped bus's class overrides ``publish`` is looked up when it is wrapped, not each
+    time that something is published.
+
+    Examples
+    --------
+    Two processes, that is functions of the business logic, publish on one bus and apply it, as each
+    does when it runs alone. Delayed, it is applied once, when both have succeeded:
+
+    >>> from commitbus import AbstractEventBus, BasicEventBus, DelayedEventBus, EventBus
+    >>> class MailBus(AbstractEventBus[str]):
+    ...     def _apply_event(self, event: str, commit: bool) -> None:
+    ...         print("send", event)
+    >>> def sign_up(mails: EventBus[str]) -> None:
+    ...     mails.publish("welcome")
+    ...     mails.apply(commit=True)
+    >>> def order(mails: EventBus[str]) -> None:
+    ...     mails.publish("receipt")
+    ...     mails.apply(commit=True)
+    >>> delayed = DelayedEventBus(MailBus())
+    >>> sign_up(delayed)
+    >>> order(delayed)
+    >>> delayed.collected_events()
+    ('welcome', 'receipt')
+    >>> delayed.apply_without_delay(commit=True)
+    send welcome
+    send receipt
+    ['welcome', 'receipt']
+    """
+
+    __module__ = "commitbus.delayed_event_bus"
+
+    # _direct: whether publishing appends to the wrapped bus's pending list
+    # _owner: the multi bus that let go of this bus last, where its next event registers it again; weak, as
+    #     nobody else could apply that one
+    # _left: what a turn in a multi bus has just left, on its way into what is collected
+    __slots__ = (
+        "__dict__",
+        "__weakref__",
+        "_commitbus_actual",
+        "_commitbus_direct",
+        "_commitbus_left",
+        "_commitbus_owner",
+        "_commitbus_side_effects",
+    )
+    _commitbus_actual: AbstractEventBus[T]
+    _commitbus_direct: bool
+    _commitbus_owner: weakref.ref[Any] | None
+    _commitbus_side_effects: SideEffectsBus[T] | None
+
+    def __init__(self, actual_event_bus: AbstractEventBus[T]) -> None:
+        """Wrap a bus."""
+        if not is_bus(actual_event_bus):
+            raise _messages.not_a_bus(actual_event_bus)
+        collected: SideEffectsBus[T] | None = getattr(self, "_commitbus_side_effects", None)
+        if collected is not None:
+            if self.collected_events():
+                raise _messages.still_collected(self)
+            self._commitbus_hold()
+            # Kept, since a handler may call this while what was collected is being applied.
+            collected._commitbus_wraps = actual_event_bus
+        self._commitbus_actual = actual_event_bus
+        self._commitbus_left = self._commitbus_owner = None
+        self._commitbus_side_effects = collected
+        self._commitbus_direct = type(actual_event_bus).publish is AbstractEventBus.publish
+
+    @property
+    def actual_event_bus(self) -> AbstractEventBus[T]:
+        """The wrapped bus.
+
+        Raises
+        ------
+        TypeError
+            When a subclass did not call ``super().__init__(actual_event_bus)``.
+        """
+        actual = self._commitbus_wrapped()
+        return actual
+
+    @property
+    def side_effects_bus(self) -> AbstractEventBus[Pair[T]]:
+        """The bus of the pairs that were collected, each an event and the callable that applies it.
+
+        It is the same object each time. Applying it carries them out, like `apply_without_delay`.
+        """
+        return self._commitbus_collected()
+
+    def publish(self, event: T) -> None:
+        """Publish on the wrapped bus.
+
+        Parameters
+        ----------
+        event : T
+            The wrapped bus keeps a reference until it was applied or discarded.
+
+        Raises
+        ------
+        Exception
+            Whatever publishing on the wrapped bus raises.
+        """
+        try:
+            actual = self._commitbus_actual
+        except AttributeError:
+            raise _messages.not_wrapping() from None
+        if self._commitbus_direct:
+            actual._commitbus_pending.append(event)
+            if actual._commitbus_owner is not None:
+                actual._commitbus_register()
+        else:
+            actual.publish(event)
+        # After the event was added: a multi bus lets go of this one before it takes the events.
+        if self._commitbus_owner is not None:
+            self._commitbus_register()
+
+    def publish_all(self, events: Iterable[T]) -> None:
+        """Publish one by one on the wrapped bus.
+
+        Parameters
+        ----------
+        events : iterable of T
+            When it raises, what it gave so far stays published.
+
+        Raises
+        ------
+        TypeError
+            When `events` is not iterable.
+        Exception
+            Whatever publishing on the wrapped bus raises.
+        """
+        if type(self).publish is not DelayedEventBus.publish:
+            super().publish_all(events)
+            return
+        actual = self._commitbus_wrapped()
+        try:
+            actual.publish_all(events)
+        finally:
+            if self._commitbus_owner is not None:
+                self._commitbus_register()
+
+    @deprecated(
+        "DelayedEventBus.apply only collects; apply_without_delay(commit=...) carries the events out",
+        category=None,
+    )
+    def apply(self, commit: bool) -> list[T]:
+        """Collect what is pending in the wrapped bus; nothing is carried out.
+
+        Parameters
+        ----------
+        commit : bool
+            Handed to the wrapped bus's ``collect``. `apply_without_delay` is given its own.
+
+        Returns
+        -------
+        list of T
+            The events that were collected. The list is the caller's; this bus keeps references to
+            the events until they were applied or discarded.
+
+        Raises
+        ------
+        BaseException
+            Whatever collecting raises; then every event is still pending in the wrapped bus.
+        """
+        return self._commitbus_collect(commit)
+
+    def apply_without_delay(self, commit: bool, *, robust: bool = False) -> list[T]:
+        """Carry out what ``apply`` collected so far, in order.
+
+        What nobody applied stays pending in the wrapped bus.
+
+        Parameters
+        ----------
+        commit : bool
+            Handed to every handler: true to do it for real, false for a dry run.
+        robust : bool, default False
+            Try every event once, whatever the others raise.
+
+        Returns
+        -------
+        list of T
+            The events that were applied, in order. The list is the caller's.
+
+        Raises
+        ------
+        BaseException
+            Whatever a handler raises, as it is, with a note. That event and those after it stay
+            collected; the next call goes on with it.
+        ExceptionGroup
+            When `robust` is true and a handler raised an `Exception`: every error, each with its
+            note. The events that failed stay collected.
+        TypeError
+            When a handler returns a coroutine, which is closed; that event has failed.
+        """
+        failures = _messages.Failures() if robust else None
+        actual = self._commitbus_wrapped()
+        if (collected := self._commitbus_peek()) is None:
+            return []
+        out = gathering_of(actual)
+        applied = carry_out(collected, collected, self, collected._commitbus_hook(), commit, failures, out)
+        if failures is not None and failures.errors:
+            raise failures.end(self)
+        return list(map(event_of, applied)) if collected._commitbus_mixed else applied
+
+    def pending_events(self) -> tuple[T, ...]:
+        """Return what is pending in the wrapped bus.
+
+        Returns
+        -------
+        tuple of T
+            A snapshot, in the order in which the events were published.
+        """
+        return self._commitbus_wrapped().pending_events()
+
+    def discard_pending_events(self) -> list[T]:
+        """Drop what is pending in the wrapped bus.
+
+        Returns
+        -------
+        list of T
+            What was dropped. What was collected stays.
+        """
+        return self._commitbus_wrapped().discard_pending_events()
+
+    def collected_events(self) -> tuple[T, ...]:
+        """Return what was collected and not yet applied.
+
+        Returns
+        -------
+        tuple of T
+            A snapshot, in the order in which the events were collected.
+        """
+        self._commitbus_wrapped()
+        collected = self._commitbus_peek()
+        return () if collected is None else tuple(map(event_of, collected._commitbus_items()))
+
+    def _commitbus_get(self) -> Any:
+        actual = self._commitbus_wrapped()
+        collected = self._commitbus_peek()
+        kept = (actual, [], {}) if collected is None else collected._commitbus_get()
+        return (*kept, None if self._commitbus_owner is None else self._commitbus_owner())
+
+    def _commitbus_set(self, kept: Any) -> None:
+        DelayedEventBus.__init__(self, kept[0])
+        if kept[1]:
+            self._commitbus_collected()._commitbus_set(kept[:3])
+        if kept[3] is not None:
+            self._commitbus_let_go(weakref.ref(kept[3]))
+
+    def _commitbus_wrapped(self) -> AbstractEventBus[T]:
+        try:
+            return self._commitbus_actual
+        except AttributeError:
+            raise _messages.not_wrapping() from None
+
+    def _commitbus_peek(self) -> SideEffectsBus[T] | None:
+        """Give the bus of what was collected, if anything ever was."""
+        return self._commitbus_side_effects if self._commitbus_left is None else self._commitbus_collected()
+
+    def _commitbus_collected(self) -> SideEffectsBus[T]:
+        actual = self._commitbus_wrapped()
+        if self._commitbus_side_effects is None:
+            made: SideEffectsBus[T] = SideEffectsBus()
+            made._commitbus_wraps = actual
+            made._commitbus_collector = weakref.ref(self)
+            keep_first(self, "_commitbus_side_effects", made)
+        collected = cast("SideEffectsBus[T]", self._commitbus_side_effects)
+        if self._commitbus_left is not None:
+            move_left(self, collected)
+        return collected
+
+    def _commitbus_collect(self, commit: bool) -> list[T]:
+        actual = self._commitbus_wrapped()
+        collected = self._commitbus_collected()
+        if not collects_plainly(actual):
+            items = [Explicit((event, function)) for event, function in actual.collect(commit)]
+            if items:
+                collected._commitbus_mixed = True
+                collected._commitbus_append(items)
+            return list(map(event_of, items))
+        kept: list[Any] = collected._commitbus_pending
+        batch: Any = new_batch()
+        try:
+            take(actual, batch)
+            events: list[T] = batch[EVENTS][batch[BEGIN] :] if batch[BEGIN] else batch[EVENTS]
+            # One line: an interrupt finds the events in one place.
+            kept += events; batch = None  # fmt: skip  # noqa: E702
+        except BaseException:
+            if batch is not None:
+                if ATOMIC:
+                    batch[BEHIND], actual._commitbus_left = actual._commitbus_left, batch
+                else:
+                    put_back(actual, batch)
+            raise
+        if events:
+            collected._commitbus_register()
+        return events
+
+    # A turn in a multi bus: it takes from the wrapped bus, and puts back into what was collected.
+
+    def _commitbus_turn(
+        self, ref: weakref.ref[Any], commit: bool, failures: _messages.Failures | None, out: list[Any] | None
+    ) -> None:
+        """Collect what is pending, and carry it out, let go of by the multi bus to which `ref` refers."""
+        actual = self._commitbus_wrapped()
+        if self._commitbus_peek() is None and collects_plainly(actual):
+            # The direct path: nobody can have seen what was never collected. From now on an event registers
+            # this bus again; what is pending is taken after that.
+            self._commitbus_let_go(ref)
+            applied = carry_out(actual, self, self, actual._commitbus_hook(), commit, failures, out)
+        else:
+            self._commitbus_collect(commit)
+            self._commitbus_let_go(ref)
+            collected = self._commitbus_collected()
+            applied = carry_out(collected, collected, self, collected._commitbus_hook(), commit, failures, out)
+            if collected._commitbus_mixed:
+                applied = list(map(event_of, applied))
+        if out is not None and not actual._commitbus_multi:
+            out.extend(applied)
+
+    def _commitbus_choose(self, hook: Handler, failures: _messages.Failures | None, out: list[Any] | None) -> Handler:
+        return self._commitbus_actual._commitbus_choose(hook, failures, out)
+
+    def _commitbus_scope(self, commit: bool) -> Run | None:
+        return self._commitbus_actual._commitbus_scope(commit)
+
+    def _commitbus_back(self, tried: list[Any]) -> None:
+        self._commitbus_collected()._commitbus_back(tried)
+
+    # Registering again
+
+    def _commitbus_after_turn(self) -> None:
+        """See to what came onto this bus while its turn began."""
+        if self._commitbus_owner is None:
+            return
+        actual, collected = self._commitbus_actual, self._commitbus_peek()
+        if actual._commitbus_holds_any() or (collected is not None and collected._commitbus_holds_any()):
+            self._commitbus_register()
+
+    def _commitbus_let_go(self, owner: weakref.ref[Any]) -> None:
+        """Have the next event, here or on the wrapped bus, register this bus with `owner`, a multi bus."""
+        self._commitbus_owner = owner
+        actual = self._commitbus_actual
+        actual._commitbus_wrapper, actual._commitbus_owner = weakref.ref(self), owner
+
+    def _commitbus_hold(self) -> None:
+        """Note that this bus is registered: the next event need not do it."""
+        self._commitbus_owner = None
+        actual = self._commitbus_actual
+        wrapper = actual._commitbus_wrapper
+        if actual._commitbus_owner is not None and wrapper is not None and wrapper() is self:
+            actual._commitbus_owner = None
+
+    def _commitbus_register(self) -> None:
+        """Register with the multi bus that let go of this bus last, if that is still there."""
+        owner, self._commitbus_owner = self._commitbus_owner, None
+        multi: Any = None if owner is None else owner()
+        if multi is not None:
+            multi.publish(self)
+
+
+_naming.see_bus_through(SideEffectsBus, lambda bus: bus._commitbus_wrapped())
+_naming.see_bus_through(DelayedEventBus, DelayedEventBus.actual_event_bus.__get__)

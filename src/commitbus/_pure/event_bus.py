@@ -1,0 +1,515 @@
+"""`AbstractEventBus` and `BasicEventBus`."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
+from functools import partial
+from itertools import repeat
+from types import MethodType
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, cast
+
+from commitbus import _messages, _naming, _state
+from commitbus._interfaces import CommittableFunction, EventBus, T, iterate
+from commitbus._pure.batch import (
+    ALL,
+    ATOMIC,
+    BEGIN,
+    BEHIND,
+    EVENTS,
+    Handler,
+    Source,
+    carry_out,
+    new_batch,
+    put_back,
+    stopped,
+    take,
+    tidy,
+)
+from commitbus._pure.side_effects import SideEffectCall
+
+if TYPE_CHECKING:
+    import weakref
+    from typing import Self
+
+    from commitbus._interfaces import EventBusOrchestrator
+
+Pair: TypeAlias = tuple[T, CommittableFunction]
+
+
+class AbstractEventBus(Source, _state.Stateful, EventBus[T], Generic[T]):
+    """A bus that keeps its events until it is applied: subclass it and implement ``_apply_event``.
+
+    Any number of threads may publish, apply and collect at once; each event is applied exactly once,
+    and no lock is held while a handler runs. The bus is always true, has no length, and may be
+    copied (the copy has a pending list of its own), pickled with its pending events, and weakly
+    referenced. A subclass need not call ``super().__init__()``.
+
+    Examples
+    --------
+    >>> from commitbus import AbstractEventBus
+    >>> class MailBus(AbstractEventBus[str]):
+    ...     def _apply_event(self, event: str, commit: bool) -> None:
+    ...         print("send to" if commit else "would send to", event)
+    >>> bus = MailBus()
+    >>> bus.publish("ada@example.org")
+    >>> bus.pending_events()
+    ('ada@example.org',)
+    >>> bus.apply(commit=True)
+    send to ada@example.org
+    ['ada@example.org']
+    """
+
+    __module__ = "commitbus.event_bus"
+
+    # _owner, _wrapper: once a multi bus let go of this bus, that multi bus and the delayed bus around this
+    #     one, weakly, as nobody else could apply them: the next event registers the one with the other
+    __slots__ = ("__weakref__", "_commitbus_left", "_commitbus_owner", "_commitbus_pending", "_commitbus_wrapper")
+    _commitbus_owner: weakref.ref[Any] | None
+    _commitbus_wrapper: weakref.ref[Any] | None
+    _commitbus_plain = ATOMIC  # whether apply needs neither a lock nor a context
+    _commitbus_multi = False  # isinstance() takes a detour through `abc`
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Make an empty bus; a subclass's ``__init__`` takes the arguments."""
+        if (args or kwargs) and cls.__init__ is object.__init__:
+            raise _messages.no_arguments(cls)
+        self = object.__new__(cls)
+        self._commitbus_pending = []
+        self._commitbus_left = self._commitbus_owner = self._commitbus_wrapper = None
+        return self
+
+    def publish(self, event: T) -> None:
+        """Add an event, in constant time; nothing happens to it until it is applied.
+
+        Parameters
+        ----------
+        event : T
+            The bus keeps a reference until it was applied or discarded.
+        """
+        self._commitbus_pending.append(event)
+        # After the event was added: a multi bus lets go of this one before it takes the events.
+        if self._commitbus_owner is not None:
+            self._commitbus_register()
+
+    def publish_all(self, events: Iterable[T]) -> None:
+        """Publish one by one.
+
+        Parameters
+        ----------
+        events : iterable of T
+            When it raises, what it gave so far stays published. The bus keeps references to what it
+            gives, not to itself.
+
+        Raises
+        ------
+        TypeError
+            When `events` is not iterable.
+        """
+        if type(self).publish is AbstractEventBus.publish:
+            try:
+                self._commitbus_pending.extend(iterate(events))
+            finally:
+                if self._commitbus_owner is not None and self._commitbus_pending:
+                    self._commitbus_register()
+        else:
+            publish = self.publish
+            for event in iterate(events):
+                publish(event)
+
+    def apply(self, commit: bool, *, robust: bool = False) -> list[T]:
+        """Apply the pending events in the order in which they were published.
+
+        What a handler publishes meanwhile waits for the next apply; a nested apply applies just that.
+
+        Parameters
+        ----------
+        commit : bool
+            Handed to every handler as the very object that is passed: true to do it for real, false
+            for a dry run.
+        robust : bool, default False
+            Try every event once, whatever the others raise.
+
+        Returns
+        -------
+        list of T
+            The events that were applied, in order. The list is the caller's; the bus keeps no
+            reference to what is in it.
+
+        Raises
+        ------
+        BaseException
+            Whatever a handler raises, as it is, with a note that says which event of which bus it
+            was. That event, those after it, and then what was published meanwhile, stay pending.
+        ExceptionGroup
+            When `robust` is true and a handler raised an `Exception`: every error, each with its
+            note. The events that failed stay pending, ahead of what was published meanwhile.
+        TypeError
+            When a handler returns a coroutine, which is closed; that event has failed.
+        """
+        failures = _messages.Failures() if robust else None
+        handler = self._apply_event
+        if (
+            failures is not None
+            or self._commitbus_left is not None
+            or not self._commitbus_plain
+            or type(handler) is not MethodType
+        ):
+            applied = carry_out(self, self, self, handler, commit, failures, None)
+            if failures is not None and failures.errors:
+                raise failures.end(self)
+            return applied
+        # What `carry_out` does, without what is not needed here.
+        function: Any = handler.__func__
+        bus = handler.__self__
+        pending = self._commitbus_pending
+        batch: Any = None
+        event: Any = None
+        events: Any = []
+        iterator: Any = iter(events)
+        try:
+            try:
+                # One line, without a call and without making a slice: no signal, tracer, profiler, thread or
+                # finalizer can come between, and publish what would then be cleared.
+                events += pending; del pending[ALL]  # fmt: skip  # noqa: E702
+                for event in iterator:
+                    if (event := function(bus, event, commit)) is not None:
+                        _messages.refuse_coroutine(handler, event)
+                    event = None  # as in `carry_out`
+            except BaseException:
+                # Put back first, and without a call, as in `carry_out`.
+                batch = [events, iterator, event, (), None, 0]
+                batch[BEHIND], self._commitbus_left, events = self._commitbus_left, batch, None
+                raise
+        except BaseException as error:
+            if events:  # a tracer has raised at one of the lines above
+                batch = [events, iterator, event, (), None, 0]
+                batch[BEHIND], self._commitbus_left, events = self._commitbus_left, batch, None
+            iterator = event = None  # the traceback keeps this frame, and must keep no event
+            try:
+                stopped(self, batch, self, error, None)
+            except Exception:  # noqa: S110
+                pass  # no stack or no memory: that costs the note
+            batch = None
+            raise
+        return cast("Any", events)
+
+    @abstractmethod
+    def _apply_event(self, event: T, commit: bool) -> None:
+        """Carry one event out, or only pretend to.
+
+        Parameters
+        ----------
+        event : T
+            The event.
+        commit : bool
+            What was passed to ``apply``.
+        """
+
+    def collect(self, commit: bool) -> list[Pair[T]]:
+        """Take the pending events, each with the callable that applies it.
+
+        Parameters
+        ----------
+        commit : bool
+            Handed to ``_collect_event``.
+
+        Returns
+        -------
+        list of (T, CommittableFunction)
+            In the order in which the events were published. The bus keeps no reference to them; the
+            default callables keep one to the bus.
+
+        Raises
+        ------
+        BaseException
+            Whatever ``_collect_event`` raises, with a note. Every event is pending again.
+        TypeError
+            When ``_collect_event`` returns what cannot be called. Every event is pending again.
+        """
+        collect_event = self._collect_event
+        batch = new_batch()
+        events: Any = None
+        event: Any = None
+        pairs: Any = []
+        try:
+            take(self, batch)
+            events = self._commitbus_look(batch[EVENTS][batch[BEGIN] :] if batch[BEGIN] else batch[EVENTS])
+            if _is_default(collect_event, self):
+                functions: Any = map(partial, repeat(cast("Any", apply_collected)), repeat(self), events)
+                return list(zip(events, functions, strict=True))
+            for event in events:
+                function: object = collect_event(event, commit)
+                if not callable(function):
+                    _messages.refuse_coroutine(collect_event, function)
+                    raise _messages.not_collected(self, function)
+                pairs.append((event, function))
+        except BaseException as error:
+            if ATOMIC:
+                batch[BEHIND], self._commitbus_left = self._commitbus_left, batch
+            else:
+                put_back(self, batch)
+            batch = function = None  # type: ignore[assignment]  # the traceback keeps this frame, and must keep no event
+            try:
+                if events is not None and len(pairs) < len(events):
+                    event = events[len(pairs)]
+                    number, count = len(pairs) + 1, len(events)
+                    events = pairs = None
+                    self._commitbus_back([])
+                    _messages.note_uncollected(error, self, event, number, count)
+            except Exception:  # noqa: S110
+                pass  # no stack or no memory: that costs the note
+            events = event = pairs = None
+            raise
+        return cast("Any", pairs)
+
+    def _collect_event(self, event: T, commit: bool) -> CommittableFunction:  # noqa: ARG002
+        """Give the callable that applies one event.
+
+        Parameters
+        ----------
+        event : T
+            The event.
+        commit : bool
+            What was passed to `collect`; the callable is given its own.
+
+        Returns
+        -------
+        CommittableFunction
+            By default one that calls ``_apply_event`` with the ``commit`` that it is given. It keeps
+            a reference to the bus and the event.
+        """
+        return partial(apply_collected, self, event)
+
+    def pending_events(self) -> tuple[T, ...]:
+        """Return what was published and neither collected, applied nor discarded.
+
+        Returns
+        -------
+        tuple of T
+            A snapshot, in the order in which the events were published.
+        """
+        return tuple(self._commitbus_look(self._commitbus_items()))
+
+    def discard_pending_events(self) -> list[T]:
+        """Drop the pending events.
+
+        Returns
+        -------
+        list of T
+            What was dropped. The bus keeps no reference to it.
+        """
+        batch = new_batch()
+        try:
+            take(self, batch)
+            return self._commitbus_look(batch[EVENTS][batch[BEGIN] :])
+        except BaseException:
+            put_back(self, batch)
+            raise
+
+    def _commitbus_get(self) -> Any:
+        return self._commitbus_items()
+
+    def _commitbus_set(self, kept: Any) -> None:
+        self._commitbus_pending.extend(kept)
+
+    def _commitbus_holds_any(self) -> bool:
+        tidy(self)
+        return bool(self._commitbus_pending) or self._commitbus_left is not None
+
+    def _commitbus_items(self) -> list[Any]:
+        """Copy what is pending."""
+        tidy(self)
+        left, pending = self._commitbus_left, self._commitbus_pending.copy()
+        return pending if left is None else left[EVENTS][left[BEGIN] :] + pending
+
+    def _commitbus_look(self, items: list[Any]) -> list[T]:
+        """Give the events that the items of a pending list stand for."""
+        return items
+
+    def _commitbus_hook(self) -> Handler:
+        return self._apply_event
+
+    def _commitbus_back(self, tried: list[Any]) -> None:  # noqa: ARG002
+        if self._commitbus_owner is not None:
+            self._commitbus_register()
+
+    def _commitbus_forget_again(self, tried: list[Any]) -> None:
+        """See to events that were tried, and are put back where they were collected."""
+
+    def _commitbus_register(self) -> None:
+        """Register with the multi bus that let go of this bus last, if that is still there."""
+        # One line: who took the owner registers.
+        owner, wrapper, self._commitbus_owner = self._commitbus_owner, self._commitbus_wrapper, None
+        multi: EventBusOrchestrator | None = None if owner is None else owner()
+        if multi is None:
+            return
+        if wrapper is None or (delayed := wrapper()) is None:
+            multi.wrap(self)
+        else:
+            cast("Any", multi).publish(delayed)
+
+
+def apply_collected(bus: AbstractEventBus[T], event: T, /, *, commit: bool) -> None:
+    """Apply one collected event: what `AbstractEventBus.collect` makes its callables of."""
+    apply_event: Handler = bus._apply_event
+    if (result := apply_event(event, commit)) is not None:
+        _messages.refuse_coroutine(apply_event, result)
+
+
+def is_bus(value: Any) -> bool:
+    """Do what isinstance(value, AbstractEventBus) does, without the detour through `abc`."""
+    return AbstractEventBus in type(value).__mro__
+
+
+def is_method(method: Any, function: Any, bus: object) -> bool:
+    """Whether a method is a certain one, and bound to that very bus: one borrowed from another is not."""
+    return type(method) is MethodType and method.__func__ is function and method.__self__ is bus
+
+
+def _is_default(collect_event: Callable[[Any, bool], Any], bus: AbstractEventBus[Any]) -> bool:
+    return is_method(collect_event, AbstractEventBus._collect_event, bus)
+
+
+def collects_plainly(bus: AbstractEventBus[Any]) -> bool:
+    """Whether a bus collects with the default callables, so that its bare events are enough."""
+    return (
+        type(bus).collect is AbstractEventBus.collect
+        and _is_default(bus._collect_event, bus)
+        and type(bus)._commitbus_look is AbstractEventBus._commitbus_look
+    )
+
+
+class BasicEventBus(AbstractEventBus[CommittableFunction]):
+    """A bus whose events are callables: each is called as ``event(commit=commit)``.
+
+    Examples
+    --------
+    Bind the arguments with `functools.partial` or `SideEffectCall`:
+
+    >>> from functools import partial
+    >>> from commitbus import BasicEventBus
+    >>> def send(address: str, *, commit: bool) -> None:
+    ...     print("send to" if commit else "would send to", address)
+    >>> bus = BasicEventBus()
+    >>> bus.publish(partial(send, "ada@example.org"))
+    >>> _ = bus.apply(commit=True)
+    send to ada@example.org
+
+    With a keyword-only ``commit``, an argument too many is an error. Were it positional, the same
+    slip would set it, and a dry run could send mail:
+
+    >>> bus.publish(partial(send, "ada@example.org", "an argument too many"))
+    >>> bus.apply(commit=False)
+    Traceback (most recent call last):
+        ...
+    TypeError: send() takes 1 positional argument but 2 positional arguments (and 1 keyword-only argument) were given
+    commitbus: event 1 of 1, __main__.send, failed in commitbus.event_bus.BasicEventBus; it stays pending
+    """
+
+    __module__ = "commitbus.event_bus"
+
+    def publish(self, event: CommittableFunction) -> None:
+        """Add an event, in constant time; nothing happens to it until it is applied.
+
+        Parameters
+        ----------
+        event : CommittableFunction
+            What to call. The bus keeps a reference until it was applied or discarded.
+
+        Raises
+        ------
+        TypeError
+            When `event` cannot be called. The bus is as it was.
+        """
+        if not callable(event):
+            raise _messages.not_callable(event)
+        self._commitbus_pending.append(event)
+        if self._commitbus_owner is not None:
+            self._commitbus_register()
+
+    def apply(self, commit: bool, *, robust: bool = False) -> list[CommittableFunction]:
+        """Apply the pending events in the order in which they were published.
+
+        Parameters
+        ----------
+        commit : bool
+            Passed to each event as a keyword.
+        robust : bool, default False
+            Try every event once, whatever the others raise.
+
+        Returns
+        -------
+        list of CommittableFunction
+            The events that were applied, in order.
+
+        Raises
+        ------
+        BaseException
+            As in `AbstractEventBus.apply`.
+        """
+        hook = self._apply_event
+        if (
+            robust
+            or self._commitbus_left is not None
+            or not self._commitbus_plain
+            or not is_method(hook, BasicEventBus._apply_event, self)
+        ):
+            return super().apply(commit, robust=robust)
+        # The same, without a call of `_apply_event` for each event, and of `SideEffectCall.__call__`.
+        pending = self._commitbus_pending
+        batch: Any = None
+        event: Any = None
+        call: Any = None
+        events: Any = []
+        iterator: Any = iter(events)
+        try:
+            try:
+                events += pending; del pending[ALL]  # fmt: skip  # noqa: E702
+                for event in iterator:
+                    if type(event) is SideEffectCall:
+                        call = event
+                        event = call._commitbus_function(*call._commitbus_args, **call._commitbus_kwargs, commit=commit)
+                    else:
+                        event = event(commit=commit)
+                    if event is not None:
+                        _messages.refuse_coroutine(events[-iterator.__length_hint__() - 1], event)
+                    event = None
+            except BaseException:
+                # Put back first, and without a call, as in `carry_out`.
+                batch = [events, iterator, event, (), None, 0]
+                batch[BEHIND], self._commitbus_left, events = self._commitbus_left, batch, None
+                raise
+        except BaseException as error:
+            if events:  # a tracer has raised at one of the lines above
+                batch = [events, iterator, event, (), None, 0]
+                batch[BEHIND], self._commitbus_left, events = self._commitbus_left, batch, None
+            iterator = event = call = None  # the traceback keeps this frame, and must keep no event
+            try:
+                stopped(self, batch, self, error, None)
+            except Exception:  # noqa: S110
+                pass  # no stack or no memory: that costs the note
+            batch = None
+            raise
+        return cast("Any", events)
+
+    def _apply_event(self, event: CommittableFunction, commit: bool) -> None:
+        """Call the event.
+
+        Parameters
+        ----------
+        event : CommittableFunction
+            The callable.
+        commit : bool
+            Passed to it as a keyword.
+
+        Raises
+        ------
+        TypeError
+            When it returns a coroutine, which is closed.
+        """
+        if (result := event(commit=commit)) is not None:
+            _messages.refuse_coroutine(event, result)
+
+
+_naming.see_event_through(apply_collected)

@@ -1,0 +1,384 @@
+"""`MultiEventBus`, and the unit of work."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, cast
+
+from commitbus import _messages
+from commitbus._context import gathering, gathering_of
+from commitbus._interfaces import EventBusOrchestrator, T
+from commitbus._pure.batch import BEGIN, EVENTS, Handler, carry_out, drop_pending, new_batch, put_back, take
+from commitbus._pure.delayed_event_bus import DelayedEventBus
+from commitbus._pure.event_bus import AbstractEventBus, is_bus, is_method
+from commitbus._unit_of_work import events_to_apply, unit_of_work
+
+
+class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator):
+    """Runs many buses at once: hand it out as an orchestrator, then apply it.
+
+    A `MultiEventBus` may itself be wrapped in another.
+
+    Examples
+    --------
+    >>> from commitbus import AbstractEventBus, EventBusOrchestrator, MultiEventBus
+    >>> class MailBus(AbstractEventBus[str]):
+    ...     def _apply_event(self, event: str, commit: bool) -> None:
+    ...         print("send", event)
+    >>> def order(orchestrator: EventBusOrchestrator) -> None:
+    ...     mails = orchestrator.wrap(MailBus())
+    ...     mails.publish("receipt")
+    >>> buses = MultiEventBus()
+    >>> order(buses)
+    >>> order(buses)
+    >>> buses.apply_and_get_applied_events(commit=True)
+    send receipt
+    send receipt
+    ['receipt', 'receipt']
+    """
+
+    __module__ = "commitbus.multi_event_bus"
+
+    __slots__ = ("__dict__",)
+    _commitbus_plain = False
+    _commitbus_multi = True
+
+    def wrap(self, event_bus: AbstractEventBus[T]) -> DelayedEventBus[T]:
+        """Delay a bus and register it.
+
+        Parameters
+        ----------
+        event_bus : AbstractEventBus
+            The bus to wrap. This bus keeps a reference until it was applied.
+
+        Returns
+        -------
+        DelayedEventBus
+            To publish on in its place. After it was applied, it registers itself again when it is
+            next published on.
+
+        Raises
+        ------
+        TypeError
+            When `event_bus` is not an `AbstractEventBus`.
+        """
+        if not is_bus(event_bus):
+            raise _messages.not_wrappable(event_bus, isinstance(event_bus, DelayedEventBus))
+        delayed = DelayedEventBus(event_bus)
+        if type(self).publish is MultiEventBus.publish and self._commitbus_owner is None:
+            self._commitbus_pending.append(delayed)
+        else:
+            self.publish(delayed)
+        return delayed
+
+    def publish(self, event: DelayedEventBus[Any]) -> None:
+        """Register a delayed bus: the next apply runs it.
+
+        Parameters
+        ----------
+        event : DelayedEventBus
+            This bus keeps a reference until it was applied or discarded.
+
+        Raises
+        ------
+        TypeError
+            When `event` is anything else. The bus is as it was.
+        """
+        if DelayedEventBus not in type(event).__mro__:
+            raise _messages.not_delayed(event)
+        event._commitbus_wrapped()
+        self._commitbus_pending.append(event)
+        event._commitbus_hold()
+        if self._commitbus_owner is not None:
+            self._commitbus_register()
+
+    def apply(self, commit: bool, *, robust: bool = False) -> list[DelayedEventBus[Any]]:
+        """Apply the registered buses in the order in which they were registered.
+
+        Each first collects what is still pending in it, then is applied without delay. What is
+        published on a registered bus meanwhile is applied in the same run if that bus's turn is
+        still to come, else in the next.
+
+        Parameters
+        ----------
+        commit : bool
+            Handed to every handler: true to do it for real, false for a dry run.
+        robust : bool, default False
+            Try every event of every bus once, whatever the others raise.
+
+        Returns
+        -------
+        list of DelayedEventBus
+            The buses that were applied. This bus keeps no reference to them.
+
+        Raises
+        ------
+        BaseException
+            Whatever a handler raises, as it is, with notes. The bus that failed and those after it
+            stay registered, with what is left in them.
+        ExceptionGroup
+            When `robust` is true and a handler raised an `Exception`: every error, each with its
+            notes. The buses with failures stay registered.
+        """
+        failures = _messages.Failures() if robust else None
+        applied = carry_out(self, self, self, self._apply_event, commit, failures, gathering_of(self))
+        if failures is not None and failures.errors:
+            raise failures.end(self)
+        return applied
+
+    def apply_and_get_applied_events(self, commit: bool, *, robust: bool = False) -> list[Any]:
+        """Apply the registered buses, and return the events instead.
+
+        Parameters
+        ----------
+        commit : bool
+            Handed to every handler: true to do it for real, false for a dry run.
+        robust : bool, default False
+            Try every event of every bus once, whatever the others raise.
+
+        Returns
+        -------
+        list
+            The events, flat, in the order in which they were applied; those of a wrapped
+            `MultiEventBus` in place of its buses.
+
+        Raises
+        ------
+        BaseException
+            As in `apply`.
+        """
+        out: list[Any] = []
+        failures = _messages.Failures() if robust else None
+        if type(self).apply is MultiEventBus.apply:
+            carry_out(self, self, self, self._apply_event, commit, failures, out)
+            if failures is not None and failures.errors:
+                raise failures.end(self)
+            return out
+        outer = gathering.get()
+        try:
+            gathering.set((self, out))
+            _with_robust(self.apply, commit, failures)
+        finally:
+            gathering.set(outer)
+        return out
+
+    def events_to_apply(self) -> list[Any]:
+        """Return the events that an apply would carry out now, flat, in that order.
+
+        Returns
+        -------
+        list
+            A snapshot of what is collected and pending in the registered buses; for a wrapped
+            `MultiEventBus`, of what is in its buses.
+        """
+        return events_to_apply(self)
+
+    def discard_pending_events(self) -> list[DelayedEventBus[Any]]:
+        """Let go of the registered buses, and drop what is pending or collected in them.
+
+        What was dropped never comes back; what is published on them later registers them again.
+
+        Returns
+        -------
+        list of DelayedEventBus
+            The buses. This bus keeps no reference to them.
+
+        Raises
+        ------
+        Exception
+            Whatever discarding the events of a bus raises. That bus and those after it stay registered.
+        """
+        batch: Any = new_batch()
+        try:
+            take(self, batch)
+            buses: list[Any] = batch[EVENTS][batch[BEGIN] :]
+            ref = weakref.ref(self)
+            for delayed in buses:
+                _discard(delayed, ref)
+                batch[BEGIN] += 1
+        except BaseException:
+            put_back(self, batch)
+            raise
+        return buses
+
+    def _apply_event(self, event: DelayedEventBus[Any], commit: bool) -> None:
+        """Collect what is pending in one delayed bus, and apply it without delay.
+
+        Parameters
+        ----------
+        event : DelayedEventBus
+            The bus.
+        commit : bool
+            Handed to its handlers.
+        """
+        if not isinstance(event, DelayedEventBus):
+            raise _messages.not_delayed(event)
+        self._commitbus_turn(event, weakref.ref(self), commit, None, gathering_of(self))
+
+    def _commitbus_choose(self, hook: Handler, failures: _messages.Failures | None, out: list[Any] | None) -> Handler:
+        if is_method(hook, MultiEventBus._apply_event, self):
+            turn = self._commitbus_turn
+            ref = weakref.ref(self)
+            return lambda delayed, commit: turn(delayed, ref, commit, failures, out)
+        if out is None:
+            return hook
+
+        def gather(delayed: DelayedEventBus[Any], commit: bool) -> object:
+            outer = gathering.get()
+            try:
+                gathering.set((self, out))
+                return hook(delayed, commit)
+            finally:
+                gathering.set(outer)
+
+        return gather
+
+    def _commitbus_turn(
+        self,
+        delayed: DelayedEventBus[Any],
+        ref: weakref.ref[MultiEventBus],
+        commit: bool,
+        failures: _messages.Failures | None,
+        out: list[Any] | None,
+    ) -> None:
+        cls: Any = type(delayed)
+        base: Any = DelayedEventBus  # as Any: type checkers call its apply deprecated
+        try:
+            if cls is base or (cls.apply is base.apply and cls.apply_without_delay is base.apply_without_delay):
+                inner = None if failures is None else _messages.Failures(failures.errors)
+                delayed._commitbus_turn(ref, commit, inner, out)
+            else:
+                _apply_overridden(delayed, ref, commit, failures, out)
+        finally:
+            if delayed._commitbus_owner is not None:
+                delayed._commitbus_after_turn()
+
+    def _commitbus_back(self, tried: list[Any]) -> None:
+        self._commitbus_forget_again(tried)
+        super()._commitbus_back(tried)
+
+    def _commitbus_forget_again(self, tried: list[Any]) -> None:
+        # Each has registered itself again when it put back its events, and is put back with the batch.
+        delayeds = [event for event in tried if isinstance(event, DelayedEventBus)]
+        drop_pending(self, delayeds)
+        for delayed in delayeds:
+            delayed._commitbus_hold()
+
+    def _commitbus_set(self, kept: Any) -> None:
+        for delayed in kept:
+            # One that was let go of is registered with this bus now, and only remembers another.
+            self._commitbus_pending.append(delayed)
+
+
+def _with_robust(apply: Callable[..., list[Any]], commit: bool, failures: _messages.Failures | None) -> list[Any]:
+    """Call an apply that may have been written without `robust`."""
+    return apply(commit) if failures is None else apply(commit, robust=True)
+
+
+def _apply_overridden(
+    delayed: DelayedEventBus[Any],
+    ref: weakref.ref[Any],
+    commit: bool,
+    failures: _messages.Failures | None,
+    out: list[Any] | None,
+) -> None:
+    """Take the turn of a bus whose class overrides how it is applied."""
+    actual = delayed._commitbus_wrapped()
+    outer = gathering.get()
+    try:
+        if out is not None and actual._commitbus_multi:
+            gathering.set((actual, out))
+        cast("Any", delayed).apply(commit)
+        delayed._commitbus_let_go(ref)
+        events = _with_robust(delayed.apply_without_delay, commit, failures)
+    finally:
+        gathering.set(outer)
+    if out is not None and not actual._commitbus_multi:
+        out.extend(events)
+
+
+def _discard(delayed: DelayedEventBus[Any], ref: weakref.ref[Any]) -> None:
+    """Let go of a bus, and drop all that is in it: from now on, an event registers it again."""
+    actual = delayed._commitbus_wrapped()
+    delayed._commitbus_let_go(ref)
+    if (collected := delayed._commitbus_peek()) is not None:
+        pairs = collected.discard_pending_events()
+        if actual._commitbus_multi:
+            for event, _ in pairs:
+                if isinstance(event, DelayedEventBus):
+                    _discard(event, weakref.ref(actual))
+    delayed.discard_pending_events()
+
+
+def use_orchestrator_or_create_multi_event_bus(
+    event_bus_orchestrator: EventBusOrchestrator | None,
+    commit: bool,
+    *,
+    commit_transaction: Callable[[], object] | None = None,
+    robust: bool = False,
+) -> AbstractContextManager[tuple[EventBusOrchestrator, Callable[[], list[Any]]], bool | None]:
+    """Run in the caller's unit of work or, without one, in a new one.
+
+    Parameters
+    ----------
+    event_bus_orchestrator : EventBusOrchestrator or None
+        The caller's, or None to create a `MultiEventBus`.
+    commit : bool
+        Handed to every handler: true to do it for real, false for a dry run.
+    commit_transaction : callable, optional
+        Called without arguments before anything is applied, if `commit` is true. Not called with an
+        orchestrator: the caller owns the transaction, too.
+    robust : bool, default False
+        Try every event once, whatever the others raise.
+
+    Returns
+    -------
+    context manager of (EventBusOrchestrator, callable)
+        It yields what to wrap buses with, and ``commit_and_execute_side_effects``. That commits,
+        applies, and returns the events that were applied. With an orchestrator it does nothing and
+        returns an empty list. It raises what `commit_transaction` raises, and then nothing was
+        applied and everything stays; else what `MultiEventBus.apply` raises.
+
+    Raises
+    ------
+    TypeError
+        When `event_bus_orchestrator` is neither an orchestrator nor None.
+
+    Warns
+    -----
+    UnappliedEventsWarning
+        When the block is left, not by an exception, with events that were never applied.
+
+    Examples
+    --------
+    A process that may be a part of a larger one:
+
+    >>> from commitbus import BasicEventBus, use_orchestrator_or_create_multi_event_bus
+    >>> def say(*, commit: bool) -> None:
+    ...     print("mail sent")
+    >>> def order(event_bus_orchestrator=None):
+    ...     with use_orchestrator_or_create_multi_event_bus(
+    ...         event_bus_orchestrator, True, commit_transaction=lambda: print("committed")
+    ...     ) as (event_bus, commit_and_execute_side_effects):
+    ...         event_bus.wrap(BasicEventBus()).publish(say)
+    ...         return len(commit_and_execute_side_effects())
+    >>> order()
+    committed
+    mail sent
+    1
+
+    Called by another, it leaves commit and side effects to that one:
+
+    >>> with use_orchestrator_or_create_multi_event_bus(None, True) as (event_bus, execute):
+    ...     print(order(event_bus), "applied by the callee")
+    ...     print(len(execute()), "applied by the caller")
+    0 applied by the callee
+    mail sent
+    1 applied by the caller
+    """
+    return unit_of_work(MultiEventBus, event_bus_orchestrator, commit, commit_transaction, robust)
+
+
+use_orchestrator_or_create_multi_event_bus.__module__ = "commitbus.multi_event_bus"
