@@ -9,13 +9,15 @@ from contextlib import contextmanager
 from typing import Any
 
 
-class Several(Exception):
+class Failed(Exception):
+    """The errors of a robust run, on their way to whoever raises them as a group."""
+
     def __init__(self, errors: list[Exception]) -> None:
         self.errors = errors
 
 
 def run(batch: list[Any], do: Any, robust: bool, put_back: Any) -> list[Any]:
-    """Apply a batch; put back what was not applied."""
+    """Apply a batch; put back what was not applied, those that were tried first."""
     failed: list[Any] = []
     errors: list[Exception] = []
     position = 0
@@ -27,35 +29,59 @@ def run(batch: list[Any], do: Any, robust: bool, put_back: Any) -> list[Any]:
                 if not robust:
                     raise
                 failed.append(item)
-                errors += error.errors if isinstance(error, Several) else [error]
+                errors += error.errors if isinstance(error, Failed) else [error]
     except BaseException:
-        put_back(failed + batch[position:])
+        put_back(failed + batch[position:], [*failed, batch[position]])
         raise
     if errors:
-        put_back(failed)
-        raise ExceptionGroup("", errors)
+        put_back(failed, failed)
+        raise Failed(errors)
     return batch
+
+
+def public(call: Any) -> Any:
+    """Do what a public method does: raise one group."""
+    try:
+        return call()
+    except Failed as failed:
+        raise ExceptionGroup("", failed.errors) from None
 
 
 class Bus:
     def __init__(self) -> None:
         self.pending: list[Any] = []
+        self.owner: Any = None  # the multi bus that let go of it last
+        self.wrapper: Any = None  # and the delayed bus that it let go of
 
     def publish(self, event: Any) -> None:
         self.pending.append(event)
+        self.register()
 
     def publish_all(self, events: Any) -> None:
         for event in events:
             self.publish(event)
 
+    def register(self) -> None:
+        owner, self.owner = self.owner, None
+        if owner is not None:
+            owner.publish(self.wrapper)
+
     def take(self) -> list[Any]:
         batch, self.pending = self.pending, []
         return batch
 
-    def put_back(self, events: list[Any]) -> None:
+    def put_back(self, events: list[Any], tried: list[Any]) -> None:
         self.pending = events + self.pending
+        if events:
+            self.register()
+
+    def forget_again(self, tried: list[Any], keep: int = 0) -> None:
+        pass
 
     def apply(self, commit: Any, *, robust: bool = False) -> list[Any]:
+        return public(lambda: self.apply_taken(commit, robust))
+
+    def apply_taken(self, commit: Any, robust: bool) -> list[Any]:
         return run(self.take(), lambda event: self._apply_event(event, commit), robust, self.put_back)
 
     def _apply_event(self, event: Any, commit: Any) -> None:
@@ -69,7 +95,7 @@ class Bus:
         try:
             return [(event, self._collect_event(event, commit)) for event in batch]
         except BaseException:
-            self.put_back(batch)
+            self.put_back(batch, [])
             raise
 
     def pending_events(self) -> tuple[Any, ...]:
@@ -80,7 +106,7 @@ class Bus:
 
     def __copy__(self) -> Any:
         other = type(self).__new__(type(self))
-        other.__dict__.update(self.__dict__, pending=list(self.pending))
+        other.__dict__.update(self.__dict__, pending=list(self.pending), owner=None, wrapper=None)
         return other
 
 
@@ -88,7 +114,8 @@ class DelayedBus:
     def __init__(self, bus: Bus) -> None:
         self.bus = bus
         self.collected: list[Any] = []
-        self.owners: list[Any] = []
+        self.mixed = False  # whether any callable was ever not the default one
+        self.owner: Any = None
 
     def publish(self, event: Any) -> None:
         self.bus.publish(event)
@@ -105,28 +132,60 @@ class DelayedBus:
             self.register()
 
     def register(self) -> None:
-        owners, self.owners = self.owners, []
-        for owner in owners:
+        owner, self.owner = self.owner, None
+        if owner is not None:
             owner.publish(self)
+
+    def let_go(self, multi: Any) -> None:
+        self.owner = self.bus.owner = multi
+        self.bus.wrapper = self
+
+    def hold(self) -> None:
+        self.owner = None
+        if self.bus.wrapper is self:
+            self.bus.owner = None
 
     def apply(self, commit: Any) -> list[Any]:
         pairs = self.bus.collect(commit)
-        self.collected += pairs
+        plain = type(self.bus).collect in {Bus.collect} and "_collect_event" not in vars(self.bus)
+        plain = plain and type(self.bus)._collect_event is Bus._collect_event
+        if pairs:
+            self.mixed = self.mixed or not plain
+            self.collected += pairs
+            self.register()
         return [event for event, _ in pairs]
 
-    def apply_without_delay(self, commit: Any, *, robust: bool = False, out: Any = None) -> list[Any]:
-        def do(pair: Any) -> None:
-            if isinstance(self.bus, MultiBus):
-                self.bus.handle(pair[0], commit, robust, out)
-            else:
-                pair[1](commit=commit)
+    def add_pair(self, pair: Any) -> None:
+        self.mixed = True
+        self.collected.append(pair)
+        self.register()
 
-        def put_back(pairs: list[Any]) -> None:
-            self.collected = pairs + self.collected
-            if isinstance(self.bus, MultiBus):
-                self.bus.settle()
+    def apply_without_delay(self, commit: Any, *, robust: bool = False) -> list[Any]:
+        return public(lambda: self.apply_collected(commit, robust, gathered(self.bus)))
 
+    def apply_collected(self, commit: Any, robust: bool, out: Any) -> list[Any]:
+        multi = isinstance(self.bus, MultiBus)
         batch, self.collected = self.collected, []
+        mixed = self.mixed
+
+        def do(pair: Any) -> None:
+            event, function = pair
+            if mixed:
+                with gather(self.bus, out if multi else None):
+                    function(commit=commit)
+                if multi and out is not None and not isinstance(event, DelayedBus):
+                    out.append(event)
+            elif multi:
+                self.bus.handle(event, commit, robust, out)
+            else:
+                self.bus._apply_event(event, commit)
+
+        def put_back(pairs: list[Any], tried: list[Any]) -> None:
+            self.collected = pairs + self.collected
+            if pairs:
+                self.register()
+                self.bus.forget_again([event for event, _ in tried])
+
         return [event for event, _ in run(batch, do, robust, put_back)]
 
     def pending_events(self) -> tuple[Any, ...]:
@@ -134,6 +193,18 @@ class DelayedBus:
 
     def collected_events(self) -> tuple[Any, ...]:
         return tuple(event for event, _ in self.collected)
+
+    def discard_pending_events(self) -> list[Any]:
+        return self.bus.discard_pending_events()
+
+    def drop(self, multi: Any) -> None:
+        """Be let go of, and drop all that is in here."""
+        self.let_go(multi)
+        collected, self.collected = self.collected, []
+        for event, _ in collected:
+            if isinstance(event, DelayedBus):
+                event.drop(self.bus)
+        self.discard_pending_events()
 
 
 gathering: tuple[Any, list[Any]] | None = None  # for which multi bus applied events are gathered, and where
@@ -156,10 +227,6 @@ def gather(bus: Any, out: Any) -> Any:
 
 
 class MultiBus(Bus):
-    def __init__(self) -> None:
-        super().__init__()
-        self.wrappers: list[DelayedBus] = []
-
     def wrap(self, bus: Bus) -> DelayedBus:
         delayed = DelayedBus(bus)
         self.publish(delayed)
@@ -167,10 +234,8 @@ class MultiBus(Bus):
 
     def publish(self, event: DelayedBus) -> None:
         self.pending.append(event)
-        event.owners = [owner for owner in event.owners if owner is not self]
-        wrappers, self.wrappers = self.wrappers, []
-        for wrapper in wrappers:
-            wrapper.register()
+        self.register()
+        event.hold()
 
     def handle(self, delayed: DelayedBus, commit: Any, robust: bool, out: Any) -> None:
         if type(self)._apply_event is MultiBus._apply_event:
@@ -183,50 +248,55 @@ class MultiBus(Bus):
         self.turn(event, commit, False, gathered(self))
 
     def turn(self, delayed: DelayedBus, commit: Any, robust: bool, out: Any) -> None:
-        delayed.owners = [*(owner for owner in delayed.owners if owner is not self), self]
-        if isinstance(delayed.bus, MultiBus):
-            inner = delayed.bus
-            inner.wrappers = [other for other in inner.wrappers if other.owners and other is not delayed] + [delayed]
         cls = type(delayed)
+        multi = isinstance(delayed.bus, MultiBus)
         plain = cls.apply is DelayedBus.apply and cls.apply_without_delay is DelayedBus.apply_without_delay
-        delayed.apply(commit)
-        if not plain:
-            events = delayed.apply_without_delay(commit, robust=robust)
-            if out is not None:
-                out += events
-            return
         try:
-            events = delayed.apply_without_delay(commit, robust=robust, out=out)
-        except ExceptionGroup as group:
-            if not robust:
-                raise
-            raise Several(list(group.exceptions)) from None
-        if out is not None and not isinstance(delayed.bus, MultiBus):
-            out += events
+            with gather(delayed.bus, out if multi and not plain else None):
+                delayed.apply(commit)
+                delayed.let_go(self)
+                if plain:
+                    events = delayed.apply_collected(commit, robust, out)
+                else:
+                    events = delayed.apply_without_delay(commit, robust=robust)
+            if out is not None and not multi:
+                out += events
+        finally:
+            if delayed.owner is not None and (delayed.bus.pending or delayed.collected):
+                delayed.register()
 
-    def settle(self) -> None:
-        self.pending = list({id(delayed): delayed for delayed in self.pending}.values())
-        for delayed in self.pending:
-            delayed.owners = [owner for owner in delayed.owners if owner is not self]
+    def put_back(self, events: list[Any], tried: list[Any]) -> None:
+        super().put_back(events, tried)
+        self.forget_again(tried, len(events))
+
+    def forget_again(self, tried: list[Any], keep: int = 0) -> None:
+        """Take out what registered itself again when it put back its events: it is put back with the batch."""
+        later = [delayed for delayed in self.pending[keep:] if not any(delayed is one for one in tried)]
+        self.pending = self.pending[:keep] + later
+        for delayed in tried:
+            if isinstance(delayed, DelayedBus):
+                delayed.hold()
 
     def apply(self, commit: Any, *, robust: bool = False) -> list[Any]:
-        return self.apply_buses(commit, robust, gathered(self))
+        return public(lambda: self.apply_buses(commit, robust, gathered(self)))
 
     def apply_buses(self, commit: Any, robust: bool, out: Any) -> list[Any]:
-        def put_back(buses: list[Any]) -> None:
-            self.put_back(buses)
-            self.settle()
-
-        return run(self.take(), lambda delayed: self.handle(delayed, commit, robust, out), robust, put_back)
+        return run(self.take(), lambda delayed: self.handle(delayed, commit, robust, out), robust, self.put_back)
 
     def apply_and_get_applied_events(self, commit: Any, *, robust: bool = False) -> list[Any]:
         out: list[Any] = []
         if type(self).apply is MultiBus.apply:
-            self.apply_buses(commit, robust, out)
+            public(lambda: self.apply_buses(commit, robust, out))
         else:
             with gather(self, out):
                 self.apply(commit, robust=robust)
         return out
+
+    def discard_pending_events(self) -> list[Any]:
+        buses = self.take()
+        for delayed in buses:
+            delayed.drop(self)
+        return buses
 
 
 AbstractEventBus, DelayedEventBus, MultiEventBus = Bus, DelayedBus, MultiBus

@@ -87,7 +87,7 @@ cdef class PairStore(EventStore):
             return EventStore.put_back(self, batch, head, begun)
         tried = [event for event in events_of(batch[head:head + begun]) if isinstance(event, DelayedStore)]
         EventStore.put_back(self, batch, head, begun)
-        return self.wraps.forget_again(tried)
+        return self.wraps.forget_again(tried, None, 0)
 
     cdef tuple pair_of(self, object item):
         return (<Pair>item).pair if type(item) is Pair else (item, collected(self.wraps, item))

@@ -108,36 +108,27 @@ cdef class MultiStore(EventStore):
 
     cdef int put_back(self, list batch, Py_ssize_t head, Py_ssize_t begun) except -1:
         cdef list tried = batch[head:head + begun]
+        cdef Py_ssize_t size = len(batch)
         EventStore.put_back(self, batch, head, begun)
-        return self.forget_again(tried)
+        return self.forget_again(tried, batch, size)
 
-    cdef int forget_again(self, list tried) except -1:
-        """Take out of `pending` the buses that were tried: they are put back with the batch.
+    cdef int forget_again(self, list tried, list batch, Py_ssize_t size) except -1:
+        """Take out the buses that were tried, but for the batch itself, which is `size` long.
 
-        Each has registered itself again when it put back its events. In place, and without any memory.
+        Each has registered itself again when it put back its events, and is put back with the batch.
         """
-        cdef Py_ssize_t size, i
-        cdef Py_ssize_t kept = 0
-        cdef PyObject* item
         cdef DelayedStore delayed
         for delayed in tried:
             delayed.failed = True
         with cython.critical_section(self):
+            if self.left is not None:
+                drop_failed(self.left, size if self.left is batch else self.head)
+                if self.head >= PyList_GET_SIZE(self.left):
+                    self.left = None
             if self.pending is not None:
-                size = PyList_GET_SIZE(self.pending)
-                for i in range(size):
-                    item = PyList_GET_ITEM(self.pending, i)
-                    if not (<DelayedStore>item).failed:
-                        PyList_SET_ITEM(self.pending, i, PyList_GET_ITEM(self.pending, kept))
-                        PyList_SET_ITEM(self.pending, kept, item)
-                        kept += 1
-                if kept == 0:
+                drop_failed(self.pending, 0)
+                if not self.pending:
                     self.pending = None
-                elif kept < size:
-                    try:
-                        del self.pending[kept:]
-                    except MemoryError:
-                        pass  # registered twice: the second turn finds nothing
         for delayed in tried:
             delayed.failed = False
             delayed.hold()
@@ -203,6 +194,25 @@ cdef class MultiStore(EventStore):
         if not isinstance(event, DelayedStore):
             raise _messages.not_delayed(event)
         self.turn(event, PyWeakref_NewRef(self, None), commit, None, gathering_of(self))
+
+
+cdef int drop_failed(list buses, Py_ssize_t begin) except -1:
+    """Drop those that are marked: in place, and without any memory or Python code."""
+    cdef Py_ssize_t kept = begin
+    cdef Py_ssize_t i
+    cdef PyObject* item
+    for i in range(begin, PyList_GET_SIZE(buses)):
+        item = PyList_GET_ITEM(buses, i)
+        if not (<DelayedStore>item).failed:
+            PyList_SET_ITEM(buses, i, PyList_GET_ITEM(buses, kept))
+            PyList_SET_ITEM(buses, kept, item)
+            kept += 1
+    if kept < PyList_GET_SIZE(buses):
+        try:
+            del buses[kept:]
+        except MemoryError:
+            pass  # registered twice: the second turn finds nothing
+    return 0
 
 
 cdef int discard(DelayedStore delayed, object ref) except -1:

@@ -65,22 +65,28 @@ def move_left(source: Source, home: Source) -> None:
             left[BEHIND], home._commitbus_left, source._commitbus_left = home._commitbus_left, left, None
 
 
-def drop_pending(source: Source, unwanted: list[Any]) -> None:
-    """Drop some events from what is pending, without replacing its list, to which others append meanwhile."""
+def drop_others(source: Source, batch: list[Any] | None, unwanted: list[Any]) -> None:
+    """Drop some events from all that is pending but one batch; never replace the list that others append to."""
     identities = set(map(id, unwanted))
     if not identities:
         return
     with lock:
         # What is pending becomes the last batch that is left, and what is appended from now on comes after that.
         later = new_batch()
-        if (last := source._commitbus_left) is None:
-            source._commitbus_left = last = later
-        while last is not later and last[BEHIND] is not None:
-            last = last[BEHIND]
-        if last is not later:
-            last[BEHIND] = later
+        left: Any = source._commitbus_left
+        if left is None:
+            source._commitbus_left = later
+        else:
+            while left[BEHIND] is not None:
+                left = left[BEHIND]
+            left[BEHIND] = later
         _move(source._commitbus_pending, later[EVENTS])
-        later[EVENTS] = [event for event in later[EVENTS] if id(event) not in identities]
+        left = source._commitbus_left
+        while left is not None:
+            if left is not batch:
+                _tidy_one(left)
+                left[EVENTS], left[BEGIN] = [one for one in left[EVENTS][left[BEGIN] :] if id(one) not in identities], 0
+            left = left[BEHIND]
 
 
 def keep_first(bus: Any, name: str, made: Any) -> None:
@@ -115,8 +121,8 @@ class Source:
         """Give what surrounds the handlers, if anything does."""
         return None
 
-    def _commitbus_back(self, tried: list[Any]) -> None:
-        """See to what has to happen once events were put back, of which some were tried."""
+    def _commitbus_back(self, batch: list[Any], tried: list[Any]) -> None:
+        """See to what has to happen once a batch was put back, of which some events were tried."""
 
 
 def take(source: Source, batch: list[Any]) -> None:
@@ -304,7 +310,7 @@ def carry_out(
                 else:
                     with lock:
                         batch[BEHIND], home._commitbus_left, left, batch = home._commitbus_left, batch, batch, None
-                home._commitbus_back(_put_in_order(left))
+                home._commitbus_back(left, _put_in_order(left))
             batch = left = events = None
         except BaseException:
             # First of all, and without a call, which could fail: nothing is lost from here on.
@@ -375,7 +381,7 @@ def stopped(
         applied = _applied(events, begin, done, batch[FAILED])
         earlier, count, left = len(batch[FAILED]), len(events) - begin, done < len(events)
         tried = _put_in_order(batch)
-    home._commitbus_back(tried)
+    home._commitbus_back(batch, tried)
     _messages.drop_own_frames(error)
     if begun > done:
         _messages.note_stopped(error, bus, event, done + 1 - begin, count, earlier)

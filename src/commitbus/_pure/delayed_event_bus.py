@@ -92,9 +92,9 @@ class SideEffectsBus(AbstractEventBus[Pair[T]], Generic[T]):
         if collector is not None:
             collector._commitbus_register()
 
-    def _commitbus_back(self, tried: list[Any]) -> None:
+    def _commitbus_back(self, batch: list[Any], tried: list[Any]) -> None:  # noqa: ARG002
         self._commitbus_register()
-        self._commitbus_wraps._commitbus_forget_again(list(map(event_of, tried)))
+        self._commitbus_wraps._commitbus_forget_again(None, list(map(event_of, tried)))
 
     def apply(self, commit: bool, *, robust: bool = False) -> list[Pair[T]]:
         """Apply the collected events in the order in which they were collected.
@@ -540,8 +540,8 @@ class DelayedEventBus(Source, _state.Stateful, EventBus[T], Generic[T]):
     def _commitbus_scope(self, commit: bool) -> Run | None:
         return self._commitbus_actual._commitbus_scope(commit)
 
-    def _commitbus_back(self, tried: list[Any]) -> None:
-        self._commitbus_collected()._commitbus_back(tried)
+    def _commitbus_back(self, batch: list[Any], tried: list[Any]) -> None:
+        self._commitbus_collected()._commitbus_back(batch, tried)
 
     # Registering again
 

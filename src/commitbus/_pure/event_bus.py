@@ -255,7 +255,7 @@ class AbstractEventBus(Source, _state.Stateful, EventBus[T], Generic[T]):
                     event = events[len(pairs)]
                     number, count = len(pairs) + 1, len(events)
                     events = pairs = None
-                    self._commitbus_back([])
+                    self._commitbus_back([], [])
                     _messages.note_uncollected(error, self, event, number, count)
             except Exception:  # noqa: S110
                 pass  # no stack or no memory: that costs the note
@@ -330,11 +330,11 @@ class AbstractEventBus(Source, _state.Stateful, EventBus[T], Generic[T]):
     def _commitbus_hook(self) -> Handler:
         return self._apply_event
 
-    def _commitbus_back(self, tried: list[Any]) -> None:  # noqa: ARG002
+    def _commitbus_back(self, batch: list[Any], tried: list[Any]) -> None:  # noqa: ARG002
         if self._commitbus_owner is not None:
             self._commitbus_register()
 
-    def _commitbus_forget_again(self, tried: list[Any]) -> None:
+    def _commitbus_forget_again(self, batch: list[Any] | None, tried: list[Any]) -> None:
         """See to events that were tried, and are put back where they were collected."""
 
     def _commitbus_register(self) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from commitbus import _messages
 from commitbus._context import gathering, gathering_of
 from commitbus._interfaces import EventBusOrchestrator, T
-from commitbus._pure.batch import BEGIN, EVENTS, Handler, carry_out, drop_pending, new_batch, put_back, take
+from commitbus._pure.batch import BEGIN, EVENTS, Handler, carry_out, drop_others, new_batch, put_back, take
 from commitbus._pure.delayed_event_bus import DelayedEventBus
 from commitbus._pure.event_bus import AbstractEventBus, is_bus, is_method
 from commitbus._unit_of_work import events_to_apply, unit_of_work
@@ -255,14 +255,14 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
             if delayed._commitbus_owner is not None:
                 delayed._commitbus_after_turn()
 
-    def _commitbus_back(self, tried: list[Any]) -> None:
-        self._commitbus_forget_again(tried)
-        super()._commitbus_back(tried)
+    def _commitbus_back(self, batch: list[Any], tried: list[Any]) -> None:
+        super()._commitbus_back(batch, tried)
+        self._commitbus_forget_again(batch, tried)
 
-    def _commitbus_forget_again(self, tried: list[Any]) -> None:
+    def _commitbus_forget_again(self, batch: list[Any] | None, tried: list[Any]) -> None:
         # Each has registered itself again when it put back its events, and is put back with the batch.
         delayeds = [event for event in tried if isinstance(event, DelayedEventBus)]
-        drop_pending(self, delayeds)
+        drop_others(self, batch, delayeds)
         for delayed in delayeds:
             delayed._commitbus_hold()
 
