@@ -79,7 +79,8 @@ class Bus:
         pass
 
     def apply(self, commit: Any, *, robust: bool = False) -> list[Any]:
-        return public(lambda: self.apply_taken(commit, robust))
+        events: list[Any] = public(lambda: self.apply_taken(commit, robust))
+        return events
 
     def apply_taken(self, commit: Any, robust: bool) -> list[Any]:
         return run(self.take(), lambda event: self._apply_event(event, commit), robust, self.put_back)
@@ -161,10 +162,12 @@ class DelayedBus:
         self.register()
 
     def apply_without_delay(self, commit: Any, *, robust: bool = False) -> list[Any]:
-        return public(lambda: self.apply_collected(commit, robust, gathered(self.bus)))
+        events: list[Any] = public(lambda: self.apply_collected(commit, robust, gathered(self.bus)))
+        return events
 
     def apply_collected(self, commit: Any, robust: bool, out: Any) -> list[Any]:
-        multi = isinstance(self.bus, MultiBus)
+        bus: Any = self.bus
+        multi = isinstance(bus, MultiBus)
         batch, self.collected = self.collected, []
         mixed = self.mixed
 
@@ -176,7 +179,7 @@ class DelayedBus:
                 if multi and out is not None and not isinstance(event, DelayedBus):
                     out.append(event)
             elif multi:
-                self.bus.handle(event, commit, robust, out)
+                bus.handle(event, commit, robust, out)
             else:
                 self.bus._apply_event(event, commit)
 
@@ -278,7 +281,8 @@ class MultiBus(Bus):
                 delayed.hold()
 
     def apply(self, commit: Any, *, robust: bool = False) -> list[Any]:
-        return public(lambda: self.apply_buses(commit, robust, gathered(self)))
+        events: list[Any] = public(lambda: self.apply_buses(commit, robust, gathered(self)))
+        return events
 
     def apply_buses(self, commit: Any, robust: bool, out: Any) -> list[Any]:
         return run(self.take(), lambda delayed: self.handle(delayed, commit, robust, out), robust, self.put_back)

@@ -53,7 +53,14 @@ def build(sdist: Path, tmp_path: Path, **environment: str) -> tuple[subprocess.C
 
 def test_the_sdist_is_complete(sdist: Path) -> None:
     names = {str(path.relative_to(sdist)) for path in sdist.rglob("*") if path.is_file()}
-    assert {"ext/_compiled.pyx", "setup.py", "pyproject.toml", "LICENSE", "README.md"} <= names
+    assert {
+        "ext/commitbus/_compiled/batch.pyx",
+        "ext/commitbus/_compiled/batch.pxd",
+        "setup.py",
+        "pyproject.toml",
+        "LICENSE",
+        "README.md",
+    } <= names
     assert {"tests/conftest.py", "benchmarks/reference.py", "examples/flights.py", "src/commitbus/py.typed"} <= names
     assert not {name for name in names if name.endswith((".c", ".so", ".pyc"))}
     assert "src/shared/__init__.py" not in names
@@ -63,20 +70,21 @@ def test_the_sdist_is_complete(sdist: Path) -> None:
 def test_with_a_compiler(sdist: Path, tmp_path: Path) -> None:
     done, names, wheel = build(sdist, tmp_path, COMMITBUS_REQUIRE_EXTENSIONS="1")
     assert done.returncode == 0, done.stdout + done.stderr
-    (shared_object,) = [name for name in names if name.endswith(".so")]
-    assert shared_object.startswith("commitbus/_compiled.")
+    built = {name.partition(".")[0] for name in names if name.endswith(".so")}
+    sources = (sdist / "ext" / "commitbus" / "_compiled").glob("*.pyx")
+    assert built == {f"commitbus/_compiled/{path.stem}" for path in sources}
     assert "none-any" not in wheel
     assert {"commitbus/py.typed", "shared/side_effects.py", "shared/event_bus/__init__.py"} <= set(names)
     assert "shared/__init__.py" not in names
     assert not [name for name in names if name.endswith((".pyx", ".c")) or name.startswith(("tests", "ext"))]
-    assert (tmp_path / wheel).stat().st_size < 150 * 1024
+    assert (tmp_path / wheel).stat().st_size < 300 * 1024  # about 40 KB for each module
 
 
 def test_without_a_compiler_the_package_is_pure(sdist: Path, tmp_path: Path) -> None:
     done, names, _ = build(sdist, tmp_path, CC="/bin/false")
     assert done.returncode == 0, done.stdout + done.stderr
     assert not [name for name in names if name.endswith(".so")]
-    assert "commitbus/_pure.py" in names
+    assert "commitbus/_pure/event_bus.py" in names
 
 
 @pytest.mark.skipif(not CPYTHON, reason="only CPython has the extension")

@@ -20,12 +20,14 @@ MODULES = [
     f"{folder}{'' if path.stem == '__init__' else '.' + path.stem}"
     for folder, files in {
         "commitbus": PACKAGE.glob("*.py"),
+        "commitbus._pure": PACKAGE.glob("_pure/*.py"),
+        "commitbus._compiled": () if PURE_ONLY else PACKAGE.glob("_compiled/*.py"),
         "shared.event_bus": PACKAGE.parent.glob("shared/event_bus/*.py"),
         "shared": PACKAGE.parent.glob("shared/*.py"),
     }.items()
     for path in sorted(files)
     if path.stem != "__main__"
-] + ([] if PURE_ONLY else ["commitbus._compiled"])
+]
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -55,12 +57,12 @@ def test_each_module_alone(module: str, switch: str) -> None:
 def test_the_switch_at_import(value: str, pure: bool) -> None:
     code = "import commitbus; print(commitbus.implementation, commitbus.BasicEventBus.__mro__[1].__name__)"
     done = run(code, COMMITBUS_NO_EXTENSIONS=value)
-    assert done.stdout == ("pure AbstractEventBus\n" if pure else "compiled _CallableStore\n"), done.stderr
+    assert done.stdout == ("pure AbstractEventBus\n" if pure else "compiled CallableStore\n"), done.stderr
 
 
 def copy_package(folder: Path) -> Path:
     package = folder / "commitbus"
-    shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("_compiled*", "__pycache__"))
+    shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("*.so", "*.pyd", "__pycache__"))
     return package
 
 
@@ -84,7 +86,7 @@ def test_an_absent_extension_falls_back(tmp_path: Path) -> None:
 )
 def test_a_broken_extension_raises(tmp_path: Path, content: str) -> None:
     package = copy_package(tmp_path)
-    (package / "_compiled.py").write_text(content)
+    (package / "_compiled" / "side_effects.py").write_text(content)
     done = run_in(tmp_path)
     assert done.returncode != 0
     assert "broken" in done.stderr or "a_module_that_is_not_there" in done.stderr
@@ -95,10 +97,19 @@ def test_a_broken_extension_raises(tmp_path: Path, content: str) -> None:
 @pytest.mark.skipif(PURE_ONLY, reason="COMMITBUS_TEST_PURE_ONLY is set: there is no extension to break")
 def test_a_shared_object_that_is_no_such_thing_raises(tmp_path: Path) -> None:
     package = copy_package(tmp_path)
-    (shared_object,) = PACKAGE.glob("_compiled*.so")
-    (package / shared_object.name).write_bytes(b"not an ELF file")
+    (shared_object,) = PACKAGE.glob("_compiled/side_effects*.so")
+    (package / "_compiled" / shared_object.name).write_bytes(b"not an ELF file")
     done = run_in(tmp_path)
     assert "ImportError" in done.stderr
+
+
+@pytest.mark.skipif(PURE_ONLY, reason="COMMITBUS_TEST_PURE_ONLY is set: there is no extension to break")
+def test_an_extension_of_which_a_part_is_absent_raises(tmp_path: Path) -> None:
+    package = copy_package(tmp_path)
+    (shared_object,) = PACKAGE.glob("_compiled/side_effects*.so")
+    shutil.copy(shared_object, package / "_compiled")
+    done = run_in(tmp_path)
+    assert "No module named 'commitbus._compiled." in done.stderr
 
 
 @pytest.mark.skipif(PURE_ONLY, reason="COMMITBUS_TEST_PURE_ONLY is set: there is only one twin")

@@ -215,7 +215,7 @@ def test_rule_1_what_a_tracer_publishes_at_every_point(
 
         count = 0
 
-        def trace(frame: Any, what: str, arg: Any, scene: Scene = scene, publish: Any = publish) -> Any:
+        def trace(frame: Any, what: str, arg: Any, publish: Any = publish, number: int = number) -> Any:
             nonlocal count
             if not frame.f_code.co_filename.startswith(PACKAGE):
                 return None
@@ -301,7 +301,7 @@ def test_rule_4_at_every_depth_to_the_limit(twin: Any, kind: str, robust: bool) 
     limit = sys.getrecursionlimit()
     try:
         sys.setrecursionlimit(len(_frames()) + 120)
-        for padding in range(0, 40):
+        for padding in range(40):
             run(padding)
     finally:
         sys.setrecursionlimit(limit)

@@ -191,7 +191,7 @@ class SharedSideEffectContext:
             if one.depth > depth:
                 if one.outermost is not run:
                     return value  # it belongs to another bus's apply, which ends before this one: keep it nowhere
-                kept = run.values
+                kept = one.outermost.values
         return cast("V", kept.setdefault(key, value))
 
     def enter_context(self, cm: AbstractContextManager[V, bool | None]) -> V:
@@ -236,4 +236,3 @@ class SharedSideEffectContext:
         while run is not None and run.context is not self:
             run = live(run.outer)
         return run
-

@@ -46,8 +46,6 @@ class CommittableFunction(Protocol):
     would send to ada@example.org
     """
 
-    __module__ = "commitbus.event_bus"
-
     def __call__(self, *, commit: bool) -> object:
         """Carry the side effect out, or only pretend to.
 
@@ -63,6 +61,9 @@ class CommittableFunction(Protocol):
             Ignored, but a coroutine is refused with a `TypeError`.
         """
         ...
+
+
+CommittableFunction.__module__ = "commitbus.event_bus"  # in a protocol's body it would be one of its members
 
 
 class EventBus(ABC, Generic[T]):
@@ -207,4 +208,3 @@ def iterate(events: Iterable[Any]) -> Any:
             raise  # its own __iter__ failed: that error is the caller's
         name = type(events).__qualname__
     raise TypeError(f"publish_all() takes an iterable of events, not {name}; publish a single event with publish()")
-

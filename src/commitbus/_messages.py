@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Coroutine, Generator, Mapping
 from contextlib import suppress
 from types import BuiltinFunctionType, FunctionType
-from typing import Any
 
 from commitbus._naming import describe, describe_bus, name_of, type_name
 

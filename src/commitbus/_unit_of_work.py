@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from commitbus import _messages
 from commitbus._interfaces import EventBusOrchestrator, UnappliedEventsWarning
@@ -45,13 +45,14 @@ def events_to_apply(buses: Any) -> list[Any]:
     seen: set[int] = set()
 
     def walk(holds_buses: bool, events: tuple[Any, ...]) -> Iterator[Any]:
+        event: Any
         for event in events:
             # A pair that was put on a side_effects_bus by hand is an event among the buses.
-            if not (holds_buses and hasattr(type(event), "apply_without_delay")):
+            if not (holds_buses and hasattr(cast("Any", type(event)), "apply_without_delay")):
                 yield event
                 continue
             actual = event.actual_event_bus
-            inner = hasattr(type(actual), "apply_and_get_applied_events")
+            inner = hasattr(cast("Any", type(actual)), "apply_and_get_applied_events")
             if id(event) not in seen:
                 seen.add(id(event))
                 yield from walk(inner, event.collected_events())

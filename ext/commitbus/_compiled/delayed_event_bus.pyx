@@ -14,7 +14,6 @@ from commitbus._compiled.batch cimport (
     call_event,
     carry_out,
     check,
-    event_of,
     events_of,
     explicit,
     is_ours,

@@ -3,7 +3,6 @@
 """`SharedSideEffectsEventBus`: documented in `commitbus._pure.shared_side_effects`."""
 
 cimport cython
-from cpython.object cimport PyObject
 
 from commitbus._compiled.batch cimport (
     PyCFunction,

@@ -1,7 +1,11 @@
 """The compiled twin: its modules are built from ``ext/commitbus/_compiled``."""
 
+# Type checkers read the pure twin.
+# pyright: reportMissingImports=false, reportUnknownVariableType=false, reportMissingModuleSource=false
+
 from commitbus._compiled.side_effects import SideEffectCall  # isort: skip (its absence says that nothing was built)
-from commitbus._compiled.delayed_event_bus import DelayedEventBus, SideEffectsBus
+from commitbus._compiled.delayed_event_bus import DelayedEventBus
+from commitbus._compiled.delayed_event_bus import SideEffectsBus as SideEffectsBus  # pickles name it
 from commitbus._compiled.event_bus import AbstractEventBus, BasicEventBus
 from commitbus._compiled.multi_event_bus import MultiEventBus, use_orchestrator_or_create_multi_event_bus
 from commitbus._compiled.shared_side_effects import SharedSideEffectsEventBus

@@ -1,12 +1,13 @@
 """The pure twin: the reference that people and type checkers read."""
 
-from commitbus._pure.side_effects import SideEffectCall
-from commitbus._pure.delayed_event_bus import DelayedEventBus, SideEffectsBus
+from commitbus._context import SharedSideEffectContext
+from commitbus._interfaces import CommittableFunction, EventBus, EventBusOrchestrator, UnappliedEventsWarning
+from commitbus._pure.delayed_event_bus import DelayedEventBus
+from commitbus._pure.delayed_event_bus import SideEffectsBus as SideEffectsBus  # pickles name it
 from commitbus._pure.event_bus import AbstractEventBus, BasicEventBus
 from commitbus._pure.multi_event_bus import MultiEventBus, use_orchestrator_or_create_multi_event_bus
 from commitbus._pure.shared_side_effects import SharedSideEffectsEventBus
-from commitbus._context import SharedSideEffectContext
-from commitbus._interfaces import CommittableFunction, EventBus, EventBusOrchestrator, UnappliedEventsWarning
+from commitbus._pure.side_effects import SideEffectCall
 
 __all__ = [
     "AbstractEventBus",

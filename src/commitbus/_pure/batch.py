@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from commitbus._context import Run
 
 Handler: TypeAlias = "Callable[[Any, bool], object]"
+Batch: TypeAlias = "list[Any]"  # described below
 
 ATOMIC = sys.implementation.name == "cpython" and getattr(sys, "_is_gil_enabled", lambda: True)()
 BETWEEN: Any = object()  # in place of an event: none is being applied
@@ -56,7 +57,130 @@ if hasattr(os, "register_at_fork"):  # pragma: no branch (Windows)
 EVENTS, ITERATOR, EVENT, FAILED, BEHIND, BEGIN = range(6)
 
 
-def move_left(source: Source, home: Source) -> None:
+def new_batch() -> Batch:
+    """Make an empty batch, to take events into."""
+    return [[], None, BETWEEN, (), None, 0]
+
+
+class Home:
+    """What puts the events of a batch into effect, and where those go back that were not applied."""
+
+    __slots__ = ("_commitbus_left",)
+    _commitbus_left: Batch | None  # what was put back
+
+    def _commitbus_choose(
+        self,
+        hook: Handler,
+        failures: _messages.Failures | None,  # noqa: ARG002
+        out: list[Any] | None,  # noqa: ARG002
+    ) -> Handler:
+        """Give what carries out the items of a batch that was taken, by the hook that was looked up before."""
+        return hook
+
+    def _commitbus_scope(self, commit: bool) -> Run | None:  # noqa: ARG002
+        """Give what surrounds the handlers, if anything does."""
+        return None
+
+    def _commitbus_back(self, batch: Batch, tried: list[Any]) -> None:
+        """See to what has to happen once a batch was put back, of which some events were tried."""
+
+
+class Source(Home):
+    """What a batch is taken from: a bus. Mostly it is the batch's home, too."""
+
+    __slots__ = ("_commitbus_pending",)
+    _commitbus_pending: list[Any]  # what was published, after what was put back: only appended to and emptied
+
+
+def take(source: Source, batch: Batch) -> None:
+    """Move all that is pending into an empty batch, which the caller has made, and puts back when it is stopped."""
+    left: Any
+    while (left := source._commitbus_left) is not None:
+        tidy(source)
+        with lock:
+            # One line: the events are in one place or the other. (Who puts back takes no lock where lines are atomic.)
+            # fmt: off
+            if source._commitbus_left is left and left[BEHIND] is None: batch[EVENTS], batch[BEGIN], source._commitbus_left = left[EVENTS], left[BEGIN], None  # noqa: E501, E701
+            # fmt: on
+    _move(source._commitbus_pending, batch[EVENTS])
+
+
+def _move(pending: list[Any], events: list[Any]) -> None:
+    if ATOMIC:
+        # As in `AbstractEventBus.apply`.
+        events += pending; del pending[ALL]  # fmt: skip  # noqa: E702
+    else:
+        with lock:
+            head = slice(len(pending))  # threads may append more meanwhile
+            # One call, in which no bytecode runs: an interrupt between the two would double the events.
+            list(chain(map(events.extend, (pending[head],)), map(pending.__delitem__, (head,))))
+
+
+def put_back(home: Home, batch: Batch) -> None:
+    """Put back what is not done of a batch. Where a call could fail, the callers do this themselves."""
+    with lock:
+        batch[BEHIND], home._commitbus_left = home._commitbus_left, batch
+
+
+def position_of(batch: Batch) -> int:
+    """Tell where the first event is that is not finished.
+
+    While a handler runs, the loop has its event; once it returned, the None that it returned. (An event
+    that is None itself is taken for unfinished.)
+    """
+    begin: int = batch[BEGIN]
+    if batch[ITERATOR] is None:
+        return begin
+    events, event = batch[EVENTS], batch[EVENT]
+    begun = len(events) - cast("int", batch[ITERATOR].__length_hint__())
+    if begun > begin and event is not BETWEEN and (event is not None or events[begun - 1] is None):
+        begun -= 1
+    return max(begin, begun)
+
+
+def tidy(source: Home) -> None:
+    """Bring what is left into its one form: one batch, which begins with the first event that is not done."""
+    with lock:
+        while (left := source._commitbus_left) is not None:
+            _tidy_one(left)
+            made: Batch | None = left
+            if (behind := left[BEHIND]) is not None:
+                _tidy_one(behind)
+                made = [left[EVENTS][left[BEGIN] :] + behind[EVENTS][behind[BEGIN] :], None, BETWEEN, (), None, 0]
+                made[BEHIND] = behind[BEHIND]
+            elif left[BEGIN] < len(left[EVENTS]):
+                return
+            else:
+                made = None
+            # One line, as somebody may have put back more.
+            if source._commitbus_left is left: source._commitbus_left = made  # fmt: skip  # noqa: E701
+
+
+def _tidy_one(batch: Batch) -> None:
+    """Bring one batch into order: first what failed, then what was not tried; and keep no reference to what is done.
+
+    Nothing is copied but to make the list shorter by half: an apply that is resumed after each of many
+    failures would otherwise take time by the square of their number.
+    """
+    iterator = batch[ITERATOR]
+    if iterator is None:
+        return
+    events, failed = batch[EVENTS], batch[FAILED]
+    done = position_of(batch)
+    begin = done - len(failed)
+    again = [events[i] for i in failed]
+    if begin * 2 > len(events):
+        events, begin = again + events[done:], 0
+    else:
+        span = slice(batch[BEGIN], done)
+        gone = events[span]  # until all is in order: what goes may run a finalizer
+        events[span] = [None] * (begin - batch[BEGIN]) + again
+        del gone
+    # One line: the batch is as it was, or in order.
+    batch[EVENTS], batch[ITERATOR], batch[EVENT], batch[FAILED], batch[BEGIN] = events, None, BETWEEN, (), begin
+
+
+def move_left(source: Home, home: Home) -> None:
     """Move the batch that is left in one place to another, before what is left there."""
     with lock:
         tidy(source)
@@ -65,7 +189,7 @@ def move_left(source: Source, home: Source) -> None:
             left[BEHIND], home._commitbus_left, source._commitbus_left = home._commitbus_left, left, None
 
 
-def drop_others(source: Source, batch: list[Any] | None, unwanted: list[Any]) -> None:
+def drop_others(source: Source, batch: Batch | None, unwanted: list[Any]) -> None:
     """Drop some events from all that is pending but one batch; never replace the list that others append to."""
     identities = set(map(id, unwanted))
     if not identities:
@@ -96,123 +220,6 @@ def keep_first(bus: Any, name: str, made: Any) -> None:
             setattr(bus, name, made)
 
 
-def new_batch() -> list[Any]:
-    """Make an empty batch, to take events into."""
-    return [[], None, BETWEEN, (), None, 0]
-
-
-class Source:
-    """What events are taken from, or put back into: a bus."""
-
-    __slots__ = ()
-    _commitbus_pending: list[Any]  # only ever appended to and emptied
-    _commitbus_left: list[Any] | None  # the batch that was put back, before what is pending
-
-    def _commitbus_choose(
-        self,
-        hook: Handler,
-        failures: _messages.Failures | None,  # noqa: ARG002
-        out: list[Any] | None,  # noqa: ARG002
-    ) -> Handler:
-        """Give what carries out the items of a batch that was taken, by the hook that was looked up before."""
-        return hook
-
-    def _commitbus_scope(self, commit: bool) -> Run | None:  # noqa: ARG002
-        """Give what surrounds the handlers, if anything does."""
-        return None
-
-    def _commitbus_back(self, batch: list[Any], tried: list[Any]) -> None:
-        """See to what has to happen once a batch was put back, of which some events were tried."""
-
-
-def take(source: Source, batch: list[Any]) -> None:
-    """Move all that is pending into an empty batch, which the caller has made, and puts back when it is stopped."""
-    while (left := source._commitbus_left) is not None:
-        tidy(source)
-        with lock:
-            # One line: the events are in one place or the other. (Who puts back takes no lock where lines are atomic.)
-            # fmt: off
-            if source._commitbus_left is left and left[BEHIND] is None: batch[EVENTS], batch[BEGIN], source._commitbus_left = left[EVENTS], left[BEGIN], None  # noqa: E501, E701
-            # fmt: on
-    _move(source._commitbus_pending, batch[EVENTS])
-
-
-def _move(pending: list[Any], events: list[Any]) -> None:
-    if ATOMIC:
-        # As in `AbstractEventBus.apply`.
-        events += pending; del pending[ALL]  # fmt: skip  # noqa: E702
-    else:
-        with lock:
-            head = slice(len(pending))  # threads may append more meanwhile
-            # One call, in which no bytecode runs: an interrupt between the two would double the events.
-            list(chain(map(events.extend, (pending[head],)), map(pending.__delitem__, (head,))))
-
-
-def put_back(source: Source, batch: list[Any]) -> None:
-    """Put back what is not done of a batch. Where a call could fail, the callers do this themselves."""
-    with lock:
-        batch[BEHIND], source._commitbus_left = source._commitbus_left, batch
-
-
-def position_of(batch: list[Any]) -> int:
-    """Tell where the first event is that is not finished.
-
-    While a handler runs, the loop has its event; once it returned, the None that it returned. (An event
-    that is None itself is taken for unfinished.)
-    """
-    begin: int = batch[BEGIN]
-    if batch[ITERATOR] is None:
-        return begin
-    events, event = batch[EVENTS], batch[EVENT]
-    begun = len(events) - cast("int", batch[ITERATOR].__length_hint__())
-    if begun > begin and event is not BETWEEN and (event is not None or events[begun - 1] is None):
-        begun -= 1
-    return max(begin, begun)
-
-
-def tidy(source: Source) -> None:
-    """Bring what is left into its one form: one batch, which begins with the first event that is not done."""
-    with lock:
-        while (left := source._commitbus_left) is not None:
-            _tidy_one(left)
-            made = left
-            if (behind := left[BEHIND]) is not None:
-                _tidy_one(behind)
-                made = new_batch()
-                made[EVENTS] = left[EVENTS][left[BEGIN] :] + behind[EVENTS][behind[BEGIN] :]
-                made[BEHIND] = behind[BEHIND]
-            elif left[BEGIN] < len(left[EVENTS]):
-                return
-            else:
-                made = None
-            # One line, as somebody may have put back more.
-            if source._commitbus_left is left: source._commitbus_left = made  # fmt: skip  # noqa: E701
-
-
-def _tidy_one(batch: list[Any]) -> None:
-    """Bring one batch into order: first what failed, then what was not tried; and keep no reference to what is done.
-
-    Nothing is copied but to make the list shorter by half: an apply that is resumed after each of many
-    failures would otherwise take time by the square of their number.
-    """
-    iterator = batch[ITERATOR]
-    if iterator is None:
-        return
-    events, failed = batch[EVENTS], batch[FAILED]
-    done = position_of(batch)
-    begin = done - len(failed)
-    again = [events[i] for i in failed]
-    if begin * 2 > len(events):
-        events, begin = again + events[done:], 0
-    else:
-        span = slice(batch[BEGIN], done)
-        gone = events[span]  # until all is in order: what goes may run a finalizer
-        events[span] = [None] * (begin - batch[BEGIN]) + again
-        del gone
-    # One line: the batch is as it was, or in order.
-    batch[EVENTS], batch[ITERATOR], batch[EVENT], batch[FAILED], batch[BEGIN] = events, None, BETWEEN, (), begin
-
-
 def event_of(item: Any) -> Any:
     """Give the event that an item of a pending list stands for."""
     return item.pair[0] if type(item) is Explicit else item
@@ -229,7 +236,7 @@ class Explicit:
 
 def carry_out(
     source: Source,
-    home: Source,
+    home: Home,
     bus: object,
     hook: Handler,
     commit: bool,
@@ -242,7 +249,7 @@ def carry_out(
     ----------
     source : Source
         What the batch is taken from.
-    home : Source
+    home : Home
         What puts the batch's events into effect, and where those go back that were not applied.
     bus : object
         Named in notes.
@@ -294,7 +301,7 @@ def carry_out(
                 before = known = len(failures.errors)
                 for event in events:
                     if (event := _attempt(handler, event, commit, failures)) is not None:
-                        position = len(batch[EVENTS]) - cast("Any", events).__length_hint__() - 1
+                        position = len(batch[EVENTS]) - events.__length_hint__() - 1
                         # One line: the event has failed, or is not done yet.
                         failed += (position,); event = BETWEEN  # fmt: skip  # noqa: E702
                         with suppress(Exception):  # where there is no stack left, this costs a note
@@ -331,7 +338,7 @@ def carry_out(
             batch[BEHIND], home._commitbus_left, left, batch = home._commitbus_left, batch, batch, None
         events = event = None  # the traceback keeps this frame, and must keep no event
         if left is not None:
-            try:
+            try:  # noqa: SIM105 (a call, where there may be no stack left)
                 applied = stopped(home, left, bus, error, failures)
             except Exception:  # noqa: S110
                 pass  # no stack or no memory: that costs the note
@@ -359,7 +366,7 @@ def _attempt(handler: Handler, event: Any, commit: bool, failures: _messages.Fai
     return FAILED if len(failures.errors) > known else None
 
 
-def iter_from(batch: list[Any]) -> Iterator[Any]:
+def iter_from(batch: Batch) -> Iterator[Any]:
     """Iterate over what is not done of a batch."""
     iterator: Any = iter(batch[EVENTS])
     if hasattr(iterator, "__setstate__"):
@@ -371,7 +378,7 @@ def iter_from(batch: list[Any]) -> Iterator[Any]:
 
 
 def stopped(
-    home: Source, batch: list[Any], bus: object, error: BaseException, failures: _messages.Failures | None
+    home: Home, batch: Batch, bus: object, error: BaseException, failures: _messages.Failures | None
 ) -> list[Any]:
     """See to a batch that was put back: bring it into order, make the note, and give what was applied of it."""
     with lock:
@@ -392,12 +399,12 @@ def stopped(
     return applied
 
 
-def _put_in_order(batch: list[Any]) -> list[Any]:
+def _put_in_order(batch: Batch) -> list[Any]:
     """Bring a batch that was put back into order, and give those of its events that were tried."""
     with lock:
         events, done = batch[EVENTS], position_of(batch)
         begun = done if batch[ITERATOR] is None else len(events) - cast("int", batch[ITERATOR].__length_hint__())
-        tried = [events[i] for i in batch[FAILED]] + events[done:begun]
+        tried: list[Any] = [*(events[i] for i in batch[FAILED]), *events[done:begun]]
         _tidy_one(batch)
     return tried
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, cast
 
@@ -17,7 +16,7 @@ from commitbus._pure.batch import (
     EVENTS,
     Explicit,
     Handler,
-    Source,
+    Home,
     carry_out,
     event_of,
     keep_first,
@@ -29,10 +28,12 @@ from commitbus._pure.batch import (
 from commitbus._pure.event_bus import AbstractEventBus, Pair, apply_collected, collects_plainly, is_bus, is_method
 
 if TYPE_CHECKING:
-    from commitbus._context import Run
+    from collections.abc import Callable, Iterable
     from typing import Self
 
     from typing_extensions import deprecated
+
+    from commitbus._context import Run
 else:
 
     def deprecated(_message: str, **_: None) -> Callable[[T], T]:
@@ -83,7 +84,7 @@ class SideEffectsBus(AbstractEventBus[Pair[T]], Generic[T]):
 
     def _commitbus_append(self, items: list[Any]) -> None:
         """Append collected events in one call."""
-        cast("list[Any]", self._commitbus_pending).extend(items)
+        self._commitbus_pending.extend(items)
         self._commitbus_register()
 
     def _commitbus_register(self) -> None:
@@ -155,22 +156,21 @@ class SideEffectsBus(AbstractEventBus[Pair[T]], Generic[T]):
     def _commitbus_choose(self, hook: Any, failures: _messages.Failures | None, out: list[Any] | None) -> Handler:
         # After the batch was taken: whoever put a pair into it had set the flag before.
         wraps = self._commitbus_wraps
-        own = hook[0] if type(hook) is tuple else None
+        own: Any = cast("Any", hook)[0] if type(hook) is tuple else None
         if own is None and not self._commitbus_mixed:
-            return wraps._commitbus_choose(hook, failures, out)
+            return wraps._commitbus_choose(cast("Any", hook), failures, out)
         if not wraps._commitbus_multi:
             out = None
 
         def apply_item(item: Any, commit: bool) -> None:
-            event, function = pair = self._commitbus_pair(item)
+            pair: Pair[Any] = self._commitbus_pair(item)
+            event, function = pair
+            called: Any = function if own is None else own
             outer = gathering.get()
             try:
                 if out is not None:
                     gathering.set((wraps, out))
-                if own is not None:
-                    called, result = own, own(pair, commit)
-                else:
-                    called, result = function, function(commit=commit)
+                result = function(commit=commit) if own is None else own(pair, commit)
             finally:
                 gathering.set(outer)
             if result is not None:
@@ -202,7 +202,7 @@ class SideEffectsBus(AbstractEventBus[Pair[T]], Generic[T]):
         self._commitbus_append([Explicit(explicit[i]) if i in explicit else item for i, item in enumerate(items)])
 
 
-class DelayedEventBus(Source, _state.Stateful, EventBus[T], Generic[T]):
+class DelayedEventBus(Home, _state.Stateful, EventBus[T], Generic[T]):
     """A bus whose ``apply`` carries nothing out: it only collects, until `apply_without_delay`.
 
     Parameters
@@ -252,13 +252,12 @@ class DelayedEventBus(Source, _state.Stateful, EventBus[T], Generic[T]):
     # _direct: whether publishing appends to the wrapped bus's pending list
     # _owner: the multi bus that let go of this bus last, where its next event registers it again; weak, as
     #     nobody else could apply that one
-    # _left: what a turn in a multi bus has just left, on its way into what is collected
+    # `_left` is what a turn in a multi bus has just left, on its way into what is collected.
     __slots__ = (
         "__dict__",
         "__weakref__",
         "_commitbus_actual",
         "_commitbus_direct",
-        "_commitbus_left",
         "_commitbus_owner",
         "_commitbus_side_effects",
     )
@@ -292,8 +291,7 @@ class DelayedEventBus(Source, _state.Stateful, EventBus[T], Generic[T]):
         TypeError
             When a subclass did not call ``super().__init__(actual_event_bus)``.
         """
-        actual = self._commitbus_wrapped()
-        return actual
+        return self._commitbus_wrapped()
 
     @property
     def side_effects_bus(self) -> AbstractEventBus[Pair[T]]:
@@ -453,7 +451,7 @@ class DelayedEventBus(Source, _state.Stateful, EventBus[T], Generic[T]):
     def _commitbus_get(self) -> Any:
         actual = self._commitbus_wrapped()
         collected = self._commitbus_peek()
-        kept = (actual, [], {}) if collected is None else collected._commitbus_get()
+        kept: tuple[Any, ...] = (actual, [], {}) if collected is None else collected._commitbus_get()
         return (*kept, None if self._commitbus_owner is None else self._commitbus_owner())
 
     def _commitbus_set(self, kept: Any) -> None:

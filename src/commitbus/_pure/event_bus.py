@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import repeat
 from types import MethodType
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeAlias, cast
 from commitbus import _messages, _naming, _state
 from commitbus._interfaces import CommittableFunction, EventBus, T, iterate
 from commitbus._pure.batch import (
-    ALL,
+    ALL,  # pyright: ignore[reportUnusedImport] (it does not look into `del`)
     ATOMIC,
     BEGIN,
     BEHIND,
@@ -30,6 +29,7 @@ from commitbus._pure.side_effects import SideEffectCall
 
 if TYPE_CHECKING:
     import weakref
+    from collections.abc import Callable, Iterable
     from typing import Self
 
     from commitbus._interfaces import EventBusOrchestrator
@@ -64,7 +64,7 @@ class AbstractEventBus(Source, _state.Stateful, EventBus[T], Generic[T]):
 
     # _owner, _wrapper: once a multi bus let go of this bus, that multi bus and the delayed bus around this
     #     one, weakly, as nobody else could apply them: the next event registers the one with the other
-    __slots__ = ("__weakref__", "_commitbus_left", "_commitbus_owner", "_commitbus_pending", "_commitbus_wrapper")
+    __slots__ = ("__weakref__", "_commitbus_owner", "_commitbus_wrapper")
     _commitbus_owner: weakref.ref[Any] | None
     _commitbus_wrapper: weakref.ref[Any] | None
     _commitbus_plain = ATOMIC  # whether apply needs neither a lock nor a context
@@ -186,13 +186,13 @@ class AbstractEventBus(Source, _state.Stateful, EventBus[T], Generic[T]):
                 batch = [events, iterator, event, (), None, 0]
                 batch[BEHIND], self._commitbus_left, events = self._commitbus_left, batch, None
             iterator = event = None  # the traceback keeps this frame, and must keep no event
-            try:
+            try:  # noqa: SIM105 (a call, where there may be no stack left)
                 stopped(self, batch, self, error, None)
             except Exception:  # noqa: S110
                 pass  # no stack or no memory: that costs the note
             batch = None
             raise
-        return cast("Any", events)
+        return cast("list[Any]", events)
 
     @abstractmethod
     def _apply_event(self, event: T, commit: bool) -> None:
@@ -261,7 +261,7 @@ class AbstractEventBus(Source, _state.Stateful, EventBus[T], Generic[T]):
                 pass  # no stack or no memory: that costs the note
             events = event = pairs = None
             raise
-        return cast("Any", pairs)
+        return cast("list[Any]", pairs)
 
     def _collect_event(self, event: T, commit: bool) -> CommittableFunction:  # noqa: ARG002
         """Give the callable that applies one event.
@@ -321,7 +321,7 @@ class AbstractEventBus(Source, _state.Stateful, EventBus[T], Generic[T]):
         """Copy what is pending."""
         tidy(self)
         left, pending = self._commitbus_left, self._commitbus_pending.copy()
-        return pending if left is None else left[EVENTS][left[BEGIN] :] + pending
+        return pending if left is None else cast("list[Any]", left[EVENTS][left[BEGIN] :]) + pending
 
     def _commitbus_look(self, items: list[Any]) -> list[T]:
         """Give the events that the items of a pending list stand for."""
@@ -485,13 +485,13 @@ class BasicEventBus(AbstractEventBus[CommittableFunction]):
                 batch = [events, iterator, event, (), None, 0]
                 batch[BEHIND], self._commitbus_left, events = self._commitbus_left, batch, None
             iterator = event = call = None  # the traceback keeps this frame, and must keep no event
-            try:
+            try:  # noqa: SIM105 (a call, where there may be no stack left)
                 stopped(self, batch, self, error, None)
             except Exception:  # noqa: S110
                 pass  # no stack or no memory: that costs the note
             batch = None
             raise
-        return cast("Any", events)
+        return cast("list[Any]", events)
 
     def _apply_event(self, event: CommittableFunction, commit: bool) -> None:
         """Call the event.

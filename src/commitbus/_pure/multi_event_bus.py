@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, cast
 
 from commitbus import _messages
@@ -14,6 +12,10 @@ from commitbus._pure.batch import BEGIN, EVENTS, Handler, carry_out, drop_others
 from commitbus._pure.delayed_event_bus import DelayedEventBus
 from commitbus._pure.event_bus import AbstractEventBus, is_bus, is_method
 from commitbus._unit_of_work import events_to_apply, unit_of_work
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
 
 
 class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator):
@@ -220,7 +222,7 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
     def _commitbus_choose(self, hook: Handler, failures: _messages.Failures | None, out: list[Any] | None) -> Handler:
         if is_method(hook, MultiEventBus._apply_event, self):
             turn = self._commitbus_turn
-            ref = weakref.ref(self)
+            ref: weakref.ref[Any] = weakref.ref(self)
             return lambda delayed, commit: turn(delayed, ref, commit, failures, out)
         if out is None:
             return hook
@@ -238,7 +240,7 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
     def _commitbus_turn(
         self,
         delayed: DelayedEventBus[Any],
-        ref: weakref.ref[MultiEventBus],
+        ref: weakref.ref[Any],
         commit: bool,
         failures: _messages.Failures | None,
         out: list[Any] | None,
@@ -261,7 +263,7 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
 
     def _commitbus_forget_again(self, batch: list[Any] | None, tried: list[Any]) -> None:
         # Each has registered itself again when it put back its events, and is put back with the batch.
-        delayeds = [event for event in tried if isinstance(event, DelayedEventBus)]
+        delayeds: list[DelayedEventBus[Any]] = [event for event in tried if isinstance(event, DelayedEventBus)]
         drop_others(self, batch, delayeds)
         for delayed in delayeds:
             delayed._commitbus_hold()
@@ -308,7 +310,7 @@ def _discard(delayed: DelayedEventBus[Any], ref: weakref.ref[Any]) -> None:
         if actual._commitbus_multi:
             for event, _ in pairs:
                 if isinstance(event, DelayedEventBus):
-                    _discard(event, weakref.ref(actual))
+                    _discard(cast("Any", event), weakref.ref(actual))
     delayed.discard_pending_events()
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import MappingProxyType
-from typing import Any, cast, final
+from typing import TYPE_CHECKING, Any, cast, final
 
 from commitbus import _messages, _naming, _state
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 class MutableCall:
