@@ -14,7 +14,8 @@ cdef class Source:
     cdef object hook(self)
     # Takes all that is pending, of which the events before `head` are done and None; None when there is none.
     cdef list take(self, Py_ssize_t* head)
-    # Runs a batch from `done` on, up to the first event that fails.
+    # Runs a batch from `done` on, up to the first event that fails. Gives 0 at the end; 1 after a bus that has
+    # added its errors to `failures`, where its position is then, too.
     cdef int run(
         self, object hook, list batch, Py_ssize_t* done, object commit, object failures, list out
     ) except -1

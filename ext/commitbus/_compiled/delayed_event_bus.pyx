@@ -370,7 +370,7 @@ cdef class DelayedStore(Source):
             return 0
         if self.actual.holds_any() or (self.collected is not None and self.collected.holds_any()):
             self.register()
-        elif Py_REFCNT(<PyObject*>self.actual) > 1 or self.actual.is_multi():
+        elif self.actual.owner is None and (Py_REFCNT(<PyObject*>self.actual) > 1 or self.actual.is_multi()):
             self.link()
         return 0
 

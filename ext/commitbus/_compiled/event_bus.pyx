@@ -103,6 +103,7 @@ cdef int look_up_class_flags(object cls, size_t first) except -1:
             if class_infos[place % CLASSES].cls == <PyTypeObject*>cls or class_infos[place % CLASSES].cls is NULL:
                 info = &class_infos[place % CLASSES]
                 break
+        cls.publish  # a look-up gives the class its version, if it has none yet
         info.cls = <PyTypeObject*>cls
         info.version = info.cls.tp_version_tag
         info.flags = flags

@@ -80,8 +80,7 @@ cdef class MultiStore(EventStore):
                         # The bus has put back what failed in it, and stays registered.
                         failures.positions.append(done[0])
                         done[0] += 1
-                        failures.note(begin, self, delayed, done[0] - 1)
-                        continue
+                        return 1
                 else:
                     if out is not None:
                         gathering.set((self, out))
