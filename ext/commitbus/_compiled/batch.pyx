@@ -24,9 +24,6 @@ cdef extern from "Python.h":
     # The vectorcall function of an object, or NULL: then it is called in another way.
     ctypedef PyObject* (*vectorcallfunc)(PyObject*, PyObject* const*, size_t, PyObject*)
     vectorcallfunc PyVectorcall_Function(PyObject* function)
-    bint PyCFunction_Check(object function)
-    # Borrowed, good as long as the method is.
-    PyObject* PyCFunction_GET_SELF(object function)
     # A Python method in its two parts: borrowed references, good as long as the method is.
     bint PyMethod_Check(object method)
     PyObject* PyMethod_GET_FUNCTION(object method)
@@ -37,10 +34,35 @@ cdef extern from "Python.h":
     PyObject* PyList_GET_ITEM(object list, Py_ssize_t index)
     Py_ssize_t PyList_GET_SIZE(object list)
 
+cdef extern from *:
+    """
+    /* What CPython itself looks methods up with, exported by every version, but in no public header. */
+    PyAPI_FUNC(int) _PyObject_GetMethod(PyObject *, PyObject *, PyObject **);
+    """
+    # Looks up an attribute. Stores a new reference and gives 1 where it is a method's function that is not bound
+    # yet, else 0; stores NULL with an exception set where there is none.
+    int _PyObject_GetMethod(PyObject* instance, PyObject* name, PyObject** found)
+
 cdef tuple COMMIT = ("commit",)
 
 
 # Calling
+
+
+cdef int failed() except -1:
+    """Raise the exception that is set."""
+    return -1
+
+
+cdef object look_up(object bus, str name, bint* method):
+    """Look a hook up as a call would do it: a function that is a method's is not bound."""
+    cdef PyObject* found = NULL
+    method[0] = _PyObject_GetMethod(<PyObject*>bus, <PyObject*>name, &found)
+    if found is NULL:
+        failed()
+    hook = <object>found
+    Py_DECREF(hook)
+    return hook
 
 
 cdef int check(object function, object result) except -1:
@@ -94,14 +116,17 @@ cdef int call_events(list batch, Py_ssize_t* done, object commit) except -1:
     return 0
 
 
-cdef int call_handler(object handler, list batch, Py_ssize_t* done, object commit) except -1:
-    """Call ``handler(event, commit)`` for the events of a batch that are not done."""
+cdef int call_handler(object bus, object handler, bint method, list batch, Py_ssize_t* done, object commit) except -1:
+    """Call ``handler(event, commit)`` for the events of a batch that are not done; a method's with its bus first."""
     cdef PyObject* stack[4]
     cdef PyObject** arguments = stack + 1
     cdef PyObject* function = <PyObject*>handler
     cdef size_t count = 2
     cdef vectorcallfunc vectorcall
-    if PyMethod_Check(handler):
+    if method:
+        stack[1] = <PyObject*>bus
+        count = 3
+    elif PyMethod_Check(handler):
         # Unpacked once here, not once for each event: `handler` keeps both alive.
         function = PyMethod_GET_FUNCTION(handler)
         stack[1] = PyMethod_GET_SELF(handler)
@@ -121,27 +146,18 @@ cdef int call_handler(object handler, list batch, Py_ssize_t* done, object commi
     return 0
 
 
-cdef bint is_ours(object method, PyCFunction function, object bus) noexcept:
-    """Whether a method is a certain one of ours, and bound to that very bus: one borrowed from another is not."""
-    return (
-        PyCFunction_Check(method)
-        and PyCFunction_GET_FUNCTION(method) == function
-        and PyCFunction_GET_SELF(method) == <PyObject*>bus
-    )
-
-
 # Applying
 
 
 cdef class Source:
-    cdef object hook(self):
+    cdef object hook(self, bint* method):
         raise NotImplementedError
 
     cdef list take(self, Py_ssize_t* head):
         raise NotImplementedError
 
     cdef int run(
-        self, object hook, list batch, Py_ssize_t* done, object commit, object failures, list out
+        self, object hook, bint method, list batch, Py_ssize_t* done, object commit, object failures, list out
     ) except -1:
         raise NotImplementedError
 
@@ -163,7 +179,8 @@ cdef list carry_out(Source source, object bus, object commit, object failures, l
     cdef Py_ssize_t before = 0
     cdef bint owned = True  # whether the batch is this apply's own: not once it was put back
     cdef list applied = None
-    hook = source.hook()
+    cdef bint method = False
+    hook = source.hook(&method)
     cdef list batch = source.take(&begin)
     if batch is None:
         return []
@@ -174,10 +191,10 @@ cdef list carry_out(Source source, object bus, object commit, object failures, l
         if scope is not None:
             scope.enter()
         if failures is None:
-            source.run(hook, batch, &done, commit, None, out)
+            source.run(hook, method, batch, &done, commit, None, out)
         else:
             before = len(failures.errors)
-            run_robustly(source, hook, bus, batch, begin, &done, commit, failures, out)
+            run_robustly(source, hook, method, bus, batch, begin, &done, commit, failures, out)
             if failures.positions:
                 applied = applied_of(batch, begin, done, failures.positions)
                 owned = False
@@ -202,6 +219,7 @@ cdef list carry_out(Source source, object bus, object commit, object failures, l
 cdef int run_robustly(
     Source source,
     object hook,
+    bint method,
     object bus,
     list batch,
     Py_ssize_t begin,
@@ -217,7 +235,7 @@ cdef int run_robustly(
     while True:
         known = len(failures.errors)
         try:
-            if source.run(hook, batch, done, commit, failures, out) == 0:
+            if source.run(hook, method, batch, done, commit, failures, out) == 0:
                 return 0
         except Exception as error:
             failures.positions.append(done[0])

@@ -8,27 +8,27 @@ from cpython.weakref cimport PyWeakref_NewRef
 
 from commitbus._compiled.batch cimport (
     Pair,
-    PyCFunction,
-    PyCFunction_GET_FUNCTION,
     Source,
     call_event,
     carry_out,
     check,
     events_of,
     explicit,
-    is_ours,
+    look_up,
 )
 from commitbus._compiled.event_bus cimport (
     PUBLISH_IS_OURS,
     EventStore,
+    add_store_type,
     class_flags,
     collected,
     collects_plainly,
     make,
+    refuse_arguments,
 )
 
 from commitbus import _messages, _naming, _state
-from commitbus._compiled.event_bus import EXTENSION_TYPES, AbstractEventBus
+from commitbus._compiled.event_bus import AbstractEventBus
 from commitbus._context import gathering, gathering_of
 from commitbus._interfaces import EventBus, T, iterate
 
@@ -53,7 +53,6 @@ cdef extern from *:
 # What was collected
 
 
-@cython.trashcan(True)
 cdef class PairStore(EventStore):
     # `pending` and `left` have the bare events of the bus that is wrapped, and other pairs in a Pair.
 
@@ -100,18 +99,18 @@ cdef class PairStore(EventStore):
     cdef object scope(self, object commit):
         return self.wrapped().scope(commit)
 
-    cdef object hook(self):
+    cdef object hook(self, bint* method):
         """Give the hook of the wrapped bus or, in a tuple, one that somebody has set on this bus."""
-        hook = self._apply_event
-        return self.wrapped().hook() if is_ours(hook, CALL_PAIR, self) else (hook,)
+        hook = look_up(self, "_apply_event", method)
+        return self.wrapped().hook(method) if method[0] and hook is CALL_PAIR else (self._apply_event,)
 
     cdef int run(
-        self, object hook, list batch, Py_ssize_t* done, object commit, object failures, list out
+        self, object hook, bint method, list batch, Py_ssize_t* done, object commit, object failures, list out
     ) except -1:
         cdef EventStore wraps = self.wraps
         own = hook[0] if type(hook) is tuple else None
         if own is None and not self.mixed:
-            return wraps.run(hook, batch, done, commit, failures, out)
+            return wraps.run(hook, method, batch, done, commit, failures, out)
         outer = gathering.get()
         if out is not None and wraps.is_multi():
             gathering.set((wraps, out))
@@ -160,7 +159,6 @@ cdef class PairStore(EventStore):
 # The delayed bus
 
 
-@cython.trashcan(True)
 cdef class DelayedStore(Source):
     def __init__(self, actual_event_bus):
         """Wrap a bus."""
@@ -307,17 +305,17 @@ cdef class DelayedStore(Source):
 
     # A turn in a multi bus: it takes from the wrapped bus, and puts back into what was collected.
 
-    cdef object hook(self):
-        return self.wrapped().hook()
+    cdef object hook(self, bint* method):
+        return self.wrapped().hook(method)
 
     cdef list take(self, Py_ssize_t* head):
         return self.actual.take(head)
 
     cdef int run(
-        self, object hook, list batch, Py_ssize_t* done, object commit, object failures, list out
+        self, object hook, bint method, list batch, Py_ssize_t* done, object commit, object failures, list out
     ) except -1:
         cdef EventStore actual = self.actual
-        return actual.run(hook, batch, done, commit, failures, out)
+        return actual.run(hook, method, batch, done, commit, failures, out)
 
     cdef object scope(self, object commit):
         cdef EventStore actual = self.actual
@@ -405,8 +403,8 @@ cdef class DelayedStore(Source):
         return 0
 
 
-EXTENSION_TYPES.update((PairStore, DelayedStore))
-cdef PyCFunction CALL_PAIR = PyCFunction_GET_FUNCTION(PairStore()._apply_event)
+add_store_type(PairStore)
+cdef object CALL_PAIR = PairStore._apply_event
 cdef object DELAYED_PUBLISH = DelayedStore.publish
 
 
@@ -425,6 +423,7 @@ class DelayedEventBus(DelayedStore, _state.Stateful, EventBus[T]):
     __module__ = "commitbus.delayed_event_bus"
 
 
+refuse_arguments(SideEffectsBus)
 cdef object SIDE_EFFECTS = SideEffectsBus
 _naming.see_bus_through(SideEffectsBus, lambda bus: bus._commitbus_get()[0])
 _naming.see_bus_through(DelayedEventBus, DelayedEventBus.actual_event_bus.__get__)

@@ -6,15 +6,13 @@ cimport cython
 from cpython.object cimport PyObject
 
 from commitbus._compiled.batch cimport (
-    PyCFunction,
-    PyCFunction_GET_FUNCTION,
     Source,
     call_event,
     call_events,
     call_handler,
     carry_out,
     check,
-    is_ours,
+    look_up,
 )
 
 from abc import abstractmethod
@@ -27,11 +25,15 @@ cdef extern from "Python.h":
     ctypedef struct PyTypeObject
     ctypedef object (*newfunc)(PyTypeObject*, object, PyObject*)
     ctypedef struct PyTypeObject:
+        PyTypeObject* tp_base
+        int (*tp_init)(PyObject*, PyObject*, PyObject*)
         # Changes with every change to the class or its bases; 0 while it has none.
         unsigned int tp_version_tag
         # Returns a new reference, or NULL with an exception set.
         newfunc tp_new
     PyTypeObject* Py_TYPE(object instance)
+    Py_ssize_t Py_REFCNT(PyObject* instance)
+    Py_ssize_t PyTuple_GET_SIZE(object tuple)
     Py_ssize_t PyList_GET_SIZE(object list)
 
 cdef extern from *:
@@ -45,11 +47,61 @@ cdef extern from *:
     bint WITH_GIL
 
 cdef tuple EMPTY = ()
+# The extension types below, and those of the modules that build on this one.
+cdef set EXTENSION_TYPES = set()
 
 
 cdef object make(object cls):
     """Make an instance, without the look-ups of ``cls.__new__(cls)`` and without __init__."""
     return (<PyTypeObject*>cls).tp_new(<PyTypeObject*>cls, EMPTY, NULL)
+
+
+# What __cinit__(self, *args, **kwargs) would do: it makes a tuple and a dictionary for each bus, a fifth of its cost.
+
+
+cdef enum:
+    STORES = 8  # as many extension types may be registered
+
+
+cdef struct StoreType:
+    PyTypeObject* cls
+    newfunc new
+
+
+cdef StoreType[STORES] store_types
+
+
+cdef object new_store(PyTypeObject* cls, object args, PyObject* kwargs):
+    """Make an instance; refuse arguments that no __init__ takes."""
+    cdef PyTypeObject* base = cls
+    cdef int i
+    if PyTuple_GET_SIZE(args) or (kwargs is not NULL and <dict>kwargs):
+        if cls.tp_init == (<PyTypeObject*>object).tp_init:
+            raise _messages.no_arguments(<object>cls)
+    while base is not NULL:
+        for i in range(STORES):
+            if store_types[i].cls == base:
+                return store_types[i].new(cls, EMPTY, NULL)
+        base = base.tp_base
+    raise TypeError("not a bus")  # cannot be: only registered types have this tp_new
+
+
+cdef int add_store_type(object cls) except -1:
+    """Remember an extension type: what it defines is ours, and how its instances are made."""
+    cdef int i
+    EXTENSION_TYPES.add(cls)
+    for i in range(STORES):
+        if store_types[i].cls is NULL:
+            store_types[i].cls = <PyTypeObject*>cls
+            store_types[i].new = store_types[i].cls.tp_new
+            return 0
+    raise AssertionError("too many extension types")
+
+
+cdef int refuse_arguments(object cls) except -1:
+    """Have a public class, and those that are made from it, refuse arguments that no __init__ takes."""
+    (<PyTypeObject*>cls).tp_new = new_store
+    return 0
 
 
 # What a class overrides
@@ -117,16 +169,11 @@ cdef bint is_extension_method(object cls, str name) except -1:
     return False
 
 
-# The extension types below, and those of the modules that build on this one.
-EXTENSION_TYPES = set()
-
-
 # Collecting
 
 
 # As many as CPython keeps of free tuples, the pairs that these are in: a fifth of the time of collect().
 @cython.final
-@cython.trashcan(True)
 @cython.freelist(2000)
 cdef class Collected:
     """The default callable of a collected event."""
@@ -134,6 +181,16 @@ cdef class Collected:
     # Set once.
     cdef EventStore bus
     cdef readonly object event
+
+    def __dealloc__(self):
+        # One after another: thousands that are nested in each other would take all of the stack. (A trashcan
+        # would cost 12 % of collect().)
+        event = self.event
+        self.event = None
+        while type(event) is Collected and Py_REFCNT(<PyObject*>event) == 1:
+            inner = (<Collected>event).event
+            (<Collected>event).event = None
+            event = inner
 
     def __call__(self, *, commit):
         handler = self.bus._apply_event
@@ -152,22 +209,22 @@ cdef object collected(EventStore bus, object event):
 
 cdef bint collects_plainly(EventStore bus) except -1:
     """Whether a bus collects with the default callables, so that its bare events are enough."""
+    cdef bint method = False
     return (
         class_flags(bus) & COLLECT_IS_OURS
         and bus.keeps_events()
-        and is_ours(bus._collect_event, COLLECT_EVENT, bus)
+        and is_default(look_up(bus, "_collect_event", &method), method)
     )
+
+
+cdef inline bint is_default(object collect_event, bint method):
+    return method and collect_event is COLLECT_EVENT
 
 
 # Storage
 
 
-@cython.trashcan(True)
 cdef class EventStore(Source):
-    def __cinit__(self, *args, **kwargs):
-        if (args or kwargs) and type(self).__init__ is object.__init__:
-            raise _messages.no_arguments(type(self))
-
     cdef int add(self, object event) except -1:
         """Check an event, and append it."""
         return self.append(event)
@@ -275,13 +332,13 @@ cdef class EventStore(Source):
         """Whether the items of the pending list are the events themselves."""
         return True
 
-    cdef object hook(self):
-        return self._apply_event
+    cdef object hook(self, bint* method):
+        return look_up(self, "_apply_event", method)
 
     cdef int run(
-        self, object hook, list batch, Py_ssize_t* done, object commit, object failures, list out
+        self, object hook, bint method, list batch, Py_ssize_t* done, object commit, object failures, list out
     ) except -1:
-        return call_handler(hook, batch, done, commit)
+        return call_handler(self, hook, method, batch, done, commit)
 
     def publish(self, event):
         """Add an event, in constant time; nothing happens to it until it is applied."""
@@ -308,14 +365,17 @@ cdef class EventStore(Source):
         """Take the pending events, each with the callable that applies it."""
         cdef Py_ssize_t head = 0
         cdef list pairs = []
-        collect_event = self._collect_event
+        cdef bint method = False
+        collect_event = look_up(self, "_collect_event", &method)
+        if method and not is_default(collect_event, method):
+            collect_event = self._collect_event
         cdef list items = self.take(&head)
         cdef list batch = None
         if items is None:
             return pairs
         try:
             batch = self.look(items if head == 0 else items[head:])
-            if is_ours(collect_event, COLLECT_EVENT, self):
+            if is_default(collect_event, method):
                 return [(event, collected(self, event)) for event in batch]
             for event in batch:
                 function = collect_event(event, commit)
@@ -359,7 +419,6 @@ cdef class EventStore(Source):
             self.append(event)
 
 
-@cython.trashcan(True)
 cdef class CallableStore(EventStore):
     cdef int add(self, object event) except -1:
         if not callable(event):
@@ -372,11 +431,11 @@ cdef class CallableStore(EventStore):
         return 0
 
     cdef int run(
-        self, object hook, list batch, Py_ssize_t* done, object commit, object failures, list out
+        self, object hook, bint method, list batch, Py_ssize_t* done, object commit, object failures, list out
     ) except -1:
-        if is_ours(hook, CALL_EVENT, self):
+        if method and hook is CALL_EVENT:
             return call_events(batch, done, commit)
-        return call_handler(hook, batch, done, commit)
+        return call_handler(self, hook, method, batch, done, commit)
 
     def publish(self, event):
         """Add an event, in constant time; nothing happens to it until it is applied."""
@@ -387,9 +446,10 @@ cdef class CallableStore(EventStore):
         call_event(event, commit)
 
 
-EXTENSION_TYPES.update((EventStore, CallableStore))
-cdef PyCFunction COLLECT_EVENT = PyCFunction_GET_FUNCTION(EventStore()._collect_event)
-cdef PyCFunction CALL_EVENT = PyCFunction_GET_FUNCTION(CallableStore()._apply_event)
+add_store_type(EventStore)
+add_store_type(CallableStore)
+cdef object COLLECT_EVENT = EventStore._collect_event
+cdef object CALL_EVENT = CallableStore._apply_event
 _naming.see_through(Collected, Collected.event.__get__)
 
 
@@ -412,3 +472,7 @@ class BasicEventBus(CallableStore, AbstractEventBus[CommittableFunction]):
     """A bus whose events are callables: each is called as ``event(commit=commit)``."""
 
     __module__ = "commitbus.event_bus"
+
+
+refuse_arguments(AbstractEventBus)
+refuse_arguments(BasicEventBus)

@@ -6,13 +6,13 @@ cimport cython
 from cpython.object cimport PyObject
 from cpython.weakref cimport PyWeakref_NewRef
 
-from commitbus._compiled.batch cimport PyCFunction, PyCFunction_GET_FUNCTION, carry_out, check, is_ours
+from commitbus._compiled.batch cimport carry_out, check
 from commitbus._compiled.delayed_event_bus cimport DelayedStore
-from commitbus._compiled.event_bus cimport APPLY_IS_OURS, PUBLISH_IS_OURS, EventStore, class_flags, make
+from commitbus._compiled.event_bus cimport APPLY_IS_OURS, PUBLISH_IS_OURS, EventStore, add_store_type, class_flags, make, refuse_arguments
 
 from commitbus import _messages
 from commitbus._compiled.delayed_event_bus import DelayedEventBus
-from commitbus._compiled.event_bus import EXTENSION_TYPES, AbstractEventBus
+from commitbus._compiled.event_bus import AbstractEventBus
 from commitbus._context import gathering, gathering_of
 from commitbus._interfaces import EventBusOrchestrator, iterate
 from commitbus._unit_of_work import events_to_apply, unit_of_work
@@ -29,7 +29,6 @@ cdef extern from "Python.h":
     void Py_LeaveRecursiveCall()
 
 
-@cython.trashcan(True)
 cdef class MultiStore(EventStore):
     # What is pending are DelayedStores, and nothing else.
 
@@ -62,12 +61,14 @@ cdef class MultiStore(EventStore):
         return 0
 
     cdef int run(
-        self, object hook, list batch, Py_ssize_t* done, object commit, object failures, list out
+        self, object hook, bint method, list batch, Py_ssize_t* done, object commit, object failures, list out
     ) except -1:
         cdef Py_ssize_t begin = 0
-        cdef bint ours = is_ours(hook, TAKE_TURN, self)
+        cdef bint ours = method and hook is TAKE_TURN
         cdef object ref = PyWeakref_NewRef(self, None)
         cdef object outer = None if ours else gathering.get()
+        if method and not ours:
+            hook = hook.__get__(self)
         Py_EnterRecursiveCall(" while applying the buses of a MultiEventBus")
         try:
             while done[0] < PyList_GET_SIZE(batch):
@@ -257,11 +258,11 @@ cdef int apply_overridden(DelayedStore delayed, object ref, object commit, bint 
     return 0
 
 
-EXTENSION_TYPES.add(MultiStore)
+add_store_type(MultiStore)
 cdef object DELAYED = DelayedEventBus
 cdef object DELAYED_APPLY = DelayedStore.apply
 cdef object DELAYED_APPLY_WITHOUT_DELAY = DelayedStore.apply_without_delay
-cdef PyCFunction TAKE_TURN = PyCFunction_GET_FUNCTION(MultiStore()._apply_event)
+cdef object TAKE_TURN = MultiStore._apply_event
 
 
 # The public class: a Python class, since an extension type cannot inherit from an abstract one
@@ -271,6 +272,9 @@ class MultiEventBus(MultiStore, AbstractEventBus[DelayedEventBus], EventBusOrche
     """Runs many buses at once: hand it out as an orchestrator, then apply it."""
 
     __module__ = "commitbus.multi_event_bus"
+
+
+refuse_arguments(MultiEventBus)
 
 
 def use_orchestrator_or_create_multi_event_bus(

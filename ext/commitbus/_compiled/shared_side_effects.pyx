@@ -4,29 +4,21 @@
 
 cimport cython
 
-from commitbus._compiled.batch cimport (
-    PyCFunction,
-    PyCFunction_GET_FUNCTION,
-    call_event,
-    call_events,
-    call_handler,
-    is_ours,
-)
-from commitbus._compiled.event_bus cimport EventStore
+from commitbus._compiled.batch cimport call_event, call_events, call_handler
+from commitbus._compiled.event_bus cimport EventStore, add_store_type, refuse_arguments
 from commitbus._compiled.side_effects cimport SideEffectCall
 
 from commitbus import _messages
-from commitbus._compiled.event_bus import EXTENSION_TYPES, AbstractEventBus
+from commitbus._compiled.event_bus import AbstractEventBus
 from commitbus._context import Run, SharedSideEffectContext
 from commitbus._interfaces import iterate
 
 
-@cython.trashcan(True)
 cdef class SharedStore(EventStore):
     # The same object for the whole life of the bus.
     cdef object shared
 
-    def __cinit__(self, *args, **kwargs):
+    def __cinit__(self):
         self.shared = SharedSideEffectContext()
 
     @property
@@ -48,11 +40,11 @@ cdef class SharedStore(EventStore):
         return Run(self.shared, commit)
 
     cdef int run(
-        self, object hook, list batch, Py_ssize_t* done, object commit, object failures, list out
+        self, object hook, bint method, list batch, Py_ssize_t* done, object commit, object failures, list out
     ) except -1:
-        if is_ours(hook, CALL_SHARED, self):
+        if method and hook is CALL_SHARED:
             return call_events(batch, done, commit)
-        return call_handler(hook, batch, done, commit)
+        return call_handler(self, hook, method, batch, done, commit)
 
     def publish(self, event):
         """Add a side-effect call, in constant time; nothing happens to it until it is applied."""
@@ -82,8 +74,8 @@ cdef class SharedStore(EventStore):
             run.over = True
 
 
-EXTENSION_TYPES.add(SharedStore)
-cdef PyCFunction CALL_SHARED = PyCFunction_GET_FUNCTION(SharedStore()._apply_event)
+add_store_type(SharedStore)
+cdef object CALL_SHARED = SharedStore._apply_event
 
 
 # The public class: a Python class, since an extension type cannot inherit from an abstract one
@@ -93,3 +85,6 @@ class SharedSideEffectsEventBus(SharedStore, AbstractEventBus[SideEffectCall]):
     """A bus of side-effect calls that share a `SharedSideEffectContext`."""
 
     __module__ = "commitbus.shared_side_effects"
+
+
+refuse_arguments(SharedSideEffectsEventBus)

@@ -52,7 +52,6 @@ cdef tuple EMPTY = ()
 
 
 @cython.final
-@cython.trashcan(True)
 @cython.freelist(2000)
 cdef class SideEffectCall:
     # The signature, then the text.
