@@ -138,7 +138,9 @@ def points(scene: Scene, number: int, install: Any, events: set[str], act: Any) 
         if not frame.f_code.co_filename.startswith(PACKAGE):
             return None
         # A `try:` is covered by no handler around it, but no call is there either: only a tracer can raise.
-        if what in events and not linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip().startswith("try:"):
+        if what in events and not linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip().startswith(
+            "try:"
+        ):
             count += 1
             if count == number:
                 install(None)

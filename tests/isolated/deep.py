@@ -29,29 +29,31 @@ def calls(make: Any) -> Any:
     return call
 
 
-# Calls in calls: as the function, and as an argument.
-call = calls(twin.SideEffectCall)
-limit(lambda: call(commit=True))
-limit(lambda: hash(call))
-limit(lambda: call == calls(twin.SideEffectCall))
-limit(lambda: repr(call))
-bus = twin.BasicEventBus()
-bus.publish(call)
-limit(lambda: bus.apply(True))
-del call, bus
-call = calls(lambda inner: twin.SideEffectCall(function, inner))
-limit(lambda: hash(call))
-limit(lambda: repr(call))
-del call
-
-# What collect() gives, published and collected again.
-collected: Any = function
-for _ in range(DEPTH):
+def check_calls(make: Any) -> None:
+    """Calls in calls: as the function, or as an argument."""
+    call, other = calls(make), calls(make)
+    limit(lambda: call(commit=True))
+    limit(lambda: hash(call))
+    limit(lambda: call == other)
+    limit(lambda: repr(call))
     bus = twin.BasicEventBus()
-    bus.publish(collected)
-    ((_, collected),) = bus.collect(True)
-limit(lambda: collected(commit=True))
-del collected, bus
+    bus.publish(call)
+    limit(lambda: bus.apply(True))
+
+
+def check_collected() -> None:
+    """What collect() gives, published and collected again."""
+    collected: Any = function
+    for _ in range(DEPTH):
+        bus = twin.BasicEventBus()
+        bus.publish(collected)
+        ((_, collected),) = bus.collect(True)
+    limit(lambda: collected(commit=True))
+
+
+check_calls(twin.SideEffectCall)
+check_calls(lambda inner: twin.SideEffectCall(function, inner))
+check_collected()
 
 # Multi buses in multi buses.
 for failing in (False, True):

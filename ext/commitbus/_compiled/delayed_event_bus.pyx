@@ -199,7 +199,9 @@ cdef class DelayedStore(Source):
 
     def publish(self, event):
         """Publish on the wrapped bus."""
-        cdef EventStore actual = self.wrapped()
+        cdef EventStore actual = self.actual
+        if actual is None:
+            raise _messages.not_wrapping()
         if self.direct:
             actual.add(event)
         else:

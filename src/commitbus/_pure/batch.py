@@ -267,7 +267,7 @@ def carry_out(
     list
         The events that were applied.
     """
-    batch: Any = new_batch()
+    batch: Any = [[], None, BETWEEN, (), None, 0]
     failed: list[int] = []
     left: Any = None
     events: Any = None

@@ -56,6 +56,7 @@ class SideEffectsBus(AbstractEventBus[Pair[T]], Generic[T]):
     _commitbus_collector: weakref.ref[DelayedEventBus[T]] | None
     _commitbus_mixed: bool
     _commitbus_plain = False
+    _commitbus_keeps_events = False
 
     def __new__(cls) -> Self:
         """Make an empty bus, for a delayed bus to set."""
@@ -517,11 +518,15 @@ class DelayedEventBus(Home, _state.Stateful, EventBus[T], Generic[T]):
     ) -> None:
         """Collect what is pending, and carry it out, let go of by the multi bus to which `ref` refers."""
         actual = self._commitbus_wrapped()
-        if self._commitbus_peek() is None and collects_plainly(actual):
+        if self._commitbus_side_effects is None and self._commitbus_left is None and collects_plainly(actual):
             # The direct path: nobody can have seen what was never collected. From now on an event registers
             # this bus again; what is pending is taken after that.
             self._commitbus_let_go(ref)
-            applied = carry_out(actual, self, self, actual._commitbus_hook(), commit, failures, out)
+            hook = actual._commitbus_hook()
+            if failures is None and actual._commitbus_plain and actual._commitbus_left is None:
+                applied = actual._commitbus_run(self, self, hook, commit)
+            else:
+                applied = carry_out(actual, self, self, hook, commit, failures, out)
         else:
             self._commitbus_collect(commit)
             self._commitbus_let_go(ref)
@@ -545,9 +550,8 @@ class DelayedEventBus(Home, _state.Stateful, EventBus[T], Generic[T]):
 
     def _commitbus_after_turn(self) -> None:
         """See to what came onto this bus while its turn began."""
-        if self._commitbus_owner is None:
-            return
-        actual, collected = self._commitbus_actual, self._commitbus_peek()
+        actual = self._commitbus_actual
+        collected = self._commitbus_peek()
         if actual._commitbus_holds_any() or (collected is not None and collected._commitbus_holds_any()):
             self._commitbus_register()
 

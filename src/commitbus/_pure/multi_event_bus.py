@@ -254,7 +254,12 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
             else:
                 _apply_overridden(delayed, ref, commit, failures, out)
         finally:
-            if delayed._commitbus_owner is not None:
+            # What is here looked at is mostly empty: then there is nothing to see to.
+            if delayed._commitbus_owner is not None and (
+                delayed._commitbus_side_effects is not None
+                or delayed._commitbus_actual._commitbus_pending
+                or delayed._commitbus_actual._commitbus_left is not None
+            ):
                 delayed._commitbus_after_turn()
 
     def _commitbus_back(self, batch: list[Any], tried: list[Any]) -> None:
