@@ -90,7 +90,7 @@ class Failures:
         events = "1 event" if self.count == 1 else f"{self.count} events"
         stays = "stays" if len(self.positions) == 1 else "stay"
         text = f"{len(self.positions)} of {events} failed in {describe_bus(bus)} and {stays} pending"
-        return ExceptionGroup(text, self.errors)
+        return ExceptionGroup(text, list(self.errors))  # a copy: `end` clears this list
 
     def chain(self, error: BaseException, bus: object) -> None:
         """Keep the errors in sight when something that is no `Exception` stops the apply."""

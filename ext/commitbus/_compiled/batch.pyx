@@ -210,7 +210,7 @@ cdef list carry_out(Source source, object bus, object commit, object failures, l
             applied = stopped(source, bus, batch, begin, done, failures, error, scope is not None)
         if scope is not None and not scope.over and scope.leave(error):
             return applied
-        raise
+        raise error  # and not only `raise`, which would bring back the frames that were dropped
     finally:
         if scope is not None:
             scope.over = True

@@ -19,16 +19,14 @@ from commitbus._compiled.batch cimport (
 from commitbus._compiled.event_bus cimport (
     PUBLISH_IS_OURS,
     EventStore,
-    add_store_type,
     class_flags,
     collected,
     collects_plainly,
     make,
-    refuse_arguments,
 )
 
 from commitbus import _messages, _naming, _state
-from commitbus._compiled.event_bus import AbstractEventBus
+from commitbus._compiled.event_bus import EXTENSION_TYPES, AbstractEventBus
 from commitbus._context import gathering, gathering_of
 from commitbus._interfaces import EventBus, T, iterate
 
@@ -405,7 +403,7 @@ cdef class DelayedStore(Source):
         return 0
 
 
-add_store_type(PairStore)
+EXTENSION_TYPES.add(PairStore)
 cdef object CALL_PAIR = PairStore._apply_event
 cdef object DELAYED_PUBLISH = DelayedStore.publish
 
@@ -425,7 +423,6 @@ class DelayedEventBus(DelayedStore, _state.Stateful, EventBus[T]):
     __module__ = "commitbus.delayed_event_bus"
 
 
-refuse_arguments(SideEffectsBus)
 cdef object SIDE_EFFECTS = SideEffectsBus
 _naming.see_bus_through(SideEffectsBus, lambda bus: bus._commitbus_get()[0])
 _naming.see_bus_through(DelayedEventBus, DelayedEventBus.actual_event_bus.__get__)

@@ -38,8 +38,6 @@ cdef class CallableStore(EventStore):
     pass
 
 
-cdef int add_store_type(object cls) except -1
-cdef int refuse_arguments(object cls) except -1
 cdef int class_flags(object bus) except -1
 cdef bint collects_plainly(EventStore bus) except -1
 cdef object collected(EventStore bus, object event)

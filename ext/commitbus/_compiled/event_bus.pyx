@@ -25,15 +25,12 @@ cdef extern from "Python.h":
     ctypedef struct PyTypeObject
     ctypedef object (*newfunc)(PyTypeObject*, object, PyObject*)
     ctypedef struct PyTypeObject:
-        PyTypeObject* tp_base
-        int (*tp_init)(PyObject*, PyObject*, PyObject*)
         # Changes with every change to the class or its bases; 0 while it has none.
         unsigned int tp_version_tag
         # Returns a new reference, or NULL with an exception set.
         newfunc tp_new
     PyTypeObject* Py_TYPE(object instance)
     Py_ssize_t Py_REFCNT(PyObject* instance)
-    Py_ssize_t PyTuple_GET_SIZE(object tuple)
     Py_ssize_t PyList_GET_SIZE(object list)
 
 cdef extern from *:
@@ -48,60 +45,12 @@ cdef extern from *:
 
 cdef tuple EMPTY = ()
 # The extension types below, and those of the modules that build on this one.
-cdef set EXTENSION_TYPES = set()
+EXTENSION_TYPES = set()
 
 
 cdef object make(object cls):
     """Make an instance, without the look-ups of ``cls.__new__(cls)`` and without __init__."""
     return (<PyTypeObject*>cls).tp_new(<PyTypeObject*>cls, EMPTY, NULL)
-
-
-# What __cinit__(self, *args, **kwargs) would do: it makes a tuple and a dictionary for each bus, a fifth of its cost.
-
-
-cdef enum:
-    STORES = 8  # as many extension types may be registered
-
-
-cdef struct StoreType:
-    PyTypeObject* cls
-    newfunc new
-
-
-cdef StoreType[STORES] store_types
-
-
-cdef object new_store(PyTypeObject* cls, object args, PyObject* kwargs):
-    """Make an instance; refuse arguments that no __init__ takes."""
-    cdef PyTypeObject* base = cls
-    cdef int i
-    if PyTuple_GET_SIZE(args) or (kwargs is not NULL and <dict>kwargs):
-        if cls.tp_init == (<PyTypeObject*>object).tp_init:
-            raise _messages.no_arguments(<object>cls)
-    while base is not NULL:
-        for i in range(STORES):
-            if store_types[i].cls == base:
-                return store_types[i].new(cls, EMPTY, NULL)
-        base = base.tp_base
-    raise TypeError("not a bus")  # cannot be: only registered types have this tp_new
-
-
-cdef int add_store_type(object cls) except -1:
-    """Remember an extension type: what it defines is ours, and how its instances are made."""
-    cdef int i
-    EXTENSION_TYPES.add(cls)
-    for i in range(STORES):
-        if store_types[i].cls is NULL:
-            store_types[i].cls = <PyTypeObject*>cls
-            store_types[i].new = store_types[i].cls.tp_new
-            return 0
-    raise AssertionError("too many extension types")
-
-
-cdef int refuse_arguments(object cls) except -1:
-    """Have a public class, and those that are made from it, refuse arguments that no __init__ takes."""
-    (<PyTypeObject*>cls).tp_new = new_store
-    return 0
 
 
 # What a class overrides
@@ -225,6 +174,10 @@ cdef inline bint is_default(object collect_event, bint method):
 
 
 cdef class EventStore(Source):
+    def __cinit__(self, *args, **kwargs):
+        if (args or kwargs) and type(self).__init__ is object.__init__:
+            raise _messages.no_arguments(type(self))
+
     cdef int add(self, object event) except -1:
         """Check an event, and append it."""
         return self.append(event)
@@ -446,8 +399,7 @@ cdef class CallableStore(EventStore):
         call_event(event, commit)
 
 
-add_store_type(EventStore)
-add_store_type(CallableStore)
+EXTENSION_TYPES.update((EventStore, CallableStore))
 cdef object COLLECT_EVENT = EventStore._collect_event
 cdef object CALL_EVENT = CallableStore._apply_event
 _naming.see_through(Collected, Collected.event.__get__)
@@ -472,7 +424,3 @@ class BasicEventBus(CallableStore, AbstractEventBus[CommittableFunction]):
     """A bus whose events are callables: each is called as ``event(commit=commit)``."""
 
     __module__ = "commitbus.event_bus"
-
-
-refuse_arguments(AbstractEventBus)
-refuse_arguments(BasicEventBus)

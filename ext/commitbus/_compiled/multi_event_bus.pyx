@@ -8,11 +8,17 @@ from cpython.weakref cimport PyWeakref_NewRef
 
 from commitbus._compiled.batch cimport carry_out, check
 from commitbus._compiled.delayed_event_bus cimport DelayedStore
-from commitbus._compiled.event_bus cimport APPLY_IS_OURS, PUBLISH_IS_OURS, EventStore, add_store_type, class_flags, make, refuse_arguments
+from commitbus._compiled.event_bus cimport (
+    APPLY_IS_OURS,
+    PUBLISH_IS_OURS,
+    EventStore,
+    class_flags,
+    make,
+)
 
 from commitbus import _messages
 from commitbus._compiled.delayed_event_bus import DelayedEventBus
-from commitbus._compiled.event_bus import AbstractEventBus
+from commitbus._compiled.event_bus import EXTENSION_TYPES, AbstractEventBus
 from commitbus._context import gathering, gathering_of
 from commitbus._interfaces import EventBusOrchestrator, iterate
 from commitbus._unit_of_work import events_to_apply, unit_of_work
@@ -185,7 +191,7 @@ cdef class MultiStore(EventStore):
                 discard(buses[i], ref)
                 head += 1
         except BaseException:
-            self.put_back(taken, head, 0)
+            self.put_back(taken, head, 1)
             raise
         return buses
 
@@ -258,7 +264,7 @@ cdef int apply_overridden(DelayedStore delayed, object ref, object commit, bint 
     return 0
 
 
-add_store_type(MultiStore)
+EXTENSION_TYPES.add(MultiStore)
 cdef object DELAYED = DelayedEventBus
 cdef object DELAYED_APPLY = DelayedStore.apply
 cdef object DELAYED_APPLY_WITHOUT_DELAY = DelayedStore.apply_without_delay
@@ -272,9 +278,6 @@ class MultiEventBus(MultiStore, AbstractEventBus[DelayedEventBus], EventBusOrche
     """Runs many buses at once: hand it out as an orchestrator, then apply it."""
 
     __module__ = "commitbus.multi_event_bus"
-
-
-refuse_arguments(MultiEventBus)
 
 
 def use_orchestrator_or_create_multi_event_bus(

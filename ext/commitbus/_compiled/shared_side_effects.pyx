@@ -2,14 +2,12 @@
 # cython: auto_pickle=False, freethreading_compatible=True, boundscheck=False, wraparound=False
 """`SharedSideEffectsEventBus`: documented in `commitbus._pure.shared_side_effects`."""
 
-cimport cython
-
 from commitbus._compiled.batch cimport call_event, call_events, call_handler
-from commitbus._compiled.event_bus cimport EventStore, add_store_type, refuse_arguments
+from commitbus._compiled.event_bus cimport EventStore
 from commitbus._compiled.side_effects cimport SideEffectCall
 
 from commitbus import _messages
-from commitbus._compiled.event_bus import AbstractEventBus
+from commitbus._compiled.event_bus import EXTENSION_TYPES, AbstractEventBus
 from commitbus._context import Run, SharedSideEffectContext
 from commitbus._interfaces import iterate
 
@@ -18,7 +16,7 @@ cdef class SharedStore(EventStore):
     # The same object for the whole life of the bus.
     cdef object shared
 
-    def __cinit__(self):
+    def __cinit__(self, *args, **kwargs):
         self.shared = SharedSideEffectContext()
 
     @property
@@ -74,7 +72,7 @@ cdef class SharedStore(EventStore):
             run.over = True
 
 
-add_store_type(SharedStore)
+EXTENSION_TYPES.add(SharedStore)
 cdef object CALL_SHARED = SharedStore._apply_event
 
 
@@ -85,6 +83,3 @@ class SharedSideEffectsEventBus(SharedStore, AbstractEventBus[SideEffectCall]):
     """A bus of side-effect calls that share a `SharedSideEffectContext`."""
 
     __module__ = "commitbus.shared_side_effects"
-
-
-refuse_arguments(SharedSideEffectsEventBus)

@@ -348,6 +348,7 @@ def carry_out(
         applied = None
         raise
     finally:
+        applied = None  # the frame of a handler that failed leads to this one, and it must keep no event
         if scope is not None:
             scope.over = True
 

@@ -121,6 +121,7 @@ class SideEffectsBus(AbstractEventBus[Pair[T]], Generic[T]):
         failures = _messages.Failures() if robust else None
         applied = carry_out(self, self, self, self._commitbus_hook(), commit, failures, None)
         if failures is not None and failures.errors:
+            del applied  # the traceback keeps this frame, and must keep no event
             raise failures.end(self)
         return self._commitbus_look(applied)
 
@@ -414,6 +415,7 @@ class DelayedEventBus(Home, _state.Stateful, EventBus[T], Generic[T]):
         out = gathering_of(actual)
         applied = carry_out(collected, collected, self, collected._commitbus_hook(), commit, failures, out)
         if failures is not None and failures.errors:
+            del applied  # the traceback keeps this frame, and must keep no event
             raise failures.end(self)
         return list(map(event_of, applied)) if collected._commitbus_mixed else applied
 
@@ -536,6 +538,7 @@ class DelayedEventBus(Home, _state.Stateful, EventBus[T], Generic[T]):
                 applied = list(map(event_of, applied))
         if out is not None and not actual._commitbus_multi:
             out.extend(applied)
+        del applied  # the frame of a handler that failed leads to this one, and it must keep no event
 
     def _commitbus_choose(self, hook: Handler, failures: _messages.Failures | None, out: list[Any] | None) -> Handler:
         return self._commitbus_actual._commitbus_choose(hook, failures, out)

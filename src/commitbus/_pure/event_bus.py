@@ -155,6 +155,7 @@ class AbstractEventBus(Source, _state.Stateful, EventBus[T], Generic[T]):
             return self._commitbus_run(self, self, hook, commit)
         applied = carry_out(self, self, self, hook, commit, failures, None)
         if failures is not None and failures.errors:
+            del applied  # the traceback keeps this frame, and must keep no event
             raise failures.end(self)
         return applied
 

@@ -127,6 +127,7 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
         failures = _messages.Failures() if robust else None
         applied = carry_out(self, self, self, self._apply_event, commit, failures, gathering_of(self))
         if failures is not None and failures.errors:
+            del applied  # the traceback keeps this frame, and must keep no event
             raise failures.end(self)
         return applied
 
@@ -153,15 +154,18 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
         """
         out: list[Any] = []
         failures = _messages.Failures() if robust else None
-        if type(self).apply is MultiEventBus.apply:
-            carry_out(self, self, self, self._apply_event, commit, failures, out)
-            if failures is not None and failures.errors:
-                raise failures.end(self)
-            return out
         outer = gathering.get()
         try:
-            gathering.set((self, out))
-            _with_robust(self.apply, commit, failures)
+            if type(self).apply is MultiEventBus.apply:
+                carry_out(self, self, self, self._apply_event, commit, failures, out)
+                if failures is not None and failures.errors:
+                    raise failures.end(self)
+            else:
+                gathering.set((self, out))
+                _with_robust(self.apply, commit, failures)
+        except BaseException:
+            out.clear()  # the frames of a traceback keep the list, and must keep no event
+            raise
         finally:
             gathering.set(outer)
         return out
@@ -201,7 +205,9 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
                 _discard(delayed, ref)
                 batch[BEGIN] += 1
         except BaseException:
+            tried = batch[EVENTS][batch[BEGIN] : batch[BEGIN] + 1]
             put_back(self, batch)
+            self._commitbus_back(batch, tried)
             raise
         return buses
 
@@ -245,6 +251,7 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
         failures: _messages.Failures | None,
         out: list[Any] | None,
     ) -> None:
+        delayed._commitbus_wrapped()
         cls: Any = type(delayed)
         base: Any = DelayedEventBus  # as Any: type checkers call its apply deprecated
         try:
