@@ -57,7 +57,7 @@ check_collected()
 
 # Multi buses in multi buses.
 for failing in (False, True):
-    inner = outer = twin.MultiEventBus()
+    inner = outer = wrapping = twin.MultiEventBus()
     for _ in range(DEPTH):
         wrapping = twin.MultiEventBus()
         wrapping.wrap(outer)

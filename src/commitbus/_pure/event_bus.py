@@ -163,8 +163,8 @@ class AbstractEventBus(Source, _state.Stateful, EventBus[T], Generic[T]):
         """Do what `carry_out` does, without what is not needed where nothing was put back before."""
         if type(hook) is not MethodType:
             return carry_out(self, home, bus, hook, commit, None, None)
-        function: Any = hook.__func__
-        owner = hook.__self__
+        method: Any = hook
+        function, owner = method.__func__, method.__self__
         pending = self._commitbus_pending
         batch: Any = None
         event: Any = None
