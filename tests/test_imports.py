@@ -97,7 +97,7 @@ def test_a_broken_extension_raises(tmp_path: Path, content: str) -> None:
 @pytest.mark.skipif(PURE_ONLY, reason="COMMITBUS_TEST_PURE_ONLY is set: there is no extension to break")
 def test_a_shared_object_that_is_no_such_thing_raises(tmp_path: Path) -> None:
     package = copy_package(tmp_path)
-    (shared_object,) = PACKAGE.glob("_compiled/side_effects*.so")
+    (shared_object,) = PACKAGE.glob("_compiled/side_effects.*so")
     (package / "_compiled" / shared_object.name).write_bytes(b"not an ELF file")
     done = run_in(tmp_path)
     assert "ImportError" in done.stderr
@@ -106,7 +106,7 @@ def test_a_shared_object_that_is_no_such_thing_raises(tmp_path: Path) -> None:
 @pytest.mark.skipif(PURE_ONLY, reason="COMMITBUS_TEST_PURE_ONLY is set: there is no extension to break")
 def test_an_extension_of_which_a_part_is_absent_raises(tmp_path: Path) -> None:
     package = copy_package(tmp_path)
-    (shared_object,) = PACKAGE.glob("_compiled/side_effects*.so")
+    (shared_object,) = PACKAGE.glob("_compiled/side_effects.*so")
     shutil.copy(shared_object, package / "_compiled")
     done = run_in(tmp_path)
     assert "No module named 'commitbus._compiled." in done.stderr

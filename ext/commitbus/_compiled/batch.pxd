@@ -16,6 +16,8 @@ cdef class Source:
     ) except -1
     # Puts a batch back, from `head` on. `begun` is how many of these were tried: they come first.
     cdef int put_back(self, list batch, Py_ssize_t head, Py_ssize_t begun) except -1
+    # Registers again with the multi bus that let go of it last.
+    cdef int register(self) except -1
     # What surrounds the handlers, or None.
     cdef object scope(self, object commit)
 

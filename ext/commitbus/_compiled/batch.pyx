@@ -164,6 +164,9 @@ cdef class Source:
     cdef int put_back(self, list batch, Py_ssize_t head, Py_ssize_t begun) except -1:
         raise NotImplementedError
 
+    cdef int register(self) except -1:
+        raise NotImplementedError
+
     cdef object scope(self, object commit):
         return None
 

@@ -1,17 +1,6 @@
 from commitbus._compiled.batch cimport Source
 from commitbus._compiled.event_bus cimport EventStore
-
-
-cdef class PairStore(EventStore):
-    # The bus whose events these are; None until it is set.
-    cdef EventStore wraps
-    # The delayed bus that collected them, by a weak reference; None for a copy.
-    cdef object collector
-    # Whether there ever was a `Pair` among them: set before it goes in, read after a batch was taken.
-    cdef bint mixed
-
-    cdef EventStore wrapped(self)
-    cdef tuple pair_of(self, object item)
+from commitbus._compiled.side_effects_bus cimport PairStore
 
 
 cdef class DelayedStore(Source):
@@ -37,4 +26,3 @@ cdef class DelayedStore(Source):
     cdef int after_turn(self) except -1
     cdef int link(self) except -1
     cdef int hold(self) except -1
-    cdef int register(self) except -1

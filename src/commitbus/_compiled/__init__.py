@@ -5,10 +5,10 @@
 
 from commitbus._compiled.side_effects import SideEffectCall  # isort: skip (its absence says that nothing was built)
 from commitbus._compiled.delayed_event_bus import DelayedEventBus
-from commitbus._compiled.delayed_event_bus import SideEffectsBus as SideEffectsBus  # pickles name it
 from commitbus._compiled.event_bus import AbstractEventBus, BasicEventBus
 from commitbus._compiled.multi_event_bus import MultiEventBus, use_orchestrator_or_create_multi_event_bus
 from commitbus._compiled.shared_side_effects import SharedSideEffectsEventBus
+from commitbus._compiled.side_effects_bus import SideEffectsBus as SideEffectsBus  # pickles name it
 from commitbus._context import SharedSideEffectContext
 from commitbus._interfaces import CommittableFunction, EventBus, EventBusOrchestrator, UnappliedEventsWarning
 

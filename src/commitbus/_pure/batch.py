@@ -18,6 +18,7 @@ import sys
 from contextlib import suppress
 from itertools import chain
 from threading import RLock
+from types import MethodType
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from commitbus import _messages
@@ -232,6 +233,16 @@ class Explicit:
 
     def __init__(self, pair: tuple[Any, Any]) -> None:
         self.pair = pair
+
+
+def is_method(method: Any, function: Any, bus: object) -> bool:
+    """Whether a method is a certain one, and bound to that very bus: one borrowed from another is not."""
+    return type(method) is MethodType and method.__func__ is function and method.__self__ is bus
+
+
+def is_delayed(event: Any) -> bool:
+    """Whether an event is a delayed bus: a home of events, and no source of them."""
+    return isinstance(event, Home) and not isinstance(event, Source)
 
 
 def carry_out(

@@ -20,6 +20,7 @@ from commitbus._pure.batch import (
     Home,
     Source,
     carry_out,
+    is_method,
     new_batch,
     put_back,
     stopped,
@@ -363,11 +364,6 @@ def apply_collected(bus: AbstractEventBus[T], event: T, /, *, commit: bool) -> N
 def is_bus(value: Any) -> bool:
     """Do what isinstance(value, AbstractEventBus) does, without the detour through `abc`."""
     return AbstractEventBus in type(value).__mro__
-
-
-def is_method(method: Any, function: Any, bus: object) -> bool:
-    """Whether a method is a certain one, and bound to that very bus: one borrowed from another is not."""
-    return type(method) is MethodType and method.__func__ is function and method.__self__ is bus
 
 
 def _is_default(collect_event: Callable[[Any, bool], Any], bus: AbstractEventBus[Any]) -> bool:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, cast
 from commitbus import _messages
 from commitbus._context import gathering, gathering_of
 from commitbus._interfaces import EventBusOrchestrator, T
-from commitbus._pure.batch import BEGIN, EVENTS, Handler, carry_out, drop_others, new_batch, put_back, take
+from commitbus._pure.batch import BEGIN, EVENTS, Handler, carry_out, drop_others, is_method, new_batch, put_back, take
 from commitbus._pure.delayed_event_bus import DelayedEventBus
-from commitbus._pure.event_bus import AbstractEventBus, is_bus, is_method
+from commitbus._pure.event_bus import AbstractEventBus, is_bus
 from commitbus._unit_of_work import events_to_apply, unit_of_work
 
 if TYPE_CHECKING:

@@ -1,0 +1,152 @@
+# cython: language_level=3, binding=False, embedsignature=True, embedsignature.format=clinic
+# cython: auto_pickle=False, freethreading_compatible=True, boundscheck=False, wraparound=False
+"""`SideEffectsBus`: documented in `commitbus._pure.side_effects_bus`."""
+
+from cpython.object cimport PyObject
+
+from commitbus._compiled.batch cimport (
+    Pair,
+    Source,
+    call_event,
+    carry_out,
+    check,
+    events_of,
+    explicit,
+    look_up,
+)
+from commitbus._compiled.event_bus cimport EventStore, collected
+
+from commitbus import _messages, _naming
+from commitbus._compiled.event_bus import EXTENSION_TYPES, AbstractEventBus
+from commitbus._context import gathering
+from commitbus._interfaces import T, iterate
+
+
+cdef extern from "Python.h":
+    # No checks of type or index; borrowed.
+    PyObject* PyList_GET_ITEM(object list, Py_ssize_t index)
+    Py_ssize_t PyList_GET_SIZE(object list)
+
+
+cdef bint is_delayed(object event) noexcept:
+    """Whether an event is a delayed bus: a source of batches, and no store of events."""
+    return isinstance(event, Source) and not isinstance(event, EventStore)
+
+
+cdef class PairStore(EventStore):
+    # `pending` and `left` have the bare events of the bus that is wrapped, and other pairs in a Pair.
+
+    cdef EventStore wrapped(self):
+        if self.wraps is None:
+            raise _messages.no_collector()
+        return self.wraps
+
+    cdef int add(self, object event) except -1:
+        if not (type(event) is tuple and len(event) == 2 and callable(event[1])):
+            raise _messages.not_a_pair(event)
+        self.mixed = True
+        return self.append(explicit(event))
+
+    cdef int add_all(self, object events) except -1:
+        for event in iterate(events):
+            self.add(event)
+        return 0
+
+    cdef int register(self) except -1:
+        EventStore.register(self)
+        delayed = None if self.collector is None else self.collector()
+        if delayed is not None:
+            (<Source>delayed).register()
+        return 0
+
+    cdef int put_back(self, list batch, Py_ssize_t head, Py_ssize_t begun) except -1:
+        cdef list tried
+        if not self.wraps.is_multi():
+            return EventStore.put_back(self, batch, head, begun)
+        tried = [event for event in events_of(batch[head:head + begun]) if is_delayed(event)]
+        EventStore.put_back(self, batch, head, begun)
+        return self.wraps.forget_again(tried, None, 0)
+
+    cdef tuple pair_of(self, object item):
+        return (<Pair>item).pair if type(item) is Pair else (item, collected(self.wraps, item))
+
+    cdef list look(self, list items):
+        return [self.pair_of(item) for item in items]
+
+    cdef bint keeps_events(self) noexcept:
+        return False
+
+    cdef object scope(self, object commit):
+        return self.wrapped().scope(commit)
+
+    cdef object hook(self, bint* method):
+        """Give the hook of the wrapped bus or, in a tuple, one that somebody has set on this bus."""
+        hook = look_up(self, "_apply_event", method)
+        return self.wrapped().hook(method) if method[0] and hook is CALL_PAIR else (self._apply_event,)
+
+    cdef int run(
+        self, object hook, bint method, list batch, Py_ssize_t* done, object commit, object failures, list out
+    ) except -1:
+        cdef EventStore wraps = self.wraps
+        own = hook[0] if type(hook) is tuple else None
+        if own is None and not self.mixed:
+            return wraps.run(hook, method, batch, done, commit, failures, out)
+        outer = gathering.get()
+        if out is not None and wraps.is_multi():
+            gathering.set((wraps, out))
+        try:
+            while done[0] < PyList_GET_SIZE(batch):
+                pair = self.pair_of(<object>PyList_GET_ITEM(batch, done[0]))
+                if own is None:
+                    call_event(pair[1], commit)
+                else:
+                    check(own, own(pair, commit))
+                if out is not None and wraps.is_multi() and not is_delayed(pair[0]):
+                    out.append(pair[0])
+                done[0] += 1
+        finally:
+            gathering.set(outer)
+        return 0
+
+    def publish(self, event):
+        """Add a pair, in constant time; nothing happens to it until it is applied."""
+        self.add(event)
+
+    def apply(self, commit, *, robust=False):
+        """Apply the collected events in the order in which they were collected."""
+        failures = _messages.Failures() if robust else None
+        applied = carry_out(self, self, commit, failures, None)
+        if failures is not None and failures.errors:
+            raise failures.end(self)
+        return self.look(applied)
+
+    def _apply_event(self, event, commit):
+        """Call the callable of a pair."""
+        call_event(event[1], commit)
+
+    def _commitbus_get(self):
+        cdef list items = self.items()
+        pairs = {i: (<Pair>item).pair for i, item in enumerate(items) if type(item) is Pair}
+        return self.wrapped(), events_of(items), pairs
+
+    def _commitbus_set(self, kept):
+        self.wraps, items, pairs = kept
+        self.mixed = bool(pairs)
+        for i, item in enumerate(items):
+            self.append(explicit(pairs[i]) if i in pairs else item)
+
+
+EXTENSION_TYPES.add(PairStore)
+cdef object CALL_PAIR = PairStore._apply_event
+
+
+# The public class: a Python class, since an extension type cannot inherit from an abstract one
+
+
+class SideEffectsBus(PairStore, AbstractEventBus[T]):
+    """The pairs that a `DelayedEventBus` collected: made only when somebody looks at them."""
+
+    __module__ = "commitbus.delayed_event_bus"
+
+
+_naming.see_bus_through(SideEffectsBus, lambda bus: bus._commitbus_get()[0])
