@@ -139,22 +139,20 @@ def position_of(batch: Batch) -> int:
     return max(begin, begun)
 
 
-def tidy(source: Home) -> None:
+def tidy(home: Home) -> None:
     """Bring what is left into its one form: one batch, which begins with the first event that is not done."""
     with lock:
-        while (left := source._commitbus_left) is not None:
+        while (left := home._commitbus_left) is not None:
             _tidy_one(left)
-            made: Batch | None = left
             if (behind := left[BEHIND]) is not None:
                 _tidy_one(behind)
-                made = [left[EVENTS][left[BEGIN] :] + behind[EVENTS][behind[BEGIN] :], None, BETWEEN, (), None, 0]
-                made[BEHIND] = behind[BEHIND]
+                events, rest, further = left[EVENTS], behind[EVENTS][behind[BEGIN] :], behind[BEHIND]
+                # One line: what was left behind is in one batch or the other.
+                events += rest; left[BEHIND] = further  # fmt: skip  # noqa: E702
             elif left[BEGIN] < len(left[EVENTS]):
                 return
-            else:
-                made = None
             # One line, as somebody may have put back more.
-            if source._commitbus_left is left: source._commitbus_left = made  # fmt: skip  # noqa: E701
+            elif home._commitbus_left is left: home._commitbus_left = None  # fmt: skip  # noqa: E701
 
 
 def _tidy_one(batch: Batch) -> None:
