@@ -269,8 +269,10 @@ class MultiBus(Bus):
                 delayed.register()
 
     def put_back(self, events: list[Any], tried: list[Any]) -> None:
-        super().put_back(events, tried)
-        self.forget_again(tried, len(events))
+        once = list({id(delayed): delayed for delayed in tried}.values())
+        events = once + events[len(tried) :]
+        super().put_back(events, once)
+        self.forget_again(once, len(events))
 
     def forget_again(self, tried: list[Any], keep: int = 0) -> None:
         """Take out what registered itself again when it put back its events: it is put back with the batch."""

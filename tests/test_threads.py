@@ -176,6 +176,102 @@ def test_rule_8_multi(twin: Any) -> None:
     assert multi.apply_and_get_applied_events(True) == []
 
 
+def test_rule_8_registering_while_applies_fail(twin: Any) -> None:
+    """A robust apply that fails puts its buses back; none that is registered meanwhile is forgotten."""
+    applied: list[tuple[int, int]] = []
+
+    class Good(twin.AbstractEventBus):
+        def _apply_event(self, event: tuple[int, int], commit: bool) -> None:
+            applied.append(event)
+
+    class Bad(twin.AbstractEventBus):
+        def _apply_event(self, event: object, commit: bool) -> None:
+            raise Boom
+
+    multi = twin.MultiEventBus()
+    bad = [multi.wrap(Bad()) for _ in range(3)]
+    for bus in bad:
+        bus.publish(0)
+    stop = threading.Event()
+
+    def apply() -> None:
+        while not stop.is_set():
+            with suppress(ExceptionGroup):
+                multi.apply(True, robust=True)
+
+    others = [threading.Thread(target=apply) for _ in range(2)]
+    for other in others:
+        other.start()
+    count = COUNT // 2
+    run(*(lambda p=p: [multi.wrap(Good()).publish((p, i)) for i in range(count)] for p in range(2)))
+    stop.set()
+    for other in others:
+        other.join()
+    with suppress(ExceptionGroup):
+        multi.apply(True, robust=True)
+    check(applied, 2, count)
+    assert sorted(map(id, multi.pending_events())) == sorted(map(id, bad))
+
+
+@pytest.mark.parametrize("install", [None, "settrace", "setprofile"])
+def test_rule_8_failures_and_discards_under_a_tracer(twin: Any, install: str | None) -> None:
+    """Handlers that fail, robust applies, discards and collects at once; each event ends in one place."""
+    applied: list[tuple[int, int]] = []
+    dropped: list[tuple[int, int]] = []
+    seen: set[tuple[int, int]] = set()
+
+    class Bus(twin.AbstractEventBus):
+        def _apply_event(self, event: tuple[int, int], commit: bool) -> None:
+            if event[1] % 7 == 0 and event not in seen:
+                seen.add(event)
+                raise Boom
+            applied.append(event)
+
+    multi = twin.MultiEventBus()
+    bus = Bus()
+    delayed = multi.wrap(bus)
+    stop = threading.Event()
+
+    def until_the_end(act: Any) -> threading.Thread:
+        def loop() -> None:
+            while not stop.is_set():
+                with suppress(Boom, ExceptionGroup):
+                    act()
+
+        return threading.Thread(target=loop)
+
+    others = [
+        until_the_end(lambda: bus.apply(True)),
+        until_the_end(lambda: multi.apply(True, robust=True)),
+        until_the_end(lambda: (delayed.apply(True), delayed.apply_without_delay(True, robust=True))),
+        until_the_end(lambda: dropped.extend(bus.discard_pending_events())),
+        until_the_end(lambda: dropped.extend(event for event, _ in delayed.side_effects_bus.discard_pending_events())),
+    ]
+
+    def trace(*_: object) -> Any:
+        return trace
+
+    count = COUNT // 4
+    if install is not None:
+        getattr(threading, install)(trace)
+    try:
+        for other in others:
+            other.start()
+        run(
+            lambda: [bus.publish((0, i)) for i in range(count)],
+            lambda: [delayed.publish((1, i)) for i in range(count)],
+            lambda: [delayed.publish_all([(2, i)]) for i in range(count)],
+        )
+        stop.set()
+        for other in others:
+            other.join()
+    finally:
+        if install is not None:
+            getattr(threading, install)(None)
+    left = [*delayed.collected_events(), *bus.pending_events()]
+    check([*applied, *dropped, *left], 3, count)
+
+
 @pytest.mark.skipif(
     not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="this Python has a GIL; the workflow runs this on 3.14t"
 )

@@ -113,8 +113,20 @@ cdef class MultiStore(EventStore):
         return 0
 
     cdef int put_back(self, list batch, Py_ssize_t head, Py_ssize_t begun) except -1:
-        cdef list tried = batch[head:head + begun]
-        cdef Py_ssize_t size = len(batch)
+        cdef Py_ssize_t size, i
+        cdef list tried
+        try:
+            tried = list({id(delayed): delayed for delayed in batch[head:head + begun]}.values())
+        except MemoryError:
+            EventStore.put_back(self, batch, head, begun)  # some are registered twice then, which is harmless
+            raise
+        if len(tried) < begun:  # two applies at once had the same bus: keep each once
+            for i in range(head, head + begun):
+                batch[i] = None
+            head += begun - len(tried)
+            for i in range(len(tried)):
+                batch[head + i] = tried[i]
+        size = len(batch)
         EventStore.put_back(self, batch, head, begun)
         return self.forget_again(tried, batch, size)
 

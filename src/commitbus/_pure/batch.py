@@ -189,11 +189,18 @@ def move_left(source: Home, home: Home) -> None:
 
 
 def drop_others(source: Source, batch: Batch | None, unwanted: list[Any]) -> None:
-    """Drop some events from all that is pending but one batch; never replace the list that others append to."""
+    """Drop some events, with which one batch begins, from all that is pending but that; and keep each once there.
+
+    The list that others append to is never replaced.
+    """
     identities = set(map(id, unwanted))
     if not identities:
         return
     with lock:
+        if batch is not None and len(identities) < len(unwanted):  # two applies at once had the same bus
+            once = list({id(event): event for event in unwanted}.values())
+            rest = batch[EVENTS][batch[BEGIN] + len(unwanted) :]
+            batch[EVENTS], batch[BEGIN] = once + rest, 0
         # What is pending becomes the last batch that is left, and what is appended from now on comes after that.
         later = new_batch()
         left: Any = source._commitbus_left
