@@ -104,3 +104,12 @@ def test_every_guide_is_tested() -> None:
     guides = [*(ROOT / "docs/guides").glob("*.md"), *(ROOT / "docs/coming-from").glob("*.md")]
     assert guides
     assert {guide.relative_to(ROOT).as_posix() for guide in guides} <= pages
+
+
+def test_every_rule_of_the_contract_has_tests() -> None:
+    contract = (ROOT / "docs" / "contract.md").read_text()
+    rules = set(re.findall(r"^### Rule (\w+)$", contract, re.MULTILINE))
+    tested: set[str] = set()
+    for path in (ROOT / "tests").glob("test_*.py"):
+        tested |= set(re.findall(r"def test_rule_(\w+?)_", path.read_text()))
+    assert rules == tested
