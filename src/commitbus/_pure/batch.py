@@ -168,15 +168,19 @@ def _tidy_one(batch: Batch) -> None:
     done = position_of(batch)
     begin = done - len(failed)
     again = [events[i] for i in failed]
+    span = slice(0)
+    made: list[Any] = []
+    gone: list[Any] = []  # kept until all is in order: what goes may run a finalizer
     if begin * 2 > len(events):
         events, begin = again + events[done:], 0
     else:
-        span = slice(batch[BEGIN], done)
-        gone = events[span]  # until all is in order: what goes may run a finalizer
-        events[span] = [None] * (begin - batch[BEGIN]) + again
-        del gone
+        span, made = slice(batch[BEGIN], done), [None] * (begin - batch[BEGIN]) + again
+        gone = events[span]
     # One line: the batch is as it was, or in order.
-    batch[EVENTS], batch[ITERATOR], batch[EVENT], batch[FAILED], batch[BEGIN] = events, None, BETWEEN, (), begin
+    # fmt: off
+    events[span] = made; batch[EVENTS], batch[ITERATOR], batch[EVENT], batch[FAILED], batch[BEGIN] = events, None, BETWEEN, (), begin  # noqa: E501, E702
+    # fmt: on
+    del gone
 
 
 def move_left(source: Home, home: Home) -> None:
@@ -203,10 +207,10 @@ def drop_others(source: Source, batch: Batch | None, unwanted: list[Any]) -> Non
             batch[EVENTS], batch[BEGIN] = once + rest, 0
         # What is pending becomes the last batch that is left, and what is appended from now on comes after that.
         later = new_batch()
+        # One line, as somebody may put back more.
+        if source._commitbus_left is None: source._commitbus_left = later  # fmt: skip  # noqa: E701
         left: Any = source._commitbus_left
-        if left is None:
-            source._commitbus_left = later
-        else:
+        if left is not later:
             while left[BEHIND] is not None:
                 left = left[BEHIND]
             left[BEHIND] = later
