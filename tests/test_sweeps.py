@@ -171,6 +171,8 @@ def points(scene: Scene, number: int, install: Any, events: set[str], act: Any) 
             pass
         finally:
             install(None)
+            while BATCH.lock._is_owned():  # left by one that raised where a `with lock` ends: see above
+                BATCH.lock.release()
         scene.check(where)
 
     contextvars.Context().run(go)
