@@ -185,11 +185,14 @@ def _tidy_one(batch: Batch) -> None:
 
 def move_left(source: Home, home: Home) -> None:
     """Move the batch that is left in one place to another, before what is left there."""
+    left: Any
     with lock:
-        tidy(source)
-        if (left := source._commitbus_left) is not None:
-            # One line: it is here or there.
-            left[BEHIND], home._commitbus_left, source._commitbus_left = home._commitbus_left, left, None
+        while (left := source._commitbus_left) is not None:
+            tidy(source)
+            # One line: it is here or there. Only if nobody has put back more, which would be forgotten.
+            # fmt: off
+            if source._commitbus_left is left and left[BEHIND] is None: left[BEHIND], home._commitbus_left, source._commitbus_left = home._commitbus_left, left, None  # noqa: E501, E701
+            # fmt: on
 
 
 def drop_others(source: Source, batch: Batch | None, unwanted: list[Any]) -> None:
