@@ -162,10 +162,7 @@ cdef class MultiStore(EventStore):
         for delayed in tried:
             delayed.failed = True
         with cython.critical_section(self):
-            if self.left is not None:
-                drop_failed(self.left, size if self.left is batch else self.head)
-                if self.head >= PyList_GET_SIZE(self.left):
-                    self.left = None
+            # Only here: what another thread has put back may be the last place where a bus is.
             if self.pending is not None:
                 drop_failed(self.pending, 0)
                 if not self.pending:

@@ -218,12 +218,8 @@ def drop_others(source: Source, batch: Batch | None, unwanted: list[Any]) -> Non
                 left = left[BEHIND]
             left[BEHIND] = later
         _move(source._commitbus_pending, later[EVENTS])
-        left = source._commitbus_left
-        while left is not None:
-            if left is not batch:
-                _tidy_one(left)
-                left[EVENTS], left[BEGIN] = [one for one in left[EVENTS][left[BEGIN] :] if id(one) not in identities], 0
-            left = left[BEHIND]
+        # Only there: what another thread has put back may be the last place where an event is.
+        later[EVENTS] = [one for one in later[EVENTS] if id(one) not in identities]
 
 
 def keep_first(bus: Any, name: str, made: Any) -> None:
