@@ -25,7 +25,7 @@ cdef class EventStore(Source):
     cdef int append_first(self, object event) except -1
     cdef int append_all(self, list events) except -1
     cdef int add_all(self, object events) except -1
-    cdef int forget_again(self, list tried, list batch, Py_ssize_t size) except -1
+    cdef int forget_again(self, list tried) except -1
     cdef bint holds_any(self) noexcept
     cdef list items(self)
     cdef list look(self, list items)

@@ -257,7 +257,7 @@ cdef class EventStore(Source):
             self.head = head
         return self.register()
 
-    cdef int forget_again(self, list tried, list batch, Py_ssize_t size) except -1:
+    cdef int forget_again(self, list tried) except -1:
         """See to events that were tried, and are put back where they were collected."""
         return 0
 

@@ -136,7 +136,7 @@ cdef class MultiStore(EventStore):
         return 0
 
     cdef int put_back(self, list batch, Py_ssize_t head, Py_ssize_t begun) except -1:
-        cdef Py_ssize_t size, i
+        cdef Py_ssize_t i
         cdef list tried
         try:
             tried = list({id(delayed): delayed for delayed in batch[head:head + begun]}.values())
@@ -149,12 +149,11 @@ cdef class MultiStore(EventStore):
             head += begun - len(tried)
             for i in range(len(tried)):
                 batch[head + i] = tried[i]
-        size = len(batch)
         EventStore.put_back(self, batch, head, begun)
-        return self.forget_again(tried, batch, size)
+        return self.forget_again(tried)
 
-    cdef int forget_again(self, list tried, list batch, Py_ssize_t size) except -1:
-        """Take out the buses that were tried, but for the batch itself, which is `size` long.
+    cdef int forget_again(self, list tried) except -1:
+        """Take the buses that were tried out of what is pending.
 
         Each has registered itself again when it put back its events, and is put back with the batch.
         """
@@ -164,7 +163,7 @@ cdef class MultiStore(EventStore):
         with cython.critical_section(self):
             # Only here: what another thread has put back may be the last place where a bus is.
             if self.pending is not None:
-                drop_failed(self.pending, 0)
+                drop_failed(self.pending)
                 if not self.pending:
                     self.pending = None
         for delayed in tried:
@@ -234,12 +233,12 @@ cdef class MultiStore(EventStore):
         self.turn(event, PyWeakref_NewRef(self, None), commit, None, gathering_of(self))
 
 
-cdef int drop_failed(list buses, Py_ssize_t begin) except -1:
+cdef int drop_failed(list buses) except -1:
     """Drop those that are marked: in place, and without any memory or Python code."""
-    cdef Py_ssize_t kept = begin
+    cdef Py_ssize_t kept = 0
     cdef Py_ssize_t i
     cdef PyObject* item
-    for i in range(begin, PyList_GET_SIZE(buses)):
+    for i in range(PyList_GET_SIZE(buses)):
         item = PyList_GET_ITEM(buses, i)
         if not (<DelayedStore>item).failed:
             PyList_SET_ITEM(buses, i, PyList_GET_ITEM(buses, kept))

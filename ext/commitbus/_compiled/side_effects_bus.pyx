@@ -65,7 +65,7 @@ cdef class PairStore(EventStore):
             return EventStore.put_back(self, batch, head, begun)
         tried = [event for event in events_of(batch[head:head + begun]) if is_delayed(event)]
         EventStore.put_back(self, batch, head, begun)
-        return self.wraps.forget_again(tried, None, 0)
+        return self.wraps.forget_again(tried)
 
     cdef tuple pair_of(self, object item):
         return (<Pair>item).pair if type(item) is Pair else (item, collected(self.wraps, item))
