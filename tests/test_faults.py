@@ -542,6 +542,26 @@ def test_rule_17b_a_bus_that_remembers_itself_in_its_handler(twin: Any) -> None:
     assert multi.pending_events() == (delayed,)
 
 
+def test_rule_17b_naming_a_bus_changes_nothing(twin: Any) -> None:
+    """The note of a failed event looks at the wrapped bus, of which another multi bus has let go since."""
+
+    class Bus(twin.AbstractEventBus):  # type: ignore[misc, name-defined]
+        def _apply_event(self, event: Any, commit: bool) -> None:
+            last.apply(commit)
+            raise ValueError
+
+    bus = Bus()
+    first, last = twin.MultiEventBus(), twin.MultiEventBus()
+    other = twin.DelayedEventBus(bus)
+    last.publish(other)
+    first.wrap(bus).publish(1)
+    with pytest.raises(ExceptionGroup):
+        first.apply(True, robust=True)
+    assert last.pending_events() == ()
+    bus.publish(2)
+    assert last.pending_events() == (other,)
+
+
 def test_rule_17b_nothing_is_kept_of_those_that_are_gone(twin: Any, make: Any) -> None:
     if not CPYTHON:
         pytest.skip("counts references")

@@ -21,9 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from commitbus import _state
 
-settings.register_profile(
-    "ci", max_examples=1000, stateful_step_count=30, deadline=None, print_blob=True, derandomize=True
-)
+settings.register_profile("ci", max_examples=2000, stateful_step_count=30, deadline=None, print_blob=True)
 settings.register_profile("hours", max_examples=1_000_000, stateful_step_count=60, deadline=None, print_blob=True)
 PROFILE = settings.get_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 

@@ -11,6 +11,8 @@ cdef class DelayedStore(Source):
     # The multi bus that let go of this bus last, by a weak reference, as nobody else could apply it: the next
     # event registers this bus there. None while it is registered.
     cdef object owner
+    # Whether the wrapped bus was told of `owner`. Once only: another may let go of it later, and is then its owner.
+    cdef bint linked
     # What was collected: None until something was.
     cdef PairStore collected
     # For `MultiStore.put_back`, within one call: whether it is among those that failed.

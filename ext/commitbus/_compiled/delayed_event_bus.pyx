@@ -70,7 +70,7 @@ cdef class DelayedStore(Source):
     def actual_event_bus(self):
         """The wrapped bus."""
         actual = self.wrapped()
-        if self.owner is not None:
+        if self.owner is not None and not self.linked:
             self.link()  # from now on somebody may publish on it directly
         return actual
 
@@ -240,6 +240,7 @@ cdef class DelayedStore(Source):
     cdef int let_go(self, object owner) except -1:
         """Have the next event register this bus with `owner`, a weak reference to a multi bus."""
         self.owner = owner
+        self.linked = False
         # Whoever has the wrapped bus may publish on it directly. Mostly nobody has: then the weak reference
         # that this takes, a tenth of a request for three buses, can be saved.
         if not WITH_GIL or Py_REFCNT(<PyObject*>self.actual) > 1 or self.actual.owner is not None:
@@ -252,7 +253,7 @@ cdef class DelayedStore(Source):
             return 0
         if self.actual.holds_any() or (self.collected is not None and self.collected.holds_any()):
             self.register()
-        elif self.actual.owner is None and (Py_REFCNT(<PyObject*>self.actual) > 1 or self.actual.is_multi()):
+        elif not self.linked and (Py_REFCNT(<PyObject*>self.actual) > 1 or self.actual.is_multi()):
             self.link()
         return 0
 
@@ -260,6 +261,7 @@ cdef class DelayedStore(Source):
         cdef EventStore actual = self.actual
         owner = self.owner
         wrapper = PyWeakref_NewRef(self, None)
+        self.linked = True
         with cython.critical_section(actual):
             actual.owner = owner
             actual.wrapper = wrapper
