@@ -49,6 +49,7 @@ def public(call: Any) -> Any:
 
 class Bus:
     def __init__(self) -> None:
+        self.left: list[Any] = []  # what was put back, before what is pending
         self.pending: list[Any] = []
         self.owner: Any = None  # the multi bus that let go of it last
         self.wrapper: Any = None  # and the delayed bus that it let go of
@@ -67,15 +68,15 @@ class Bus:
             owner.publish(self.wrapper)
 
     def take(self) -> list[Any]:
-        batch, self.pending = self.pending, []
+        batch, self.left, self.pending = self.left + self.pending, [], []
         return batch
 
     def put_back(self, events: list[Any], tried: list[Any]) -> None:
-        self.pending = events + self.pending
+        self.left = events + self.left
         if events:
             self.register()
 
-    def forget_again(self, tried: list[Any], keep: int = 0) -> None:
+    def forget_again(self, tried: list[Any]) -> None:
         pass
 
     def apply(self, commit: Any, *, robust: bool = False) -> list[Any]:
@@ -100,14 +101,14 @@ class Bus:
             raise
 
     def pending_events(self) -> tuple[Any, ...]:
-        return tuple(self.pending)
+        return tuple(self.left + self.pending)
 
     def discard_pending_events(self) -> list[Any]:
         return self.take()
 
     def __copy__(self) -> Any:
         other = type(self).__new__(type(self))
-        other.__dict__.update(self.__dict__, pending=list(self.pending), owner=None, wrapper=None)
+        other.__dict__.update(self.__dict__, left=[], pending=self.left + self.pending, owner=None, wrapper=None)
         return other
 
 
@@ -265,19 +266,17 @@ class MultiBus(Bus):
             if out is not None and not multi:
                 out += events
         finally:
-            if delayed.owner is not None and (delayed.bus.pending or delayed.collected):
+            if delayed.owner is not None and (delayed.bus.left or delayed.bus.pending or delayed.collected):
                 delayed.register()
 
     def put_back(self, events: list[Any], tried: list[Any]) -> None:
         once = list({id(delayed): delayed for delayed in tried}.values())
-        events = once + events[len(tried) :]
-        super().put_back(events, once)
-        self.forget_again(once, len(events))
+        super().put_back(once + events[len(tried) :], once)
+        self.forget_again(once)
 
-    def forget_again(self, tried: list[Any], keep: int = 0) -> None:
+    def forget_again(self, tried: list[Any]) -> None:
         """Take out what registered itself again when it put back its events: it is put back with the batch."""
-        later = [delayed for delayed in self.pending[keep:] if not any(delayed is one for one in tried)]
-        self.pending = self.pending[:keep] + later
+        self.pending = [delayed for delayed in self.pending if not any(delayed is one for one in tried)]
         for delayed in tried:
             if isinstance(delayed, DelayedBus):
                 delayed.hold()

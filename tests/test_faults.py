@@ -545,7 +545,7 @@ def test_rule_17b_a_bus_that_remembers_itself_in_its_handler(twin: Any) -> None:
 def test_rule_17b_naming_a_bus_changes_nothing(twin: Any) -> None:
     """The note of a failed event looks at the wrapped bus, of which another multi bus has let go since."""
 
-    class Bus(twin.AbstractEventBus):  # type: ignore[misc, name-defined]
+    class Bus(twin.AbstractEventBus):
         def _apply_event(self, event: Any, commit: bool) -> None:
             last.apply(commit)
             raise ValueError

@@ -196,7 +196,7 @@ def move_left(source: Home, home: Home) -> None:
 
 
 def drop_others(source: Source, batch: Batch | None, unwanted: list[Any]) -> None:
-    """Drop some events, with which one batch begins, from all that is pending but that; and keep each once there.
+    """Drop some events, with which one batch begins, from what is pending; and keep each once in the batch.
 
     The list that others append to is never replaced.
     """
@@ -208,18 +208,16 @@ def drop_others(source: Source, batch: Batch | None, unwanted: list[Any]) -> Non
             once = list({id(event): event for event in unwanted}.values())
             rest = batch[EVENTS][batch[BEGIN] + len(unwanted) :]
             batch[EVENTS], batch[BEGIN] = once + rest, 0
-        # What is pending becomes the last batch that is left, and what is appended from now on comes after that.
-        later = new_batch()
-        # One line, as somebody may put back more.
-        if source._commitbus_left is None: source._commitbus_left = later  # fmt: skip  # noqa: E701
-        left: Any = source._commitbus_left
-        if left is not later:
-            while left[BEHIND] is not None:
-                left = left[BEHIND]
-            left[BEHIND] = later
-        _move(source._commitbus_pending, later[EVENTS])
-        # Only there: what another thread has put back may be the last place where an event is.
-        later[EVENTS] = [one for one in later[EVENTS] if id(one) not in identities]
+        while True:
+            before = source._commitbus_pending.copy()
+            span = slice(len(before))
+            # Only what is pending: what another thread has put back may be the last place where an event is.
+            kept = [one for one in before if id(one) not in identities]
+            # One line, in which nothing else can run: what was appended meanwhile stays. (Where all are the same,
+            # comparing them calls nothing.)
+            # fmt: off
+            if source._commitbus_pending[span] == before: source._commitbus_pending[span] = kept; return  # noqa: E701, E702
+            # fmt: on
 
 
 def keep_first(bus: Any, name: str, made: Any) -> None:
