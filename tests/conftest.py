@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+pytest_plugins = ["pytester"]
+
 # The one switch: a missing extension is an error, unless somebody says that it is meant to be missing.
 PURE_ONLY = os.environ.get("COMMITBUS_TEST_PURE_ONLY", "") not in {"", "0"}
 CPYTHON = sys.implementation.name == "cpython"

@@ -9,42 +9,221 @@ from contextlib import contextmanager
 from typing import Any
 
 
-class Failed(Exception):
-    """The errors of a robust run, on their way to whoever raises them as a group."""
+class PartlyApplied(Exception):
+    """Some of a batch failed: raised by a batch bus."""
 
-    def __init__(self, errors: list[Exception]) -> None:
+    def __init__(self, errors: dict[int, Exception]) -> None:
         self.errors = errors
 
 
-def run(batch: list[Any], do: Any, robust: bool, put_back: Any) -> list[Any]:
+class Failed(Exception):
+    """The errors of a robust run, on their way to whoever raises them as a group; and what it applied."""
+
+    def __init__(self, errors: list[Exception], applied: list[Any]) -> None:
+        self.errors = errors
+        self.applied = applied
+
+
+class Rounds:
+    """What the rounds of one robust apply know of each other."""
+
+    def __init__(self) -> None:
+        self.aside: dict[int, list[Any]] = {}  # what failed in each bus: not tried again
+        self.tried = 0
+
+
+rounds_now: Rounds | None = None
+
+
+def run(bus: Any, batch: list[Any], do: Any, robust: bool, put_back: Any, size: Any = 1) -> list[Any]:
     """Apply a batch; put back what was not applied, those that were tried first."""
+    aside = rounds_now.aside.get(id(bus), []) if rounds_now is not None and robust else []
     failed: list[Any] = []
+    for event, other in zip(batch, aside, strict=False):
+        if event is not other:
+            break
+        failed.append(event)
+    raised = list(failed)
     errors: list[Exception] = []
-    position = 0
-    try:
-        for position, item in enumerate(batch):  # noqa: B007
-            try:
-                do(item)
-            except Exception as error:
-                if not robust:
-                    raise
-                failed.append(item)
-                errors += error.errors if isinstance(error, Failed) else [error]
-    except BaseException:
-        put_back(failed + batch[position:], [*failed, batch[position]])
-        raise
-    if errors:
+    applied: list[Any] = []
+    position = len(failed)
+    first = batch[0] if batch else None
+    if isinstance(first, tuple):
+        first = first[0]
+    if rounds_now is not None and batch and not isinstance(first, DelayedBus):
+        rounds_now.tried += len(batch) - position
+    while position < len(batch):
+        end = len(batch) if size is None else position + size
+        some = batch[position:end]
+        try:
+            do(some[0] if size == 1 else some)
+            applied += some
+        except PartlyApplied as error:
+            bad = [event for i, event in enumerate(some) if i in error.errors]
+            group = ExceptionGroup("", [error.errors[i] for i in sorted(error.errors)])
+            if not robust:
+                put_back(failed + bad + batch[end:], failed + bad)
+                raise group from None
+            applied += [event for event in some if event not in bad]
+            failed += bad
+            raised += bad
+            errors.append(group)
+        except Failed as error:
+            failed += some
+            errors += error.errors
+        except Exception as error:
+            if not robust:
+                put_back(failed + batch[position:], failed + some)
+                raise
+            failed += some
+            raised += some
+            errors.append(error)
+        except BaseException:
+            put_back(failed + batch[position:], failed + some)
+            raise
+        position += len(some)
+    if failed:
+        if rounds_now is not None:
+            rounds_now.aside[id(bus)] = raised
         put_back(failed, failed)
-        raise Failed(errors)
+        raise Failed(errors, applied)
     return batch
 
 
-def public(call: Any) -> Any:
-    """Do what a public method does: raise one group."""
+def public(call: Any, robust: bool = False, rounds: int = 1) -> Any:
+    """Do what a public method does: go through the rounds, and raise one group."""
+    global rounds_now
+    outer, rounds_now = rounds_now, Rounds() if robust and rounds > 1 else None
+    applied: list[Any] = []
+    errors: list[Exception] = []
     try:
-        return call()
-    except Failed as failed:
-        raise ExceptionGroup("", failed.errors) from None
+        for _ in range(rounds):
+            before = 0 if rounds_now is None else rounds_now.tried
+            try:
+                some = call()
+            except Failed as failed:
+                some = failed.applied
+                errors += failed.errors
+            applied += some
+            if not some if rounds_now is None else rounds_now.tried == before:
+                break
+    finally:
+        rounds_now = outer
+    if errors:
+        raise ExceptionGroup("", errors)
+    return applied
+
+
+# What runs around every event: a function of (call, bus, event, commit), or None.
+middleware: Any = None
+
+
+def surround(bus: Any, event: Any, commit: Any, call: Any) -> None:
+    if middleware is None:
+        call()
+    else:
+        middleware(call, bus, event, commit)
+
+
+class Savepoint:
+    """What is in the buses that it covers when it is opened stays, whatever is dropped."""
+
+    def __init__(self, bus: Any) -> None:
+        self.bus = bus
+        self.stores: list[Any] = []
+        self.delayed: list[Any] = []
+        self.known: set[Any] = set()
+        self.registered: dict[Any, list[Any]] = {}
+        self.ended = False
+        self.cover(bus)
+
+    def cover(self, bus: Any) -> None:
+        if isinstance(bus, DelayedBus):
+            if bus in self.delayed:
+                return
+            self.delayed.append(bus)
+            self.known |= {event for event, _ in bus.collected if not isinstance(event, DelayedBus)}
+            self.cover(bus.bus)
+            if isinstance(bus.bus, MultiBus):
+                self.cover_buses(bus.bus, [event for event, _ in bus.collected if isinstance(event, DelayedBus)])
+            return
+        if bus not in self.stores:
+            self.stores.append(bus)
+            bus.marks.append(self)
+        if isinstance(bus, MultiBus):
+            self.registered.setdefault(bus, [])
+            self.cover_buses(bus, bus.left + bus.pending)
+        else:
+            self.known |= set(bus.left + bus.pending)
+
+    def cover_buses(self, multi: Any, buses: list[Any]) -> None:
+        for delayed in buses:
+            if delayed not in self.registered[multi]:
+                self.registered[multi].append(delayed)
+                self.cover(delayed)
+
+    def check(self) -> None:
+        if self.ended or any(store.marks[-1] is not self for store in self.stores):
+            raise RuntimeError
+
+    def end(self) -> None:
+        self.ended = True
+        for store in self.stores:
+            store.marks.remove(self)
+
+    def release(self) -> None:
+        self.check()
+        self.end()
+
+    def rollback(self) -> list[Any]:
+        self.check()
+        for multi, buses in self.registered.items():
+            self.check_new([one for one in multi.left + multi.pending if one not in buses])
+        dropped = self.drop(self.bus, [])
+        self.end()
+        return dropped
+
+    def check_new(self, buses: list[Any]) -> None:
+        for delayed in buses:
+            if delayed.bus.marks and delayed.bus.marks[-1] is not self:
+                raise RuntimeError
+            if isinstance(delayed.bus, MultiBus):
+                inner = [event for event, _ in delayed.collected if isinstance(event, DelayedBus)]
+                self.check_new(delayed.bus.left + delayed.bus.pending + inner)
+
+    def drop(self, bus: Any, done: list[Any]) -> list[Any]:
+        dropped: list[Any] = []
+        if isinstance(bus, DelayedBus):
+            known = self.registered.get(bus.bus, [])
+            new = [pair for pair in bus.collected if pair[0] not in known and pair[0] not in self.known]
+            bus.collected = [pair for pair in bus.collected if pair not in new]
+            for event, _ in new:
+                dropped += self.let_go(event, bus.bus) if isinstance(event, DelayedBus) else [event]
+            return dropped + self.drop(bus.bus, done)
+        if not isinstance(bus, MultiBus):
+            dropped = [event for event in bus.pending if event not in self.known]
+            bus.pending = [event for event in bus.pending if event in self.known]
+            return dropped
+        if bus in done:
+            return []
+        done.append(bus)
+        for delayed in self.registered[bus]:
+            dropped += self.drop(delayed, done)
+        new = [delayed for delayed in bus.left + bus.pending if delayed not in self.registered[bus]]
+        bus.left = [delayed for delayed in bus.left if delayed not in new]
+        bus.pending = [delayed for delayed in bus.pending if delayed not in new]
+        for delayed in dict.fromkeys(new):
+            dropped += self.let_go(delayed, bus)
+        return dropped
+
+    def let_go(self, delayed: Any, multi: Any) -> list[Any]:
+        if self in delayed.bus.marks:
+            delayed.owner = multi
+            pairs, delayed.collected = delayed.collected, []
+            return [event for event, _ in pairs]
+        events: list[Any] = delayed.events()
+        delayed.drop(multi)
+        return events
 
 
 class Bus:
@@ -53,6 +232,8 @@ class Bus:
         self.pending: list[Any] = []
         self.owner: Any = None  # the multi bus that let go of it last
         self.wrapper: Any = None  # and the delayed bus that it let go of
+        self.marks: list[Savepoint] = []
+        self.collecting = False  # whether a delayed bus that the savepoints cover collects just now
 
     def publish(self, event: Any) -> None:
         self.pending.append(event)
@@ -67,7 +248,15 @@ class Bus:
         if owner is not None:
             owner.publish(self.wrapper)
 
+    def savepoint(self) -> Savepoint:
+        return Savepoint(self)
+
     def take(self) -> list[Any]:
+        if self.marks:
+            raise RuntimeError
+        return self.take_all()
+
+    def take_all(self) -> list[Any]:
         batch, self.left, self.pending = self.left + self.pending, [], []
         return batch
 
@@ -79,12 +268,17 @@ class Bus:
     def forget_again(self, tried: list[Any]) -> None:
         pass
 
-    def apply(self, commit: Any, *, robust: bool = False) -> list[Any]:
-        events: list[Any] = public(lambda: self.apply_taken(commit, robust))
+    def apply(self, commit: Any, *, robust: bool = False, rounds: int = 1) -> list[Any]:
+        events: list[Any] = public(lambda: self.apply_taken(commit, robust), robust, rounds)
         return events
 
     def apply_taken(self, commit: Any, robust: bool) -> list[Any]:
-        return run(self.take(), lambda event: self._apply_event(event, commit), robust, self.put_back)
+        do, size = self.handler(commit)
+        return run(self, self.take(), do, robust, self.put_back, size)
+
+    def handler(self, commit: Any) -> Any:
+        """Give what applies one event, and how many it takes."""
+        return lambda event: surround(self, event, commit, lambda: self._apply_event(event, commit)), 1
 
     def _apply_event(self, event: Any, commit: Any) -> None:
         raise NotImplementedError
@@ -93,7 +287,7 @@ class Bus:
         return lambda *, commit: self._apply_event(event, commit)
 
     def collect(self, commit: Any) -> list[Any]:
-        batch = self.take()
+        batch = self.take_all() if self.collecting else self.take()
         try:
             return [(event, self._collect_event(event, commit)) for event in batch]
         except BaseException:
@@ -108,8 +302,30 @@ class Bus:
 
     def __copy__(self) -> Any:
         other = type(self).__new__(type(self))
-        other.__dict__.update(self.__dict__, left=[], pending=self.left + self.pending, owner=None, wrapper=None)
+        other.__dict__.update(
+            self.__dict__, left=[], pending=self.left + self.pending, owner=None, wrapper=None, marks=[]
+        )
         return other
+
+
+class BatchBus(Bus):
+    batch_size: Any = None
+
+    def handler(self, commit: Any) -> Any:
+        def do(events: Any) -> None:
+            events = events if isinstance(events, list) else [events]
+            surround(self, events, commit, lambda: self._apply_events(events, commit))
+
+        return do, self.batch_size
+
+    def _apply_events(self, events: list[Any], commit: Any) -> None:
+        raise NotImplementedError
+
+    def _apply_event(self, event: Any, commit: Any) -> None:
+        try:
+            self._apply_events([event], commit)
+        except PartlyApplied as error:
+            raise ExceptionGroup("", [error.errors[0]]) from None
 
 
 class DelayedBus:
@@ -147,8 +363,26 @@ class DelayedBus:
         if self.bus.wrapper is self:
             self.bus.owner = None
 
+    def savepoint(self) -> Savepoint:
+        return Savepoint(self)
+
+    def events(self) -> list[Any]:
+        """List the events that are in here, those of nested buses in their place."""
+        found: list[Any] = []
+        for event, _ in self.collected:
+            found += event.events() if isinstance(event, DelayedBus) else [event]
+        for event in self.bus.left + self.bus.pending:
+            found += event.events() if isinstance(event, DelayedBus) else [event]
+        return found
+
     def apply(self, commit: Any) -> list[Any]:
-        pairs = self.bus.collect(commit)
+        if any(self not in savepoint.delayed for savepoint in self.bus.marks):
+            raise RuntimeError
+        outer, self.bus.collecting = self.bus.collecting, True
+        try:
+            pairs = self.bus.collect(commit)
+        finally:
+            self.bus.collecting = outer
         plain = type(self.bus).collect in {Bus.collect} and "_collect_event" not in vars(self.bus)
         plain = plain and type(self.bus)._collect_event is Bus._collect_event
         if pairs:
@@ -162,13 +396,16 @@ class DelayedBus:
         self.collected.append(pair)
         self.register()
 
-    def apply_without_delay(self, commit: Any, *, robust: bool = False) -> list[Any]:
-        events: list[Any] = public(lambda: self.apply_collected(commit, robust, gathered(self.bus)))
+    def apply_without_delay(self, commit: Any, *, robust: bool = False, rounds: int = 1) -> list[Any]:
+        out = gathered(self.bus)
+        events: list[Any] = public(lambda: self.apply_collected(commit, robust, out), robust, rounds)
         return events
 
     def apply_collected(self, commit: Any, robust: bool, out: Any) -> list[Any]:
         bus: Any = self.bus
         multi = isinstance(bus, MultiBus)
+        if any(self in savepoint.delayed for savepoint in bus.marks):
+            raise RuntimeError
         batch, self.collected = self.collected, []
         mixed = self.mixed
 
@@ -176,13 +413,24 @@ class DelayedBus:
             event, function = pair
             if mixed:
                 with gather(self.bus, out if multi else None):
-                    function(commit=commit)
+                    if isinstance(event, DelayedBus):
+                        function(commit=commit)
+                    else:
+                        surround(bus, event, commit, lambda: function(commit=commit))
                 if multi and out is not None and not isinstance(event, DelayedBus):
                     out.append(event)
             elif multi:
                 bus.handle(event, commit, robust, out)
             else:
-                self.bus._apply_event(event, commit)
+                handler(event)
+
+        handler: Any = None
+        size: Any = 1
+        if not (multi or mixed):
+            handler, size = bus.handler(commit)
+
+        def do_some(pairs: list[Any]) -> None:
+            handler([event for event, _ in pairs])
 
         def put_back(pairs: list[Any], tried: list[Any]) -> None:
             self.collected = pairs + self.collected
@@ -190,7 +438,8 @@ class DelayedBus:
                 self.register()
                 self.bus.forget_again([event for event, _ in tried])
 
-        return [event for event, _ in run(batch, do, robust, put_back)]
+        key = self  # the bus that notes name
+        return [event for event, _ in run(key, batch, do if size == 1 else do_some, robust, put_back, size)]
 
     def pending_events(self) -> tuple[Any, ...]:
         return self.bus.pending_events()
@@ -256,6 +505,8 @@ class MultiBus(Bus):
         multi = isinstance(delayed.bus, MultiBus)
         plain = cls.apply is DelayedBus.apply and cls.apply_without_delay is DelayedBus.apply_without_delay
         try:
+            if plain and delayed.bus.marks:
+                raise RuntimeError
             with gather(delayed.bus, out if multi and not plain else None):
                 delayed.apply(commit)
                 delayed.let_go(self)
@@ -281,27 +532,40 @@ class MultiBus(Bus):
             if isinstance(delayed, DelayedBus):
                 delayed.hold()
 
-    def apply(self, commit: Any, *, robust: bool = False) -> list[Any]:
-        events: list[Any] = public(lambda: self.apply_buses(commit, robust, gathered(self)))
+    def apply(self, commit: Any, *, robust: bool = False, rounds: int = 1) -> list[Any]:
+        out = gathered(self)
+        events: list[Any] = public(lambda: self.apply_buses(commit, robust, out), robust, rounds)
         return events
 
     def apply_buses(self, commit: Any, robust: bool, out: Any) -> list[Any]:
-        return run(self.take(), lambda delayed: self.handle(delayed, commit, robust, out), robust, self.put_back)
+        def do(delayed: DelayedBus) -> None:
+            self.handle(delayed, commit, robust, out)
 
-    def apply_and_get_applied_events(self, commit: Any, *, robust: bool = False) -> list[Any]:
+        return run(self, self.take(), do, robust, self.put_back)
+
+    def apply_and_get_applied_events(self, commit: Any, *, robust: bool = False, rounds: int = 1) -> list[Any]:
         out: list[Any] = []
         if type(self).apply is MultiBus.apply:
-            public(lambda: self.apply_buses(commit, robust, out))
+            public(lambda: self.apply_buses(commit, robust, out), robust, rounds)
         else:
             with gather(self, out):
-                self.apply(commit, robust=robust)
+                self.apply(commit, robust=robust, rounds=rounds)
         return out
 
+    def refuse_open(self, buses: list[Any]) -> None:
+        for delayed in buses:
+            if delayed.bus.marks:
+                raise RuntimeError
+            if isinstance(delayed.bus, MultiBus):
+                inner = [event for event, _ in delayed.collected if isinstance(event, DelayedBus)]
+                self.refuse_open(delayed.bus.left + delayed.bus.pending + inner)
+
     def discard_pending_events(self) -> list[Any]:
+        self.refuse_open(self.left + self.pending)
         buses = self.take()
         for delayed in buses:
             delayed.drop(self)
         return buses
 
 
-AbstractEventBus, DelayedEventBus, MultiEventBus = Bus, DelayedBus, MultiBus
+AbstractEventBus, BatchEventBus, DelayedEventBus, MultiEventBus = Bus, BatchBus, DelayedBus, MultiBus

@@ -19,13 +19,13 @@ from conftest import TWINS, load
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from commitbus import _state
+from commitbus import _state, add_middleware
 
 settings.register_profile("ci", max_examples=2000, stateful_step_count=30, deadline=None, print_blob=True)
 settings.register_profile("hours", max_examples=1_000_000, stateful_step_count=60, deadline=None, print_blob=True)
 PROFILE = settings.get_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
-KINDS = ["plain", "publish", "publish_all", "apply", "collect", "_collect_event", "_apply_event"]
+KINDS = ["plain", "batch", "publish", "publish_all", "apply", "collect", "_collect_event", "_apply_event"]
 DELAYED_KINDS = ["plain", "plain", "publish", "apply", "apply_without_delay"]
 MULTI_KINDS = ["plain", "plain", "publish", "apply", "_apply_event", "collect", "_collect_event"]
 DEPTH = 12  # how deep handlers may apply within one another: deeper is a matter of the stack
@@ -54,12 +54,14 @@ class World:
         self.module = module
         self.log: list[Any] = []
         self.plans: dict[int, list[Any]] = {}
-        self.attempts: Counter[int] = Counter()
+        self.attempts: Counter[Any] = Counter()
         self.applied: list[int] = []
         self.dropped: list[int] = []
         self.again: list[Any] = []  # the buses that were wrapped once more
         self.kept: list[Any] = []  # pairs that were collected by hand, and not yet called
         self.depth = 0
+        self.mode: str | None = None  # what the middleware does
+        self.savepoints: list[Any] = []
         self.buses = [self.make(kind, i) for i, kind in enumerate(kinds)]
         self.delayed = [
             self.label(self.subclass("DelayedEventBus", kind, f"delayed {i}")(bus), f"delayed {i}")
@@ -96,6 +98,8 @@ class World:
     def make(self, kind: str, index: int) -> Any:
         world = self
         base = self.module.AbstractEventBus
+        if kind == "batch":
+            return self.make_batches(index)
 
         class Bus(base):  # type: ignore[misc, valid-type]
             def _apply_event(self, event: int, commit: Any) -> None:
@@ -129,6 +133,46 @@ class World:
         if kind == "_apply_event":
             bus._apply_event = lambda event, commit: world.handle(index, event, commit)
         return bus
+
+    def make_batches(self, index: int) -> Any:
+        world = self
+        module = self.module
+
+        class Bus(module.BatchEventBus):  # type: ignore[name-defined]
+            batch_size = (None, 2, 3)[index]
+
+            def _apply_events(self, events: list[int], commit: Any) -> None:
+                world.log.append(("batch", index, tuple(events)))
+                before = len(world.applied)
+                errors: dict[int, Exception] = {}
+                for i, event in enumerate(events):
+                    try:
+                        world.handle(index, event, commit)
+                    except Exception as error:
+                        errors[i] = error
+                    except BaseException:
+                        # The whole batch has failed: what it had done counts for nothing.
+                        world.applied[before:] = [one for one in world.applied[before:] if one not in events]
+                        raise
+                if errors:
+                    raise module.PartlyApplied(errors)
+
+        return Bus()
+
+    def around(self, call: Any, index: int, event: Any, commit: Any) -> None:
+        """Be the middleware."""
+        events = event if isinstance(event, list) else [event]
+        self.log.append(("around", self.mode, index, tuple(events), commit))
+        if self.mode == "block" and events[0] % 3 == 0:
+            self.applied += events
+            return
+        if self.mode == "publish" and self.attempts[("around", events[0])] == 0:
+            self.attempts[("around", events[0])] += 1
+            self.buses[events[0] % 3].publish(self.child(0))
+        if self.mode == "raise" and events[0] % 3 == 1 and self.attempts[("around", events[0])] < 2:
+            self.attempts[("around", events[0])] += 1
+            raise Boom("around")
+        call()
 
     def handle(self, index: int, event: int, commit: Any) -> None:
         plan = self.plans[event]
@@ -209,7 +253,11 @@ def plain(value: Any) -> Any:
 
 
 def dissect(error: BaseException, notes: bool) -> Any:
-    inner = [dissect(one, notes) for one in error.exceptions] if isinstance(error, BaseExceptionGroup) else error.args
+    inner: Any = error.args
+    if isinstance(error, BaseExceptionGroup):
+        inner = [dissect(one, notes) for one in error.exceptions]
+    elif isinstance(error, RuntimeError) and not notes:
+        inner = None  # the model has no texts
     return type(error).__name__, inner, getattr(error, "__notes__", []) if notes else None
 
 
@@ -236,6 +284,7 @@ PLANS: st.SearchStrategy[list[Any]] = st.one_of(
 INDEX = st.integers(0, 2)
 COMMIT = st.booleans()
 ROBUST = st.booleans()
+ROUNDS = st.sampled_from([1, 1, 2, 3])
 
 
 class Histories(RuleBasedStateMachine):
@@ -250,6 +299,57 @@ class Histories(RuleBasedStateMachine):
         modules = (model, *map(load, TWINS))
         self.worlds = [World(module, kinds, delayed_kinds, multi_kinds) for module in modules]
         self.published = 0
+        self.remove: Any = None
+
+    def teardown(self) -> None:
+        self.around_nothing()
+
+    def around_nothing(self) -> None:
+        model.middleware = None
+        if getattr(self, "remove", None) is not None:
+            self.remove()
+            self.remove = None
+
+    @rule(mode=st.sampled_from([None, "note", "block", "publish", "raise"]))
+    def put_around(self, mode: str | None) -> None:
+        """Have a middleware around every event from now on, or none."""
+        self.around_nothing()
+        places = {id(bus): (world, i) for world in self.worlds for i, bus in enumerate(world.buses)}
+        for world in self.worlds:
+            world.mode = mode
+
+        def around(call: Any, bus: Any, event: Any, commit: Any) -> None:
+            if id(bus) not in places:
+                call()
+                return
+            world, index = places[id(bus)]
+            world.around(call, index, event, commit)
+
+        if mode is not None:
+            model.middleware = around
+            self.remove = add_middleware(around)
+
+    @precondition(lambda self: len(self.worlds[0].savepoints) < 3)
+    @rule(what=st.sampled_from(["bus", "delayed", "multi", "inner"]), where=INDEX)
+    def open_savepoint(self, what: str, where: int) -> None:
+        def do(world: World) -> None:
+            places = {"bus": world.buses[where], "delayed": world.delayed[where]}
+            bus = {**places, "multi": world.multi, "inner": world.inner}[what]
+            world.savepoints.append(bus.savepoint())
+
+        self.all(do)
+
+    @precondition(lambda self: self.worlds[0].savepoints)
+    @rule(keep=st.booleans(), last=st.booleans())
+    def end_savepoint(self, keep: bool, last: bool) -> None:
+        def do(world: World) -> Any:
+            savepoint = world.savepoints[-1 if last else 0]
+            dropped = savepoint.release() if keep else savepoint.rollback()
+            world.savepoints.remove(savepoint)
+            world.dropped += dropped or []
+            return dropped
+
+        self.all(do)
 
     def event(self, plan: list[Any]) -> int:
         self.published += 1
@@ -264,7 +364,7 @@ class Histories(RuleBasedStateMachine):
             try:
                 outcomes.append(("returned", plain(do(world))))
             except BaseException as error:
-                if not isinstance(error, (Boom, KeyboardInterrupt, ExceptionGroup)):
+                if not isinstance(error, (Boom, KeyboardInterrupt, ExceptionGroup, RuntimeError)):
                     raise
                 # The model has no notes, and its groups have no text.
                 outcomes.append(("raised", dissect(error, False), dissect(error, world is not self.worlds[0])))
@@ -293,9 +393,9 @@ class Histories(RuleBasedStateMachine):
         given: Any = generate if fail else lambda: events
         self.all(lambda world: (world.delayed if delayed else world.buses)[where].publish_all(given()))
 
-    @rule(where=INDEX, commit=COMMIT, robust=ROBUST)
-    def apply(self, where: int, commit: bool, robust: bool) -> None:
-        self.all(lambda world: world.buses[where].apply(commit, robust=robust))
+    @rule(where=INDEX, commit=COMMIT, robust=ROBUST, rounds=ROUNDS)
+    def apply(self, where: int, commit: bool, robust: bool, rounds: int) -> None:
+        self.all(lambda world: world.buses[where].apply(commit, robust=robust, rounds=rounds))
 
     @rule(where=INDEX, commit=COMMIT)
     def collect_by_hand(self, where: int, commit: bool) -> None:
@@ -360,9 +460,9 @@ class Histories(RuleBasedStateMachine):
     def apply_delayed(self, where: int, commit: bool) -> None:
         self.all(lambda world: world.delayed[where].apply(commit))
 
-    @rule(where=INDEX, commit=COMMIT, robust=ROBUST)
-    def apply_without_delay(self, where: int, commit: bool, robust: bool) -> None:
-        self.all(lambda world: world.delayed[where].apply_without_delay(commit, robust=robust))
+    @rule(where=INDEX, commit=COMMIT, robust=ROBUST, rounds=ROUNDS)
+    def apply_without_delay(self, where: int, commit: bool, robust: bool, rounds: int) -> None:
+        self.all(lambda world: world.delayed[where].apply_without_delay(commit, robust=robust, rounds=rounds))
 
     @rule(where=INDEX, commit=COMMIT, robust=ROBUST)
     def apply_side_effects_bus(self, where: int, commit: bool, robust: bool) -> None:
@@ -388,11 +488,11 @@ class Histories(RuleBasedStateMachine):
 
         self.all(do)
 
-    @rule(commit=COMMIT, robust=ROBUST, nested=st.booleans(), flat=st.booleans())
-    def apply_multi(self, commit: bool, robust: bool, nested: bool, flat: bool) -> None:
+    @rule(commit=COMMIT, robust=ROBUST, nested=st.booleans(), flat=st.booleans(), rounds=ROUNDS)
+    def apply_multi(self, commit: bool, robust: bool, nested: bool, flat: bool, rounds: int) -> None:
         def do(world: World) -> Any:
             multi = world.inner if nested else world.multi
-            return (multi.apply_and_get_applied_events if flat else multi.apply)(commit, robust=robust)
+            return (multi.apply_and_get_applied_events if flat else multi.apply)(commit, robust=robust, rounds=rounds)
 
         self.all(do)
 

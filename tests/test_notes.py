@@ -154,7 +154,7 @@ def test_rule_4_texts_count() -> None:
     failures = _messages.Failures()
     failures.errors.append(error)
     failures.positions.append(0)
-    failures.count = 1
+    failures.total = 1
     assert str(failures.group(object())) == "1 of 1 event failed in object and stays pending (1 sub-exception)"
 
 

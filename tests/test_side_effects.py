@@ -471,3 +471,87 @@ def test_rule_20_calls_of_the_same_bound_method_are_equal(twin: Any) -> None:
     assert call == twin.SideEffectCall(mailer.send)
     assert hash(call) == hash(twin.SideEffectCall(mailer.send))
     assert call != twin.SideEffectCall(Mailer().send)
+
+
+def test_rule_20b_if_committed(twin: Any) -> None:
+    calls: list[Any] = []
+
+    def delay(*args: Any, **kwargs: Any) -> str:
+        calls.append((args, kwargs))
+        return "done"
+
+    call = twin.if_committed(delay, 1, two=2)
+    assert type(call) is twin.SideEffectCall
+    assert call(commit=False) is None
+    assert calls == []
+    assert call(commit=True) == "done"
+    assert call(commit=[0]) == "done"
+    assert calls == [((1,), {"two": 2})] * 2
+    assert (call.function, call.args, dict(call.kwargs)) == (delay, (1,), {"two": 2})
+    for bus in (twin.BasicEventBus(), twin.SharedSideEffectsEventBus()):
+        del calls[:]
+        bus.publish_all([twin.if_committed(delay), twin.if_committed(delay, 3), twin.SideEffectCall(delay, 4)])
+        bus.apply(False)
+        assert calls == [((4,), {"commit": False})]
+        bus.publish_all([twin.if_committed(delay), twin.if_committed(delay, k=5)])
+        bus.apply(True)
+        assert calls[1:] == [((), {}), ((), {"k": 5})]
+
+
+def test_rule_20b_with_many_arguments(twin: Any) -> None:
+    def add(*args: int, **kwargs: int) -> int:
+        return sum(args) + sum(kwargs.values())
+
+    for count in (8, 9, 10, 11, 50):
+        call = twin.if_committed(add, *range(count), k=1)
+        assert call(commit=True) == sum(range(count)) + 1
+
+
+def test_rule_20b_a_commit_of_the_functions_own(twin: Any) -> None:
+    call = twin.if_committed(dict, commit="mine")
+    assert call(commit=True) == {"commit": "mine"}
+    assert call(commit=False) is None
+
+
+def test_rule_20b_it_is_a_value_of_its_own(twin: Any) -> None:
+    call, same = twin.if_committed(print, 1, end=""), twin.if_committed(print, 1, end="")
+    assert call == same
+    assert hash(call) == hash(same)
+    assert call != twin.SideEffectCall(print, 1, end="")
+    assert hash(call) != hash(twin.SideEffectCall(print, 1, end=""))
+    assert repr(call) == "if_committed(print, 1, end='')"
+    assert copy.copy(call) is call
+    loaded = pickle.loads(pickle.dumps(call))
+    assert repr(loaded) == repr(call)
+    assert loaded(commit=False) is None
+
+
+def test_rule_20b_what_cannot_be_called(twin: Any) -> None:
+    with pytest.raises(TypeError, match=r"^if_committed\(\) takes a callable, not int; pass the function itself"):
+        twin.if_committed(3)
+    with pytest.raises(TypeError, match=r"^if_committed\(\) missing 1 required positional argument: 'function'$"):
+        twin.if_committed()
+    odd: Any = {1: 2}
+    with pytest.raises(TypeError, match="keywords must be strings"):
+        twin.if_committed(print, **odd)
+
+
+def test_rule_20b_a_commit_without_a_truth(twin: Any) -> None:
+    class Odd:
+        def __bool__(self) -> bool:
+            raise Boom
+
+    bus = twin.BasicEventBus()
+    bus.publish(twin.if_committed(print))
+    with pytest.raises(Boom):
+        bus.apply(Odd())
+    assert len(bus.pending_events()) == 1
+
+
+def test_rule_4c_if_committed_of_a_coroutine_function(twin: Any) -> None:
+    async def forgotten() -> None: ...
+
+    bus = twin.BasicEventBus()
+    bus.publish(twin.if_committed(forgotten))
+    with pytest.raises(TypeError, match="forgotten returned a coroutine"):
+        bus.apply(True)

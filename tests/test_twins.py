@@ -11,7 +11,7 @@ from conftest import load
 PURE = load("pure")
 CLASSES = [name for name in PURE.__all__ if isinstance(getattr(PURE, name), type)]
 # What object, ABC, Generic and Cython put into a class, beside our own.
-HOOKS = {"_apply_event", "_collect_event"}
+HOOKS = {"_apply_event", "_apply_events", "_collect_event"}
 
 
 def names(cls: type) -> set[str]:

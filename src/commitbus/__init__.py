@@ -1,6 +1,11 @@
 """An event bus for side effects: nothing happens until ``apply(commit=...)``."""
 
+from commitbus._looking import tree
 from commitbus._select import implementation
+from commitbus.batch_event_bus import (
+    BatchEventBus,
+    PartlyApplied,
+)
 from commitbus.delayed_event_bus import (
     DelayedEventBus,
 )
@@ -10,11 +15,17 @@ from commitbus.event_bus import (
     CommittableFunction,
     EventBus,
 )
+from commitbus.middleware import (
+    add_middleware,
+)
 from commitbus.multi_event_bus import (
     EventBusOrchestrator,
     MultiEventBus,
     UnappliedEventsWarning,
     use_orchestrator_or_create_multi_event_bus,
+)
+from commitbus.savepoint import (
+    Savepoint,
 )
 from commitbus.shared_side_effects import (
     SharedSideEffectsEventBus,
@@ -22,6 +33,7 @@ from commitbus.shared_side_effects import (
 from commitbus.side_effects import (
     SharedSideEffectContext,
     SideEffectCall,
+    if_committed,
 )
 
 __version__ = "0.1.0"
@@ -29,16 +41,22 @@ __version__ = "0.1.0"
 __all__ = [
     "AbstractEventBus",
     "BasicEventBus",
+    "BatchEventBus",
     "CommittableFunction",
     "DelayedEventBus",
     "EventBus",
     "EventBusOrchestrator",
     "MultiEventBus",
+    "PartlyApplied",
+    "Savepoint",
     "SharedSideEffectContext",
     "SharedSideEffectsEventBus",
     "SideEffectCall",
     "UnappliedEventsWarning",
     "__version__",
+    "add_middleware",
+    "if_committed",
     "implementation",
+    "tree",
     "use_orchestrator_or_create_multi_event_bus",
 ]

@@ -6,14 +6,16 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from commitbus._pure import AbstractEventBus, DelayedEventBus
+    from commitbus.savepoint import Savepoint
 
 __all__ = [
     "CommittableFunction",
     "EventBus",
     "EventBusOrchestrator",
+    "PartlyApplied",
     "T",
     "UnappliedEventsWarning",
 ]
@@ -179,6 +181,86 @@ class EventBusOrchestrator(ABC):
             registered with `MultiEventBus.publish` instead.
         """
 
+    def savepoint(self) -> Savepoint:
+        """Begin a block whose events are dropped when it is left by an exception.
+
+        Returns
+        -------
+        Savepoint
+            It covers all that the orchestrator would apply, and is open.
+
+        Raises
+        ------
+        NotImplementedError
+            When the orchestrator's class does not override this.
+        """
+        raise NotImplementedError(
+            f"{type(self).__qualname__} has no savepoints; implement savepoint(), or pass a MultiEventBus"
+        )
+
+
+class PartlyApplied(Exception):
+    """Raised by `BatchEventBus._apply_events`: some of its batch failed, the others are done.
+
+    Parameters
+    ----------
+    errors : mapping of int to Exception
+        For each event that failed, by its position in the list that the method was given: why. References are
+        kept to the errors.
+
+    Raises
+    ------
+    TypeError
+        When `errors` is no mapping of ints to exceptions.
+    ValueError
+        When it is empty, or a position is negative.
+
+    Examples
+    --------
+    >>> from commitbus import BatchEventBus, PartlyApplied
+    >>> class MailBus(BatchEventBus[str]):
+    ...     def _apply_events(self, events: list[str], commit: bool) -> None:
+    ...         bad = {i: ValueError("no address") for i, event in enumerate(events) if "@" not in event}
+    ...         if bad:
+    ...             raise PartlyApplied(bad)
+    >>> bus = MailBus()
+    >>> bus.publish_all(["ada@example.org", "nobody"])
+    >>> try:
+    ...     bus.apply(commit=True)
+    ... except ExceptionGroup as group:
+    ...     print(group.exceptions)
+    (ValueError('no address'),)
+    >>> bus.pending_events()
+    ('nobody',)
+    """
+
+    __module__ = "commitbus.batch_event_bus"
+
+    errors: dict[int, Exception]
+
+    def __init__(self, errors: Mapping[int, Exception]) -> None:
+        found: dict[Any, Any]
+        try:
+            found = dict(errors)
+        except (TypeError, ValueError):
+            found = {None: None}  # refused below
+        if not all(isinstance(at, int) and isinstance(error, Exception) for at, error in found.items()):
+            raise TypeError(
+                "PartlyApplied() takes a mapping of positions in the batch to the exceptions of these events; "
+                "pass for example {0: error}"
+            )
+        if not found or min(found) < 0:
+            raise ValueError(
+                "PartlyApplied() takes the position of at least one event, counted from 0; "
+                "return where every event was applied"
+            )
+        super().__init__(found)
+        self.errors = found
+
+    def __str__(self) -> str:
+        """Say how many."""
+        return f"{len(self.errors)} {'event' if len(self.errors) == 1 else 'events'} of the batch failed"
+
 
 class UnappliedEventsWarning(RuntimeWarning):
     """A unit of work was left with events that nobody applied.
@@ -197,6 +279,15 @@ yielded before the block ends, or leave the block by an exception
     """
 
     __module__ = "commitbus.multi_event_bus"
+
+
+if TYPE_CHECKING:
+    from typing_extensions import deprecated as deprecated
+else:
+
+    def deprecated(_message: str, **_: None) -> Callable[[T], T]:
+        """Mark for type checkers alone (PEP 702): 3.11 has no `warnings.deprecated`."""
+        return lambda function: function
 
 
 def iterate(events: Iterable[Any]) -> Any:

@@ -8,8 +8,12 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Coroutine, Generator, Mapping
 from contextlib import suppress
 from types import BuiltinFunctionType, FunctionType
+from typing import TYPE_CHECKING
 
-from commitbus._naming import describe, describe_bus, name_of, type_name
+from commitbus._naming import describe, describe_bus, is_delayed, name_of, type_name
+
+if TYPE_CHECKING:
+    from commitbus._interfaces import PartlyApplied
 
 _FUNCTIONS = (FunctionType, BuiltinFunctionType, type)
 
@@ -22,12 +26,30 @@ def _add_note(error: BaseException, text: str) -> None:
         BaseException.add_note(error, f"commitbus: {text}")
 
 
-def note_stopped(error: BaseException, bus: object, event: object, number: int, count: int, earlier: int) -> None:
-    """Say which event stopped an apply, and what stays pending."""
-    left = count - number
-    rest = f"it and the {left} after it stay pending" if left else "it stays pending"
-    before = f", as do {earlier} that had failed before it" if earlier else ""
-    _add_note(error, f"event {number} of {count}, {describe(event)}, failed in {describe_bus(bus)}; {rest}{before}")
+def note_stopped(
+    error: BaseException, bus: object, event: object, done: int, width: int, span: int, count: int, earlier: int
+) -> None:
+    """Say which event stopped an apply, or which ones that were tried together, and what stays pending."""
+    left = count - done - width
+    if is_delayed(event):
+        if count > 1:  # else the note of the bus itself has said it all
+            rest = f"it and the {left} after it stay" if left else "it stays"
+            _add_note(error, f"that was bus {done + 1} of {count} in {describe_bus(bus)}; {rest} registered")
+        return
+    it, them, stay = ("it", "it", "stays") if width == 1 else ("they", "them", "stay")
+    rest = f"{it} and the {left} after {them} stay" if left else f"{it} {stay}"
+    before = f", as do {earlier} that had failed before {them}" if earlier else ""
+    what = _which(event, done, width, span, count)
+    _add_note(error, f"{what} failed in {describe_bus(bus)}; {rest} pending{before}")
+
+
+def _which(event: object, done: int, width: int, span: int, count: int) -> str:
+    """Name the events that failed together, of which `done` are finished: one by its name, more by their numbers."""
+    if span == 1:
+        return f"event {done + 1} of {count}, {describe(event)},"
+    last = done + width
+    several = f"events {last - span + 1} to {last} of {count}"
+    return several if width == span else f"{width} of {several}"
 
 
 def note_interrupted(error: BaseException, bus: object, done: int, count: int) -> None:
@@ -59,7 +81,20 @@ def drop_own_frames(error: BaseException) -> None:
 
 
 def _is_own(module: object) -> bool:
-    return type(module) is str and module.startswith(("commitbus._pure.", "commitbus._compiled."))
+    return type(module) is str and module.startswith(
+        ("commitbus._pure.", "commitbus._compiled.", "commitbus.middleware")
+    )
+
+
+class Rounds:
+    """What the rounds of one robust apply have to know of each other."""
+
+    __slots__ = ("aside", "tried")
+
+    def __init__(self) -> None:
+        # For each bus, by its identity, the events that failed in a round: a later round does not try them again.
+        self.aside: dict[int, list[object]] = {}
+        self.tried = 0  # how many events were tried, buses aside
 
 
 class Failures:
@@ -68,26 +103,54 @@ class Failures:
     A multi bus hands its own list of errors to each bus that it applies, so that they all end in one group.
     """
 
-    __slots__ = ("begin", "count", "errors", "positions")
+    __slots__ = ("again", "begin", "count", "errors", "positions", "rounds", "total")
 
-    def __init__(self, errors: list[Exception] | None = None) -> None:
+    def __init__(self, errors: list[Exception] | None = None, rounds: Rounds | None = None) -> None:
         self.errors: list[Exception] = [] if errors is None else errors
         self.positions: list[int] = []  # in the batch, of the events that failed
+        self.again: set[int] = set()  # those of them that are buses, and may have a turn in the next round
         self.begin = 0  # where the batch begins: those before were done by earlier applies
         self.count = 0  # how many events it has
+        self.total = 0  # how many there were in all rounds
+        self.rounds = rounds  # None where there is one only
 
-    def note(self, first: int, bus: object, event: object, position: int) -> None:
+    def inner(self) -> Failures:
+        """Make one for a bus that a multi bus applies."""
+        return Failures(self.errors, self.rounds)
+
+    def start(self, bus: object, batch: list[object], begin: int, first: object) -> int:
+        """Begin a batch of which `first` is an event; give how many failed in an earlier round: they come first."""
+        self.begin, self.count = begin, len(batch) - begin
+        self.positions.clear()
+        self.again.clear()
+        if self.rounds is not None:
+            for position, event in enumerate(self.rounds.aside.get(id(bus), ()), begin):
+                # By identity: another thread may have applied or put back others meanwhile.
+                if position >= len(batch) or batch[position] is not event:
+                    break
+                self.positions.append(position)
+            if not is_delayed(first):
+                self.rounds.tried += self.count - len(self.positions)
+        self.total += self.count - len(self.positions)
+        return len(self.positions)
+
+    def set_aside(self, bus: object, batch: list[object]) -> None:
+        """Remember what failed for the next round."""
+        if self.rounds is not None:
+            self.rounds.aside[id(bus)] = [batch[position] for position in self.positions if position not in self.again]
+
+    def note(self, first: int, bus: object, event: object, position: int, width: int, span: int) -> None:
         """Say of the errors from `first` on which event failed; a bus in a multi bus may have several."""
-        number = position - self.begin + 1
+        if is_delayed(event):
+            return  # the notes of the bus itself have said it all
+        what = _which(event, position - self.begin, width, span, self.count)
+        stay = "it stays" if width == 1 else "they stay"
         for error in self.errors[first:]:
-            _add_note(
-                error,
-                f"event {number} of {self.count}, {describe(event)}, failed in {describe_bus(bus)}; it stays pending",
-            )
+            _add_note(error, f"{what} failed in {describe_bus(bus)}; {stay} pending")
 
     def group(self, bus: object) -> ExceptionGroup[Exception]:
         """Make one error of all."""
-        events = "1 event" if self.count == 1 else f"{self.count} events"
+        events = "1 event" if self.total == 1 else f"{self.total} events"
         stays = "stays" if len(self.positions) == 1 else "stay"
         text = f"{len(self.positions)} of {events} failed in {describe_bus(bus)} and {stays} pending"
         return ExceptionGroup(text, list(self.errors))  # a copy: `end` clears this list
@@ -101,6 +164,8 @@ class Failures:
         """Give the one error of all, and keep none: a traceback leads to the frame that has this object."""
         group = self.group(bus)
         self.errors.clear()
+        if self.rounds is not None:
+            self.rounds.aside.clear()
         return group
 
 
@@ -170,16 +235,16 @@ def not_a_call(value: object) -> TypeError:
     )
 
 
-def not_a_function(value: object) -> TypeError:
+def not_a_function(name: str, value: object) -> TypeError:
     """Refuse a side-effect call of what cannot be called."""
     return TypeError(
-        f"SideEffectCall() takes a callable, not {type_name(type(value))}; pass the function itself, then its arguments"
+        f"{name}() takes a callable, not {type_name(type(value))}; pass the function itself, then its arguments"
     )
 
 
-def no_function() -> TypeError:
-    """Say what the pure twin's constructor says without arguments."""
-    return TypeError("SideEffectCall.__new__() missing 1 required positional argument: 'function'")
+def no_function(name: str) -> TypeError:
+    """Say what the pure twin's function says without arguments."""
+    return TypeError(f"{name}() missing 1 required positional argument: 'function'")
 
 
 def commit_keyword() -> TypeError:
@@ -218,6 +283,165 @@ def not_an_orchestrator(value: object) -> TypeError:
     )
 
 
+def not_a_middleware(value: object) -> TypeError:
+    """Refuse a middleware that cannot be called."""
+    return TypeError(
+        f"add_middleware() takes a function of (call, bus, event, commit), not {type_name(type(value))}; "
+        "pass the function itself"
+    )
+
+
+def called_again() -> RuntimeError:
+    """Refuse to apply an event twice."""
+    return RuntimeError(
+        "call() applies the event once, and only until the middleware that it was given to returns; "
+        "to try again later, let the event fail, and apply the bus again"
+    )
+
+
+def savepoint_is_open(bus: object, savepoint: object) -> RuntimeError:
+    """Refuse what would make a savepoint wrong."""
+    return RuntimeError(
+        f"{describe_bus(bus)} cannot be applied, collected or emptied while {savepoint!r} is open; "
+        "do it after the block, or end the savepoint with release() or rollback() first"
+    )
+
+
+def savepoint_ended() -> RuntimeError:
+    """Refuse to end a savepoint again."""
+    return RuntimeError("this savepoint has ended; open another with savepoint()")
+
+
+def savepoint_not_last(savepoint: object, last: object) -> RuntimeError:
+    """Refuse to end savepoints in another order than they were opened in."""
+    return RuntimeError(f"{savepoint!r} cannot end before {last!r}, which was opened later; end that one first")
+
+
+def not_rounds(value: object) -> Exception:
+    """Refuse a number of rounds that is none."""
+    if not isinstance(value, int):
+        return TypeError(f"rounds must be an int, not {type_name(type(value))}; pass how often to apply at most")
+    return ValueError(f"rounds must be 1 or more, not {value}; pass how often to apply at most")
+
+
+def not_a_batch_size(bus: object, value: object) -> Exception:
+    """Refuse the batch_size of a bus."""
+    advice = f"set batch_size of {describe_bus(bus)} to how many events it takes at most, or None for all"
+    if not isinstance(value, int):
+        return TypeError(f"batch_size must be an int or None, not {type_name(type(value))}; {advice}")
+    return ValueError(f"batch_size must be 1 or more, not {value}; {advice}")
+
+
+def checked_batch_size(bus: object, size: object) -> int:
+    """Give how many events a batch has at most, or 0 for all that are pending.
+
+    Raises
+    ------
+    TypeError
+        When it is neither an int nor None.
+    ValueError
+        When it is below 1.
+    """
+    if size is None:
+        return 0
+    if not isinstance(size, int) or size < 1:
+        raise not_a_batch_size(bus, size)
+    return size
+
+
+def partly_applied(
+    bus: object, error: PartlyApplied, events: list[object]
+) -> tuple[ExceptionGroup[Exception], list[int]]:
+    """Make one error of those of a batch; give the positions that failed, too, in order.
+
+    Raises
+    ------
+    ValueError
+        When a position is not in the batch, of which all is taken to have failed.
+    """
+    failed, count = sorted(error.errors), len(events)
+    if failed[-1] >= count:
+        raise ValueError(
+            f"PartlyApplied has position {failed[-1]}, but the batch has {count} events, from 0 to {count - 1}; "
+            "pass positions in the list that _apply_events() was given"
+        ) from error
+    for position in failed:
+        what = f"event {position + 1} of a batch of {count}, {describe(events[position])},"
+        _add_note(error.errors[position], f"{what} failed in {describe_bus(bus)}; it stays pending")
+    text = f"{len(failed)} of {'1 event' if count == 1 else f'{count} events'} failed in a batch of {describe_bus(bus)}"
+    return ExceptionGroup(text, [error.errors[position] for position in failed]), failed
+
+
+def not_a_callback(name: str, value: object) -> TypeError:
+    """Refuse a function of a unit of work that cannot be called."""
+    return TypeError(
+        f"{name} must be a function, not {type_name(type(value))}; "
+        f"pass the function itself, without calling it, for example {_EXAMPLES[name]}"
+    )
+
+
+_EXAMPLES = {
+    "commit_transaction": "commit_transaction=session.commit",
+    "rollback_transaction": "rollback_transaction=session.rollback",
+    "on_unapplied": "on_unapplied=log_unapplied",
+}
+
+
+def pair_has_no(name: str) -> AttributeError:
+    """Say how to take the pair that a unit of work yields apart."""
+    return AttributeError(
+        f"a unit of work yields a pair, which has no attribute {name!r}; unpack it: "
+        "with use_orchestrator_or_create_multi_event_bus(...) as (event_bus, commit_and_execute_side_effects)"
+    )
+
+
+def unapplied(count: int) -> str:
+    """Say that a unit of work was left with events that nobody applied."""
+    was = "1 event was" if count == 1 else f"{count} events were"
+    return (
+        f"{was} published but never applied; call the function that "
+        "use_orchestrator_or_create_multi_event_bus() yielded before the block ends, "
+        "or leave the block by an exception"
+    )
+
+
+def note_unapplied(error: BaseException, events: list[object]) -> None:
+    """Say which events were not applied though their transaction was committed."""
+    with suppress(Exception):
+        names = [describe(event) for event in events[:_MOST_NAMES]]
+        if len(events) > _MOST_NAMES:
+            names.append(f"and {len(events) - _MOST_NAMES} more")
+        were = "1 event was" if len(events) == 1 else f"{len(events)} events were"
+        _add_note(error, f"the transaction was committed, but {were} not applied: {', '.join(names)}")
+
+
+_MOST_NAMES = 5
+
+
+def chain(error: BaseException, second: BaseException) -> None:
+    """Make an error that came while another was seen to the last in the chain of that one."""
+    seen = {id(error), id(second)}
+    while (inner := error.__cause__ or error.__context__) is not None and id(inner) not in seen:
+        seen.add(id(inner))
+        error = inner
+    if second.__context__ is not None and id(second.__context__) in seen:
+        second.__context__ = None  # it was raised while that one was handled: no ring
+    if inner is None:
+        error.__context__ = second
+
+
+def not_a_tree(value: object) -> TypeError:
+    """Refuse to draw what is no bus."""
+    return TypeError(f"tree() takes a bus of commitbus, not {type_name(type(value))}; pass the bus itself")
+
+
+def not_a_most(value: object) -> Exception:
+    """Refuse a number of lines that is none."""
+    if not isinstance(value, int):
+        return TypeError(f"most must be an int, not {type_name(type(value))}; pass how many lines a bus has at most")
+    return ValueError(f"most must be 0 or more, not {value}; pass how many lines a bus has at most")
+
+
 def no_arguments(cls: type) -> TypeError:
     """Refuse arguments that nobody takes."""
     return TypeError(f"{cls.__name__}() takes no arguments")
@@ -228,12 +452,12 @@ def immutable(name: str) -> AttributeError:
     return AttributeError(f"SideEffectCall is immutable, so {name} cannot be changed; make a new one")
 
 
-def call_repr(function: object, args: tuple[object, ...], kwargs: Mapping[str, object]) -> str:
+def call_repr(function: object, args: tuple[object, ...], kwargs: Mapping[str, object], conditional: bool) -> str:
     """Show a side-effect call the way it was made."""
     parts = [name_of(function) if isinstance(function, _FUNCTIONS) else repr(function)]
     parts += map(repr, args)
     parts += (f"{name}={value!r}" for name, value in kwargs.items())
-    return f"SideEffectCall({', '.join(parts)})"
+    return f"{'if_committed' if conditional else 'SideEffectCall'}({', '.join(parts)})"
 
 
 def refuse_coroutine(function: object, result: object) -> None:

@@ -88,6 +88,14 @@ def describe_bus(bus: object) -> str:
     return type_name(cls)
 
 
+def is_delayed(event: object) -> bool:
+    """Whether an event is a delayed bus."""
+    for base in _mro_of(type(event)):  # noqa: SIM110 (a generator would swallow an interrupt)
+        if "_commitbus_parts" in base.__dict__:
+            return True
+    return False
+
+
 def _inside_partial(value: Any) -> object:
     function = _func_of(value)
     if any(function is one for one in _collected):
@@ -95,6 +103,7 @@ def _inside_partial(value: Any) -> object:
     return function
 
 
+_mro_of = vars(type)["__mro__"].__get__
 _func_of = vars(partial)["func"].__get__
 _args_of = vars(partial)["args"].__get__
 see_through(partial, _inside_partial)

@@ -13,11 +13,13 @@ from typing import Any, cast
 _MODULES = {
     "AbstractEventBus": "commitbus.event_bus",
     "BasicEventBus": "commitbus.event_bus",
+    "BatchEventBus": "commitbus.batch_event_bus",
     "DelayedEventBus": "commitbus.delayed_event_bus",
     "MultiEventBus": "commitbus.multi_event_bus",
     "SharedSideEffectsEventBus": "commitbus.shared_side_effects",
     "SideEffectCall": "commitbus.side_effects",
     "SideEffectsBus": "commitbus.delayed_event_bus",
+    "if_committed": "commitbus.side_effects",
 }
 
 

@@ -6,11 +6,13 @@ if TYPE_CHECKING:
     from commitbus._pure import (
         SharedSideEffectContext,
         SideEffectCall,
+        if_committed,
     )
 else:
     from commitbus._select import twin
 
     SharedSideEffectContext = twin.SharedSideEffectContext
     SideEffectCall = twin.SideEffectCall
+    if_committed = twin.if_committed
 
-__all__ = ["SharedSideEffectContext", "SideEffectCall"]
+__all__ = ["SharedSideEffectContext", "SideEffectCall", "if_committed"]

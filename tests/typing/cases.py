@@ -18,6 +18,7 @@ from commitbus import (
     SharedSideEffectContext,
     SharedSideEffectsEventBus,
     SideEffectCall,
+    if_committed,
     use_orchestrator_or_create_multi_event_bus,
 )
 from shared.event_bus.event_bus import AbstractEventBus as SharedAbstractEventBus
@@ -37,6 +38,9 @@ def send(address: str, *, commit: bool) -> None: ...
 def positional(commit: bool) -> None: ...
 
 
+async def coroutine(*, commit: bool) -> None: ...
+
+
 def no_commit(address: str) -> None: ...
 
 
@@ -45,7 +49,8 @@ orders.publish(Order())
 orders.publish_all([Order()])
 orders.publish("order")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 assert_type(orders.apply(commit=True), list[Order])
-assert_type(orders.apply(True, robust=True), list[Order])
+assert_type(orders.apply(True, robust=True, rounds=2), list[Order])
+assert_type(orders.savepoint().rollback(), list[Any])
 assert_type(orders.collect(True), list[tuple[Order, CommittableFunction]])
 assert_type(orders.pending_events(), tuple[Order, ...])
 assert_type(orders.discard_pending_events(), list[Order])
@@ -56,12 +61,18 @@ functions = BasicEventBus()
 functions.publish(partial(send, "a"))
 functions.publish(SideEffectCall(send, "a"))
 functions.publish(positional)
-functions.publish(no_commit)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-functions.publish(3)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+functions.publish(no_commit)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue, reportArgumentType]
+functions.publish(coroutine)  # type: ignore[deprecated]  # pyright: ignore[reportDeprecated]
+functions.publish(if_committed(no_commit, "a"))
+assert_type(if_committed(no_commit, address="a"), SideEffectCall)
+if_committed(no_commit)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+if_committed(no_commit, 3)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+if_committed(no_commit, adress="a")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+functions.publish(3)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
 def publish_callable(function: Callable[[bool], None]) -> None:
-    functions.publish(function)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    functions.publish(function)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
 
 
 delayed = DelayedEventBus(orders)

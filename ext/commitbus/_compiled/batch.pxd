@@ -1,18 +1,29 @@
 from cpython.object cimport PyObject
 
 
+cdef struct Progress:
+    # How far an apply came in its batch: the position of the first event that is not finished.
+    Py_ssize_t done
+    # The events from `done` on that are tried together, and fail together; and how many they were at first. One,
+    # but on a `BatchEventBus`.
+    Py_ssize_t width
+    Py_ssize_t span
+
+
 cdef class Source:
     """Where an apply takes its batch from, and puts back what is left of it."""
 
     # What carries an event out: looked up once an apply, before anything is taken. Where `method` is set, it is
     # the function of a method, to be called with its bus first: binding it for each apply is a tenth of a request.
     cdef object hook(self, bint* method)
+    # Gives a hook that runs the middleware around that one.
+    cdef object surrounded(self, object hook, bint* method, object stack)
     # Takes all that is pending, of which the events before `head` are done and None; None when there is none.
     cdef list take(self, Py_ssize_t* head)
-    # Runs a batch from `done` on, up to the first event that fails. Gives 0 at the end; 1 after a bus that has
+    # Runs a batch from `at.done` on, up to the first event that fails. Gives 0 at the end; 1 after a bus that has
     # added its errors to `failures`, where its position is then, too.
     cdef int run(
-        self, object hook, bint method, list batch, Py_ssize_t* done, object commit, object failures, list out
+        self, object hook, bint method, list batch, Progress* at, object commit, object failures, list out
     ) except -1
     # Puts a batch back, from `head` on. `begun` is how many of these were tried: they come first.
     cdef int put_back(self, list batch, Py_ssize_t head, Py_ssize_t begun) except -1
@@ -29,12 +40,15 @@ cdef class Pair:
     cdef tuple pair
 
 
+# What runs around every event, in a tuple; None where nothing does.
+cdef object middleware
+
 cdef object event_of(object item)
 cdef list events_of(list items)
 cdef object explicit(tuple pair)
 cdef list carry_out(Source source, object bus, object commit, object failures, list out)
-cdef int call_handler(object bus, object handler, bint method, list batch, Py_ssize_t* done, object commit) except -1
-cdef int call_events(list batch, Py_ssize_t* done, object commit) except -1
+cdef int call_handler(object bus, object handler, bint method, list batch, Progress* at, object commit) except -1
+cdef int call_events(list batch, Progress* at, object commit) except -1
 cdef int call_event(object event, object commit) except -1
 cdef int check(object function, object result) except -1
 cdef object look_up(object bus, str name, bint* method)

@@ -3,7 +3,7 @@
 """A batch: what one apply took out of a bus, how it is run, and what is left of it when it is stopped.
 
 A batch is a list that an apply took out of a bus: nobody else has it, so each event in it is applied by
-that apply or put back. ``done`` counts the events that are finished. C code is not interrupted between a
+that apply or put back. `Progress` says how far it came. C code is not interrupted between a
 handler's return and the count.
 """
 
@@ -14,6 +14,7 @@ from cpython.ref cimport Py_DECREF
 from commitbus._compiled.side_effects cimport SideEffectCall
 
 from commitbus import _messages
+from commitbus.middleware import tell_changes
 
 
 cdef extern from "Python.h":
@@ -106,17 +107,17 @@ cdef int call_event(object event, object commit) except -1:
     return call_event_inline(event, commit)
 
 
-cdef int call_events(list batch, Py_ssize_t* done, object commit) except -1:
+cdef int call_events(list batch, Progress* at, object commit) except -1:
     """Call the events of a batch that are not done."""
     # The size is read each time: somebody may find the list by the garbage collector, and clear it.
-    while done[0] < PyList_GET_SIZE(batch):
-        event = <object>PyList_GET_ITEM(batch, done[0])
+    while at.done < PyList_GET_SIZE(batch):
+        event = <object>PyList_GET_ITEM(batch, at.done)
         call_event_inline(event, commit)
-        done[0] += 1
+        at.done += 1
     return 0
 
 
-cdef int call_handler(object bus, object handler, bint method, list batch, Py_ssize_t* done, object commit) except -1:
+cdef int call_handler(object bus, object handler, bint method, list batch, Progress* at, object commit) except -1:
     """Call ``handler(event, commit)`` for the events of a batch that are not done; a method's with its bus first."""
     cdef PyObject* stack[4]
     cdef PyObject** arguments = stack + 1
@@ -138,12 +139,24 @@ cdef int call_handler(object bus, object handler, bint method, list batch, Py_ss
         vectorcall = PyObject_Vectorcall
     stack[0] = NULL
     stack[count] = <PyObject*>commit
-    while done[0] < PyList_GET_SIZE(batch):
-        event = <object>PyList_GET_ITEM(batch, done[0])
+    while at.done < PyList_GET_SIZE(batch):
+        event = <object>PyList_GET_ITEM(batch, at.done)
         stack[count - 1] = <PyObject*>event
         finish(handler, vectorcall(function, arguments, count | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL))
-        done[0] += 1
+        at.done += 1
     return 0
+
+
+# Middleware
+
+
+def use_middleware(stack):
+    """Run these around every event from the next apply on."""
+    global middleware
+    middleware = stack
+
+
+tell_changes(use_middleware)
 
 
 # Applying
@@ -153,11 +166,14 @@ cdef class Source:
     cdef object hook(self, bint* method):
         raise NotImplementedError
 
+    cdef object surrounded(self, object hook, bint* method, object stack):
+        raise NotImplementedError
+
     cdef list take(self, Py_ssize_t* head):
         raise NotImplementedError
 
     cdef int run(
-        self, object hook, bint method, list batch, Py_ssize_t* done, object commit, object failures, list out
+        self, object hook, bint method, list batch, Progress* at, object commit, object failures, list out
     ) except -1:
         raise NotImplementedError
 
@@ -178,30 +194,35 @@ cdef list carry_out(Source source, object bus, object commit, object failures, l
     events that multi buses apply. Returns the events that were applied.
     """
     cdef Py_ssize_t begin = 0
-    cdef Py_ssize_t done
+    cdef Progress at
     cdef Py_ssize_t before = 0
     cdef bint owned = True  # whether the batch is this apply's own: not once it was put back
     cdef list applied = None
     cdef bint method = False
     hook = source.hook(&method)
+    if middleware is not None:
+        hook = source.surrounded(hook, &method, middleware)
     cdef list batch = source.take(&begin)
     if batch is None:
         return []
-    done = begin
+    at.done = begin
+    at.width = at.span = 1
     scope = None
     try:
         scope = source.scope(commit)
         if scope is not None:
             scope.enter()
         if failures is None:
-            source.run(hook, method, batch, &done, commit, None, out)
+            source.run(hook, method, batch, &at, commit, None, out)
         else:
             before = len(failures.errors)
-            run_robustly(source, hook, method, bus, batch, begin, &done, commit, failures, out)
+            run_robustly(source, hook, method, bus, batch, begin, &at, commit, failures, out)
             if failures.positions:
-                applied = applied_of(batch, begin, done, failures.positions)
+                applied = applied_of(batch, begin, at.done, failures.positions)
+                if failures.rounds is not None:
+                    failures.set_aside(bus, batch)
                 owned = False
-                put_back(source, batch, begin, done, failures)
+                put_back(source, batch, begin, at.done, failures)
         if applied is None:
             applied = batch if begin == 0 else batch[begin:]
         owned = False
@@ -210,7 +231,7 @@ cdef list carry_out(Source source, object bus, object commit, object failures, l
         return applied
     except BaseException as error:
         if owned:
-            applied = stopped(source, bus, batch, begin, done, failures, error, scope is not None)
+            applied = stopped(source, bus, batch, begin, &at, failures, error, scope is not None)
         if scope is not None and not scope.over and scope.leave(error):
             return applied
         raise error  # and not only `raise`, which would bring back the frames that were dropped
@@ -226,30 +247,33 @@ cdef int run_robustly(
     object bus,
     list batch,
     Py_ssize_t begin,
-    Py_ssize_t* done,
+    Progress* at,
     object commit,
     object failures,
     list out,
 ) except -1:
     """Run a batch to its end, whatever `Exception` its events raise."""
-    cdef Py_ssize_t count = PyList_GET_SIZE(batch) - begin
-    failures.begin = begin
-    failures.count = count
+    cdef Py_ssize_t first
+    at.done += failures.start(bus, batch, begin, event_at(batch, begin))
     while True:
         known = len(failures.errors)
         try:
-            if source.run(hook, method, batch, done, commit, failures, out) == 0:
+            if source.run(hook, method, batch, at, commit, failures, out) == 0:
                 return 0
         except Exception as error:
-            failures.positions.append(done[0])
-            done[0] += 1
+            first = at.done
+            failures.positions.extend(range(first, first + at.width))
+            at.done += at.width
             failures.errors.append(error)
+        else:
+            first = at.done - 1
         try:
             for error in failures.errors[known:]:
                 _messages.drop_own_frames(error)
-            failures.note(known, bus, event_at(batch, done[0] - 1), done[0] - 1)
+            failures.note(known, bus, event_at(batch, first), first, at.width, at.span)
         except Exception:
             pass  # where there is no stack left, that costs a note
+        at.width = at.span = 1
 
 
 cdef bint leave(object scope, object bus, object failures, Py_ssize_t before) except -1:
@@ -267,28 +291,28 @@ cdef list stopped(
     object bus,
     list batch,
     Py_ssize_t begin,
-    Py_ssize_t done,
+    Progress* at,
     object failures,
     object error,
     bint swallowing,
 ):
     """Put back what was not applied, then make the note. Gives what was applied, if that may be asked for."""
     cdef Py_ssize_t count = PyList_GET_SIZE(batch) - begin
-    cdef bint left = done < PyList_GET_SIZE(batch)
+    cdef bint left = at.done < PyList_GET_SIZE(batch)
     cdef list applied = None
-    event = event_at(batch, done)
+    event = event_at(batch, at.done)
     if swallowing:
         try:
-            applied = applied_of(batch, begin, done, () if failures is None else failures.positions)
+            applied = applied_of(batch, begin, at.done, () if failures is None else failures.positions)
         except MemoryError:
             applied = []
     # First of all: whatever raises from here on costs a note, but no event.
-    put_back(source, batch, begin, done, failures)
+    put_back(source, batch, begin, at.done, failures)
     try:
         _messages.drop_own_frames(error)
         if left:
             earlier = 0 if failures is None else len(failures.positions)
-            _messages.note_stopped(error, bus, event, done + 1 - begin, count, earlier)
+            _messages.note_stopped(error, bus, event, at.done - begin, at.width, at.span, count, earlier)
         if failures is not None and not isinstance(error, Exception):
             failures.chain(error, bus)
     except Exception:
@@ -307,7 +331,7 @@ cdef int put_back(Source source, list batch, Py_ssize_t begin, Py_ssize_t done, 
     head = done = min(done, size)
     if failures is not None:
         for position in reversed(failures.positions):
-            if position < size:
+            if position < done:  # else something was raised between its failure and the count
                 head -= 1
                 batch[head] = batch[position]
     begun = done - head + (1 if done < size else 0)

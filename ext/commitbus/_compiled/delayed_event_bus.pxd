@@ -23,6 +23,8 @@ cdef class DelayedStore(Source):
     cdef EventStore wrapped(self)
     cdef PairStore collecting(self)
     cdef list collect(self, object commit)
+    cdef list collect_within_savepoint(self, object commit)
+    # Gives 1 where what failed in it is left.
     cdef int turn(self, object ref, object commit, object failures, list out) except -1
     cdef int let_go(self, object owner) except -1
     cdef int after_turn(self) except -1

@@ -7,6 +7,7 @@ from cpython.object cimport PyObject
 from cpython.weakref cimport PyWeakref_NewRef
 
 from commitbus._compiled.batch cimport (
+    Progress,
     Source,
     carry_out,
     events_of,
@@ -25,6 +26,9 @@ from commitbus import _messages, _naming, _state
 from commitbus._compiled.side_effects_bus import SideEffectsBus
 from commitbus._context import gathering_of
 from commitbus._interfaces import EventBus, T, iterate
+from commitbus._looking import Shown
+from commitbus._rounds import in_rounds
+from commitbus.savepoint import Savepoint, collect_within, covering, is_open, moved
 
 
 cdef extern from "Python.h":
@@ -109,17 +113,34 @@ cdef class DelayedStore(Source):
         """Collect what is pending in the wrapped bus; nothing is carried out."""
         return self.collect(commit)
 
-    def apply_without_delay(self, commit, *, robust=False):
+    def apply_without_delay(self, commit, *, robust=False, rounds=1):
         """Carry out what ``apply`` collected so far, in order."""
-        failures = _messages.Failures() if robust else None
-        self.wrapped()
+        cdef EventStore actual = self.wrapped()
         cdef PairStore store = self.collected
+        if rounds != 1:
+            store = self.collecting()
+            out = gathering_of(actual)
+            return in_rounds(
+                self,
+                rounds,
+                robust,
+                store.scope(commit),
+                lambda failures: events_of(carry_out(store, self, commit, failures, out)),
+            )
+        failures = _messages.Failures() if robust else None
         if store is None:
+            if actual._commitbus_marks is not None and covering(actual, self):
+                raise is_open(self, actual._commitbus_marks)
             return []
-        cdef list applied = carry_out(store, self, commit, failures, gathering_of(self.actual))
+        cdef list applied = carry_out(store, self, commit, failures, gathering_of(actual))
         if failures is not None and failures.errors:
             raise failures.end(self)
         return events_of(applied) if store.mixed else applied
+
+    def savepoint(self):
+        """Begin a block whose events are dropped when it is left by an exception, collected or not."""
+        self.wrapped()
+        return Savepoint(self)
 
     def pending_events(self):
         """Return what is pending in the wrapped bus."""
@@ -134,6 +155,10 @@ cdef class DelayedStore(Source):
         self.wrapped()
         cdef PairStore store = self.collected
         return () if store is None else tuple(events_of(store.items()))
+
+    def _commitbus_parts(self):
+        """Give the wrapped bus, and that of what was collected, or None."""
+        return self.wrapped(), self.collected
 
     def _commitbus_get(self):
         cdef EventStore actual = self.wrapped()
@@ -156,6 +181,8 @@ cdef class DelayedStore(Source):
             made = make(SIDE_EFFECTS)
             made.wraps = actual
             made.collector = PyWeakref_NewRef(self, None)
+            if actual._commitbus_marks is not None:
+                made._commitbus_marks = covering(actual, self)
             with cython.critical_section(self):
                 if self.collected is None:
                     self.collected = made
@@ -167,6 +194,8 @@ cdef class DelayedStore(Source):
         cdef PairStore store = self.collecting()
         cdef Py_ssize_t head = 0
         cdef list events, copied
+        if actual._commitbus_marks is not None:
+            return self.collect_within_savepoint(commit)
         if collects_plainly(actual):
             events = actual.take(&head)
             if events is None:
@@ -187,19 +216,49 @@ cdef class DelayedStore(Source):
             return copied
         return events
 
+    cdef list collect_within_savepoint(self, object commit):
+        """Collect as ever, and have the marks say what of it is older than they are."""
+        cdef EventStore actual = self.wrapped()
+        cdef PairStore store = self.collecting()
+        cdef list events
+        cdef Py_ssize_t head = 0
+        if not collects_plainly(actual):
+            position, _ = store._commitbus_mark()
+            pairs, marks = collect_within(actual, self, position, commit)
+            events = [explicit(pair) for pair in pairs]
+            store.mixed = True
+        else:
+            places = None
+            while places != (store._commitbus_mark()[0], actual._commitbus_mark()[1]):  # Python code ran meanwhile
+                places = (store._commitbus_mark()[0], actual._commitbus_mark()[1])
+                marks = moved(actual, self, *places)
+            events = actual.remove(&head)
+            if events is None:
+                return []
+            events = events[head:]
+        actual._commitbus_marks = marks
+        copied = events_of(events)
+        if events:
+            store.append_all(events)
+        return copied
+
     # A turn in a multi bus: it takes from the wrapped bus, and puts back into what was collected.
 
     cdef object hook(self, bint* method):
         return self.wrapped().hook(method)
 
+    cdef object surrounded(self, object hook, bint* method, object stack):
+        cdef EventStore actual = self.actual
+        return actual.surrounded(hook, method, stack)
+
     cdef list take(self, Py_ssize_t* head):
         return self.actual.take(head)
 
     cdef int run(
-        self, object hook, bint method, list batch, Py_ssize_t* done, object commit, object failures, list out
+        self, object hook, bint method, list batch, Progress* at, object commit, object failures, list out
     ) except -1:
         cdef EventStore actual = self.actual
-        return actual.run(hook, method, batch, done, commit, failures, out)
+        return actual.run(hook, method, batch, at, commit, failures, out)
 
     cdef object scope(self, object commit):
         cdef EventStore actual = self.actual
@@ -219,6 +278,8 @@ cdef class DelayedStore(Source):
         cdef EventStore actual = self.wrapped()
         cdef PairStore store
         cdef list applied
+        if actual._commitbus_marks is not None:
+            raise is_open(actual, actual._commitbus_marks)
         if self.collected is None and collects_plainly(actual):
             # The direct path: nobody can have seen what was never collected. From now on an event registers
             # this bus again; what is pending is taken after that.
@@ -233,9 +294,14 @@ cdef class DelayedStore(Source):
                 applied = events_of(applied)
         if out is not None and not actual.is_multi():
             out.extend(applied)
-        return 0
+        return failures is not None and len(failures.positions) > 0
 
     # Registering again
+
+    def _commitbus_remember(self, owner):
+        """Have the next event here register this bus with `owner`; the wrapped bus is registered by another."""
+        self.owner = owner
+        self.linked = True
 
     cdef int let_go(self, object owner) except -1:
         """Have the next event register this bus with `owner`, a weak reference to a multi bus."""
@@ -295,7 +361,7 @@ cdef object DELAYED_PUBLISH = DelayedStore.publish
 # The public class: a Python class, since an extension type cannot inherit from an abstract one
 
 
-class DelayedEventBus(DelayedStore, _state.Stateful, EventBus[T]):
+class DelayedEventBus(DelayedStore, Shown, _state.Stateful, EventBus[T]):
     """A bus whose ``apply`` carries nothing out: it only collects, until `apply_without_delay`."""
 
     __module__ = "commitbus.delayed_event_bus"

@@ -18,6 +18,8 @@ cdef class EventStore(Source):
     # references, as nobody else could apply them. The next event registers the one with the other.
     cdef object owner
     cdef object wrapper
+    # The marks of the savepoints that are open, in a tuple: see `commitbus.savepoint`. Mostly None.
+    cdef public object _commitbus_marks
     cdef object __weakref__
 
     cdef int add(self, object event) except -1
@@ -25,6 +27,7 @@ cdef class EventStore(Source):
     cdef int append_first(self, object event) except -1
     cdef int append_all(self, list events) except -1
     cdef int add_all(self, object events) except -1
+    cdef list remove(self, Py_ssize_t* head)
     cdef int forget_again(self, list tried) except -1
     cdef bint holds_any(self) noexcept
     cdef list items(self)

@@ -6,6 +6,7 @@ cimport cython
 from cpython.object cimport PyObject
 
 from commitbus._compiled.batch cimport (
+    Progress,
     Source,
     call_event,
     call_events,
@@ -19,6 +20,10 @@ from abc import abstractmethod
 
 from commitbus import _messages, _naming, _state
 from commitbus._interfaces import CommittableFunction, EventBus, T, iterate
+from commitbus._looking import Shown
+from commitbus._rounds import in_rounds
+from commitbus.middleware import surround
+from commitbus.savepoint import Savepoint, cut, is_open
 
 
 cdef extern from "Python.h":
@@ -233,6 +238,11 @@ cdef class EventStore(Source):
         return 0
 
     cdef list take(self, Py_ssize_t* head):
+        if self._commitbus_marks is not None:
+            raise is_open(self, self._commitbus_marks)
+        return self.remove(head)
+
+    cdef list remove(self, Py_ssize_t* head):
         cdef list taken
         with cython.critical_section(self):
             head[0] = 0
@@ -288,10 +298,15 @@ cdef class EventStore(Source):
     cdef object hook(self, bint* method):
         return look_up(self, "_apply_event", method)
 
+    cdef object surrounded(self, object hook, bint* method, object stack):
+        handler = hook.__get__(self) if method[0] else hook
+        method[0] = False
+        return surround(stack, self, handler)
+
     cdef int run(
-        self, object hook, bint method, list batch, Py_ssize_t* done, object commit, object failures, list out
+        self, object hook, bint method, list batch, Progress* at, object commit, object failures, list out
     ) except -1:
-        return call_handler(self, hook, method, batch, done, commit)
+        return call_handler(self, hook, method, batch, at, commit)
 
     def publish(self, event):
         """Add an event, in constant time; nothing happens to it until it is applied."""
@@ -306,8 +321,11 @@ cdef class EventStore(Source):
             for event in iterate(events):
                 publish(event)
 
-    def apply(self, commit, *, robust=False):
+    def apply(self, commit, *, robust=False, rounds=1):
         """Apply the pending events in the order in which they were published."""
+        if rounds != 1:
+            scope = self.scope(commit)
+            return in_rounds(self, rounds, robust, scope, lambda failures: carry_out(self, self, commit, failures, None))
         failures = _messages.Failures() if robust else None
         applied = carry_out(self, self, commit, failures, None)
         if failures is not None and failures.errors:
@@ -364,6 +382,48 @@ cdef class EventStore(Source):
             return []
         return self.look(items if head == 0 else items[head:])
 
+    def _commitbus_bring_back(self, Py_ssize_t count):
+        """Bring the last events that were put back to what is pending: collecting them failed within a savepoint."""
+        cdef list left = self.left
+        if left is None or count == 0:
+            return
+        cdef Py_ssize_t begin = max(self.head, PyList_GET_SIZE(left) - count)
+        cdef list newer = left[begin:]
+        with cython.critical_section(self):
+            if self.pending is not None:
+                newer.extend(self.pending)
+            self.pending = newer
+            del left[begin:]
+            if self.head >= PyList_GET_SIZE(left):
+                self.left = None
+
+    def savepoint(self):
+        """Begin a block whose events are dropped when it is left by an exception."""
+        return Savepoint(self)
+
+    def _commitbus_mark(self):
+        """Give where what is published from now on begins, and how much was put back before."""
+        with cython.critical_section(self):
+            return (
+                0 if self.pending is None else PyList_GET_SIZE(self.pending),
+                0 if self.left is None else PyList_GET_SIZE(self.left) - self.head,
+            )
+
+    def _commitbus_cut(self, start, kept):
+        """Drop what is pending from a mark on, but for some spans, and give it."""
+        cdef list pending = self.pending
+        if pending is None:
+            return []
+        dropped = cut(pending, start, kept)
+        with cython.critical_section(self):
+            if self.pending is pending and not pending:
+                self.pending = None
+        return self.look(dropped)
+
+    def _commitbus_events(self):
+        """Copy what is pending, whatever a subclass overrides."""
+        return self.look(self.items())
+
     def _commitbus_get(self):
         return self.items()
 
@@ -384,11 +444,11 @@ cdef class CallableStore(EventStore):
         return 0
 
     cdef int run(
-        self, object hook, bint method, list batch, Py_ssize_t* done, object commit, object failures, list out
+        self, object hook, bint method, list batch, Progress* at, object commit, object failures, list out
     ) except -1:
         if method and hook is CALL_EVENT:
-            return call_events(batch, done, commit)
-        return call_handler(self, hook, method, batch, done, commit)
+            return call_events(batch, at, commit)
+        return call_handler(self, hook, method, batch, at, commit)
 
     def publish(self, event):
         """Add an event, in constant time; nothing happens to it until it is applied."""
@@ -408,7 +468,7 @@ _naming.see_through(Collected, Collected.event.__get__)
 # The public classes: Python classes, since an extension type cannot inherit from an abstract one
 
 
-class AbstractEventBus(EventStore, _state.Stateful, EventBus[T]):
+class AbstractEventBus(EventStore, Shown, _state.Stateful, EventBus[T]):
     """A bus that keeps its events until it is applied: subclass it and implement ``_apply_event``."""
 
     __module__ = "commitbus.event_bus"

@@ -3,4 +3,5 @@ from commitbus._compiled.event_bus cimport EventStore
 
 
 cdef class MultiStore(EventStore):
+    # Gives 1 where the bus keeps what failed in it.
     cdef int turn(self, DelayedStore delayed, object ref, object commit, object failures, list out) except -1

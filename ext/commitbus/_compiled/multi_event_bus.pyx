@@ -6,7 +6,7 @@ cimport cython
 from cpython.object cimport PyObject
 from cpython.weakref cimport PyWeakref_NewRef
 
-from commitbus._compiled.batch cimport carry_out, check
+from commitbus._compiled.batch cimport Progress, carry_out, check
 from commitbus._compiled.delayed_event_bus cimport DelayedStore
 from commitbus._compiled.event_bus cimport (
     APPLY_IS_OURS,
@@ -21,7 +21,9 @@ from commitbus._compiled.delayed_event_bus import DelayedEventBus
 from commitbus._compiled.event_bus import EXTENSION_TYPES, AbstractEventBus
 from commitbus._context import gathering, gathering_of
 from commitbus._interfaces import EventBusOrchestrator, iterate
+from commitbus._rounds import in_rounds
 from commitbus._unit_of_work import events_to_apply, unit_of_work
+from commitbus.savepoint import refuse_open
 
 
 cdef extern from "Python.h":
@@ -89,10 +91,12 @@ cdef class MultiStore(EventStore):
             self.add(event)
         return 0
 
+    cdef object surrounded(self, object hook, bint* method, object stack):
+        return hook  # the buses are not events
+
     cdef int run(
-        self, object hook, bint method, list batch, Py_ssize_t* done, object commit, object failures, list out
+        self, object hook, bint method, list batch, Progress* at, object commit, object failures, list out
     ) except -1:
-        cdef Py_ssize_t begin = 0
         cdef bint ours = method and hook is TAKE_TURN
         cdef object ref = PyWeakref_NewRef(self, None)
         cdef object outer = None if ours else gathering.get()
@@ -100,22 +104,20 @@ cdef class MultiStore(EventStore):
             hook = hook.__get__(self)
         enter_level(" while applying the buses of a MultiEventBus")
         try:
-            while done[0] < PyList_GET_SIZE(batch):
-                delayed = <object>PyList_GET_ITEM(batch, done[0])
+            while at.done < PyList_GET_SIZE(batch):
+                delayed = <object>PyList_GET_ITEM(batch, at.done)
                 if ours:
-                    if failures is not None:
-                        begin = len(failures.errors)
-                    self.turn(delayed, ref, commit, failures, out)
-                    if failures is not None and len(failures.errors) > begin:
+                    if self.turn(delayed, ref, commit, failures, out):
                         # The bus has put back what failed in it, and stays registered.
-                        failures.positions.append(done[0])
-                        done[0] += 1
+                        failures.positions.append(at.done)
+                        at.done += 1
+                        failures.again.add(at.done - 1)
                         return 1
                 else:
                     if out is not None:
                         gathering.set((self, out))
                     check(hook, hook(delayed, commit))
-                done[0] += 1
+                at.done += 1
         finally:
             leave_level()
             if not ours:
@@ -128,7 +130,7 @@ cdef class MultiStore(EventStore):
             if cls is DELAYED or (
                 cls.apply is DELAYED_APPLY and cls.apply_without_delay is DELAYED_APPLY_WITHOUT_DELAY
             ):
-                delayed.turn(ref, commit, None if failures is None else _messages.Failures(failures.errors), out)
+                return delayed.turn(ref, commit, None if failures is None else failures.inner(), out)
             else:
                 apply_overridden(delayed, ref, commit, failures is not None, out)
         finally:
@@ -175,19 +177,26 @@ cdef class MultiStore(EventStore):
         """Register a delayed bus: the next apply runs it."""
         self.add(event)
 
-    def apply(self, commit, *, robust=False):
+    def apply(self, commit, *, robust=False, rounds=1):
         """Apply the registered buses in the order in which they were registered."""
+        if rounds != 1:
+            out = gathering_of(self)
+            return in_rounds(self, rounds, robust, None, lambda failures: carry_out(self, self, commit, failures, out))
         failures = _messages.Failures() if robust else None
         applied = carry_out(self, self, commit, failures, gathering_of(self))
         if failures is not None and failures.errors:
             raise failures.end(self)
         return applied
 
-    def apply_and_get_applied_events(self, commit, *, robust=False):
+    def apply_and_get_applied_events(self, commit, *, robust=False, rounds=1):
         """Apply the registered buses, and return the events instead."""
         cdef list out = []
+        cdef bint ours = class_flags(self) & APPLY_IS_OURS
+        if rounds != 1 and ours:
+            in_rounds(self, rounds, robust, None, lambda failures: carry_out(self, self, commit, failures, out))
+            return out
         failures = _messages.Failures() if robust else None
-        if class_flags(self) & APPLY_IS_OURS:
+        if ours:
             carry_out(self, self, commit, failures, out)
             if failures is not None and failures.errors:
                 raise failures.end(self)
@@ -195,13 +204,24 @@ cdef class MultiStore(EventStore):
         outer = gathering.get()
         gathering.set((self, out))
         try:
-            if failures is None:
-                self.apply(commit)
-            else:
-                self.apply(commit, robust=True)
+            # It may know neither.
+            self.apply(commit, **({"robust": True} if robust else {}), **({} if rounds == 1 else {"rounds": rounds}))
         finally:
             gathering.set(outer)
         return out
+
+    def _commitbus_unregister(self, identities):
+        """Take buses out of what is registered, each given by its identity."""
+        with cython.critical_section(self):
+            if self.left is not None:
+                self.left = [one for one in self.left[self.head:] if id(one) not in identities] or None
+                self.head = 0
+            if self.pending is not None:
+                self.pending = [one for one in self.pending if id(one) not in identities] or None
+
+    def _commitbus_discard(self, delayed):
+        """Let go of a bus that was registered, and drop all that is in it."""
+        discard(delayed, PyWeakref_NewRef(self, None))
 
     def events_to_apply(self):
         """Return the events that an apply would carry out now, flat, in that order."""
@@ -212,6 +232,7 @@ cdef class MultiStore(EventStore):
         cdef Py_ssize_t head = 0
         cdef Py_ssize_t i
         cdef list buses
+        refuse_open(self)
         cdef list taken = self.take(&head)
         if taken is None:
             return []
@@ -312,10 +333,26 @@ class MultiEventBus(MultiStore, AbstractEventBus[DelayedEventBus], EventBusOrche
 
 
 def use_orchestrator_or_create_multi_event_bus(
-    event_bus_orchestrator, commit, *, commit_transaction=None, robust=False
+    event_bus_orchestrator,
+    commit,
+    *,
+    commit_transaction=None,
+    rollback_transaction=None,
+    robust=False,
+    rounds=1,
+    on_unapplied=None,
 ):
     """Run in the caller's unit of work or, without one, in a new one."""
-    return unit_of_work(MultiEventBus, event_bus_orchestrator, commit, commit_transaction, robust)
+    return unit_of_work(
+        MultiEventBus,
+        event_bus_orchestrator,
+        commit,
+        commit_transaction,
+        rollback_transaction,
+        robust,
+        rounds,
+        on_unapplied,
+    )
 
 
 use_orchestrator_or_create_multi_event_bus.__module__ = "commitbus.multi_event_bus"

@@ -2,7 +2,7 @@
 # cython: auto_pickle=False, freethreading_compatible=True, boundscheck=False, wraparound=False
 """`SharedSideEffectsEventBus`: documented in `commitbus._pure.shared_side_effects`."""
 
-from commitbus._compiled.batch cimport call_event, call_events, call_handler
+from commitbus._compiled.batch cimport Progress, call_event, call_events, call_handler
 from commitbus._compiled.event_bus cimport EventStore
 from commitbus._compiled.side_effects cimport SideEffectCall
 
@@ -38,11 +38,11 @@ cdef class SharedStore(EventStore):
         return Run(self.shared, commit)
 
     cdef int run(
-        self, object hook, bint method, list batch, Py_ssize_t* done, object commit, object failures, list out
+        self, object hook, bint method, list batch, Progress* at, object commit, object failures, list out
     ) except -1:
         if method and hook is CALL_SHARED:
-            return call_events(batch, done, commit)
-        return call_handler(self, hook, method, batch, done, commit)
+            return call_events(batch, at, commit)
+        return call_handler(self, hook, method, batch, at, commit)
 
     def publish(self, event):
         """Add a side-effect call, in constant time; nothing happens to it until it is applied."""

@@ -8,6 +8,8 @@ cdef class SideEffectCall:
     cdef tuple names
     # How many of `values` are not keyword arguments.
     cdef Py_ssize_t positional
+    # Whether it was made by `if_committed`: then the names are without "commit".
+    cdef bint conditional
     cdef object __weakref__
 
     # Calls the function. Returns a new reference, or NULL with an exception set.

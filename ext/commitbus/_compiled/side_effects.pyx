@@ -30,6 +30,16 @@ cdef extern from "Python.h":
     ctypedef struct PyTupleObject:
         PyObject* ob_item[1]
     Py_ssize_t PyTuple_GET_SIZE(object tuple)
+    int PyObject_IsTrue(PyObject* value) except -1
+    ctypedef PyObject* (*PyCFunction)(PyObject*, PyObject*)
+    ctypedef struct PyMethodDef:
+        const char* ml_name
+        PyCFunction ml_meth
+        int ml_flags
+        const char* ml_doc
+    int METH_FASTCALL
+    int METH_KEYWORDS
+    object PyCFunction_NewEx(PyMethodDef* method, PyObject* self, object module)
     # Returns 1 with an exception set when the stack is too deep.
     int Py_EnterRecursiveCall(const char* where) except 1
     void Py_LeaveRecursiveCall()
@@ -63,7 +73,14 @@ A function with its arguments, to be called with a ``commit`` of its own later."
         cdef PyObject* few[FEW]
         cdef PyObject** stack = few
         cdef Py_ssize_t count = PyTuple_GET_SIZE(self.values)
+        cdef PyObject* names = <PyObject*>self.names
         cdef PyObject* result
+        if self.conditional:
+            if not PyObject_IsTrue(commit):
+                Py_INCREF(None)
+                return <PyObject*>None
+            if PyTuple_GET_SIZE(self.names) == 0:
+                names = NULL
         if count >= FEW:
             stack = <PyObject**>PyMem_Malloc((count + 1) * sizeof(PyObject*))
             if stack is NULL:
@@ -71,9 +88,9 @@ A function with its arguments, to be called with a ``commit`` of its own later."
         # `self` keeps what is in `values`, and whoever calls this keeps `self`. The function's own place
         # is the one that the offset flag lends.
         memcpy(stack, &(<PyTupleObject*>self.values).ob_item[0], count * sizeof(PyObject*))
-        stack[count] = commit
+        stack[count] = commit  # beyond the end of a conditional one
         result = PyObject_Vectorcall(
-            stack[0], stack + 1, (self.positional - 1) | PY_VECTORCALL_ARGUMENTS_OFFSET, <PyObject*>self.names
+            stack[0], stack + 1, (self.positional - 1) | PY_VECTORCALL_ARGUMENTS_OFFSET, names
         )
         if stack != few:
             PyMem_Free(stack)
@@ -121,20 +138,20 @@ A function with its arguments, to be called with a ``commit`` of its own later."
         if type(other) is not SideEffectCall:
             return NotImplemented
         cdef SideEffectCall call = other
-        return self.key() == call.key() and self.keywords() == call.keywords()
+        return self.conditional == call.conditional and self.key() == call.key() and self.keywords() == call.keywords()
 
     def __hash__(self):
         """Hash by function and arguments."""
         # CPython guards comparing and showing against calls that are nested too deeply, but not hashing.
         Py_EnterRecursiveCall(" while hashing a SideEffectCall")
         try:
-            return hash((self.key(), frozenset(self.keywords().items())))
+            return hash((self.key(), frozenset(self.keywords().items()), self.conditional))
         finally:
             Py_LeaveRecursiveCall()
 
     def __repr__(self):
         """Show the function and the arguments as they were passed."""
-        return _messages.call_repr(self.values[0], self.args, self.keywords())
+        return _messages.call_repr(self.values[0], self.args, self.keywords(), self.conditional)
 
     def __copy__(self):
         """Return itself: it is immutable."""
@@ -142,7 +159,8 @@ A function with its arguments, to be called with a ``commit`` of its own later."
 
     def __reduce__(self):
         """Take the call apart for `pickle`."""
-        return _state.call, (_state.reference(SideEffectCall), self.values[0], self.args, self.keywords())
+        cls = "if_committed" if self.conditional else _state.reference(SideEffectCall)
+        return _state.call, (cls, self.values[0], self.args, self.keywords())
 
 
 # How a SideEffectCall is made: from a vector of arguments, as the interpreter has them. By way of a
@@ -154,15 +172,17 @@ cdef tuple last_keywords = None
 cdef tuple last_names = None
 
 
-cdef SideEffectCall build_call(tuple values, Py_ssize_t positional, tuple keywords):
+cdef SideEffectCall build_call(tuple values, Py_ssize_t positional, tuple keywords, bint conditional):
     global last_keywords, last_names
     cdef SideEffectCall call
     cdef tuple names = COMMIT
     if positional == 0:
-        raise _messages.no_function()
+        raise _messages.no_function("if_committed" if conditional else "SideEffectCall.__new__")
     if not callable(values[0]):
-        raise _messages.not_a_function(values[0])
-    if keywords is not None:
+        raise _messages.not_a_function("if_committed" if conditional else "SideEffectCall", values[0])
+    if conditional:
+        names = EMPTY if keywords is None else keywords
+    elif keywords is not None:
         if WITH_GIL and keywords is last_keywords:
             names = last_names
         else:
@@ -176,11 +196,11 @@ cdef SideEffectCall build_call(tuple values, Py_ssize_t positional, tuple keywor
     call.values = values
     call.names = names
     call.positional = positional
+    call.conditional = conditional
     return call
 
 
-cdef object vectorcall_new_call(PyObject* cls, PyObject* const* args, size_t nargsf, PyObject* keywords):
-    cdef Py_ssize_t positional = nargsf & ~PY_VECTORCALL_ARGUMENTS_OFFSET
+cdef object new_call(PyObject* const* args, Py_ssize_t positional, PyObject* keywords, bint conditional):
     cdef Py_ssize_t count = positional
     cdef Py_ssize_t i
     if keywords is not NULL:
@@ -190,7 +210,15 @@ cdef object vectorcall_new_call(PyObject* cls, PyObject* const* args, size_t nar
         # The tuple takes over a reference, and the caller keeps its own.
         Py_INCREF(<object>args[i])
         PyTuple_SET_ITEM(values, i, <object>args[i])
-    return build_call(values, positional, None if keywords is NULL else <tuple>keywords)
+    return build_call(values, positional, None if keywords is NULL else <tuple>keywords, conditional)
+
+
+cdef object vectorcall_new_call(PyObject* cls, PyObject* const* args, size_t nargsf, PyObject* keywords):
+    return new_call(args, nargsf & ~PY_VECTORCALL_ARGUMENTS_OFFSET, keywords, False)
+
+
+cdef object fastcall_if_committed(PyObject* self, PyObject* const* args, Py_ssize_t positional, PyObject* keywords):
+    return new_call(args, positional, keywords, True)
 
 
 cdef object tuple_new_call(PyTypeObject* cls, object args, PyObject* kwargs):
@@ -198,7 +226,7 @@ cdef object tuple_new_call(PyTypeObject* cls, object args, PyObject* kwargs):
     for name in keywords:
         if not isinstance(name, str):
             raise _messages.keyword_is_no_string()
-    return build_call((*args, *keywords.values()), len(args), tuple(keywords) or None)
+    return build_call((*args, *keywords.values()), len(args), tuple(keywords) or None, False)
 
 
 (<PyTypeObject*>SideEffectCall).tp_new = tuple_new_call
@@ -207,3 +235,14 @@ cdef object tuple_new_call(PyTypeObject* cls, object args, PyObject* kwargs):
 # An extension type takes its module from its name, and the name cannot be given in Cython.
 (<PyTypeObject*>SideEffectCall).tp_name = "commitbus.side_effects.SideEffectCall"
 _naming.see_through(SideEffectCall, SideEffectCall.function.__get__)
+
+# As fast as a SideEffectCall: what `def` makes of *args and **kwargs takes twice as long.
+cdef PyMethodDef if_committed_method
+if_committed_method.ml_name = b"if_committed"
+if_committed_method.ml_meth = <PyCFunction><void*>fastcall_if_committed
+if_committed_method.ml_flags = METH_FASTCALL | METH_KEYWORDS
+if_committed_method.ml_doc = (
+    b"if_committed(function, /, *args, **kwargs)\n--\n\n"
+    b"Make a side effect of a function that knows nothing of ``commit``."
+)
+if_committed = PyCFunction_NewEx(&if_committed_method, NULL, "commitbus.side_effects")

@@ -6,6 +6,7 @@ from cpython.object cimport PyObject
 
 from commitbus._compiled.batch cimport (
     Pair,
+    Progress,
     Source,
     call_event,
     carry_out,
@@ -13,6 +14,7 @@ from commitbus._compiled.batch cimport (
     events_of,
     explicit,
     look_up,
+    middleware,
 )
 from commitbus._compiled.event_bus cimport EventStore, collected
 
@@ -20,6 +22,8 @@ from commitbus import _messages, _naming
 from commitbus._compiled.event_bus import EXTENSION_TYPES, AbstractEventBus
 from commitbus._context import gathering
 from commitbus._interfaces import T, iterate
+from commitbus._rounds import in_rounds
+from commitbus.middleware import surround_pair
 
 
 cdef extern from "Python.h":
@@ -84,26 +88,32 @@ cdef class PairStore(EventStore):
         hook = look_up(self, "_apply_event", method)
         return self.wrapped().hook(method) if method[0] and hook is CALL_PAIR else (self._apply_event,)
 
+    cdef object surrounded(self, object hook, bint* method, object stack):
+        # A hook of its own, and pairs that stand for themselves: `run` surrounds each.
+        return hook if type(hook) is tuple else self.wraps.surrounded(hook, method, stack)
+
     cdef int run(
-        self, object hook, bint method, list batch, Py_ssize_t* done, object commit, object failures, list out
+        self, object hook, bint method, list batch, Progress* at, object commit, object failures, list out
     ) except -1:
         cdef EventStore wraps = self.wraps
         own = hook[0] if type(hook) is tuple else None
         if own is None and not self.mixed:
-            return wraps.run(hook, method, batch, done, commit, failures, out)
+            return wraps.run(hook, method, batch, at, commit, failures, out)
         outer = gathering.get()
         if out is not None and wraps.is_multi():
             gathering.set((wraps, out))
         try:
-            while done[0] < PyList_GET_SIZE(batch):
-                pair = self.pair_of(<object>PyList_GET_ITEM(batch, done[0]))
-                if own is None:
+            while at.done < PyList_GET_SIZE(batch):
+                pair = self.pair_of(<object>PyList_GET_ITEM(batch, at.done))
+                if middleware is not None and not is_delayed(pair[0]):
+                    surround_pair(middleware, wraps, pair, commit, own)
+                elif own is None:
                     call_event(pair[1], commit)
                 else:
                     check(own, own(pair, commit))
                 if out is not None and wraps.is_multi() and not is_delayed(pair[0]):
                     out.append(pair[0])
-                done[0] += 1
+                at.done += 1
         finally:
             gathering.set(outer)
         return 0
@@ -112,8 +122,14 @@ cdef class PairStore(EventStore):
         """Add a pair, in constant time; nothing happens to it until it is applied."""
         self.add(event)
 
-    def apply(self, commit, *, robust=False):
+    def apply(self, commit, *, robust=False, rounds=1):
         """Apply the collected events in the order in which they were collected."""
+        if rounds != 1:
+            scope = self.scope(commit)
+            applied = in_rounds(
+                self, rounds, robust, scope, lambda failures: carry_out(self, self, commit, failures, None)
+            )
+            return self.look(applied)
         failures = _messages.Failures() if robust else None
         applied = carry_out(self, self, commit, failures, None)
         if failures is not None and failures.errors:
@@ -123,6 +139,10 @@ cdef class PairStore(EventStore):
     def _apply_event(self, event, commit):
         """Call the callable of a pair."""
         call_event(event[1], commit)
+
+    @property
+    def _commitbus_wrapped_bus(self):
+        return self.wraps
 
     def _commitbus_get(self):
         cdef list items = self.items()

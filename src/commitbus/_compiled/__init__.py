@@ -3,26 +3,36 @@
 # Type checkers read the pure twin.
 # pyright: reportMissingImports=false, reportUnknownVariableType=false, reportMissingModuleSource=false
 
-from commitbus._compiled.side_effects import SideEffectCall  # isort: skip (its absence says that nothing was built)
+from commitbus._compiled.side_effects import SideEffectCall, if_committed  # isort: skip (its absence says that nothing was built)
+from commitbus._compiled.batch_event_bus import BatchEventBus
 from commitbus._compiled.delayed_event_bus import DelayedEventBus
 from commitbus._compiled.event_bus import AbstractEventBus, BasicEventBus
 from commitbus._compiled.multi_event_bus import MultiEventBus, use_orchestrator_or_create_multi_event_bus
 from commitbus._compiled.shared_side_effects import SharedSideEffectsEventBus
 from commitbus._compiled.side_effects_bus import SideEffectsBus as SideEffectsBus  # pickles name it
 from commitbus._context import SharedSideEffectContext
-from commitbus._interfaces import CommittableFunction, EventBus, EventBusOrchestrator, UnappliedEventsWarning
+from commitbus._interfaces import (
+    CommittableFunction,
+    EventBus,
+    EventBusOrchestrator,
+    PartlyApplied,
+    UnappliedEventsWarning,
+)
 
 __all__ = [
     "AbstractEventBus",
     "BasicEventBus",
+    "BatchEventBus",
     "CommittableFunction",
     "DelayedEventBus",
     "EventBus",
     "EventBusOrchestrator",
     "MultiEventBus",
+    "PartlyApplied",
     "SharedSideEffectContext",
     "SharedSideEffectsEventBus",
     "SideEffectCall",
     "UnappliedEventsWarning",
+    "if_committed",
     "use_orchestrator_or_create_multi_event_bus",
 ]

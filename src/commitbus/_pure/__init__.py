@@ -1,25 +1,35 @@
 """The pure twin: the reference that people and type checkers read."""
 
 from commitbus._context import SharedSideEffectContext
-from commitbus._interfaces import CommittableFunction, EventBus, EventBusOrchestrator, UnappliedEventsWarning
+from commitbus._interfaces import (
+    CommittableFunction,
+    EventBus,
+    EventBusOrchestrator,
+    PartlyApplied,
+    UnappliedEventsWarning,
+)
+from commitbus._pure.batch_event_bus import BatchEventBus
 from commitbus._pure.delayed_event_bus import DelayedEventBus
 from commitbus._pure.event_bus import AbstractEventBus, BasicEventBus
 from commitbus._pure.multi_event_bus import MultiEventBus, use_orchestrator_or_create_multi_event_bus
 from commitbus._pure.shared_side_effects import SharedSideEffectsEventBus
-from commitbus._pure.side_effects import SideEffectCall
+from commitbus._pure.side_effects import SideEffectCall, if_committed
 from commitbus._pure.side_effects_bus import SideEffectsBus as SideEffectsBus  # pickles name it
 
 __all__ = [
     "AbstractEventBus",
     "BasicEventBus",
+    "BatchEventBus",
     "CommittableFunction",
     "DelayedEventBus",
     "EventBus",
     "EventBusOrchestrator",
     "MultiEventBus",
+    "PartlyApplied",
     "SharedSideEffectContext",
     "SharedSideEffectsEventBus",
     "SideEffectCall",
     "UnappliedEventsWarning",
+    "if_committed",
     "use_orchestrator_or_create_multi_event_bus",
 ]

@@ -22,6 +22,9 @@ from types import MethodType
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from commitbus import _messages
+from commitbus._rounds import leave
+from commitbus.middleware import Middleware, tell_changes
+from commitbus.savepoint import Mark, is_open
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -33,6 +36,7 @@ Batch: TypeAlias = "list[Any]"  # described below
 
 ATOMIC = sys.implementation.name == "cpython" and getattr(sys, "_is_gil_enabled", lambda: True)()
 BETWEEN: Any = object()  # in place of an event: none is being applied
+AGAIN: Any = object()  # what a bus gives in its turn where what failed in it is left
 ALL = slice(None)  # made beforehand: making one may collect garbage on 3.11, and so run a finalizer
 
 # For Pythons without atomic lines. Re-entrant, since a finalizer or a signal handler may apply a bus while
@@ -50,17 +54,29 @@ if hasattr(os, "register_at_fork"):  # pragma: no branch (Windows)
     os.register_at_fork(after_in_child=renew_lock)
 
 
-# A batch is a list of six: its events; the iterator over them, or None while none was begun; what the loop
-# had in `event`; the positions of those that failed; what was left before, or None; and where it begins: the
-# events before that are done. It is a list, and not an object, since what an apply leaves must be stored
+middleware: tuple[Middleware, ...] | None = None  # what runs around every event
+
+
+def use_middleware(stack: tuple[Middleware, ...] | None) -> None:
+    """Run these around every event from the next apply on."""
+    global middleware
+    middleware = stack
+
+
+tell_changes(use_middleware)
+
+# A batch is a list of eight: its events; the iterator over them, or None while none was begun; what the loop
+# had in `event`; the positions of those that failed; what was left before, or None; where it begins: the
+# events before that are done; and how many events are tried together, and fail together, and how many those were
+# at first: one, but on a `BatchEventBus`. It is a list, and not an object, since what an apply leaves must be stored
 # without a call: at the recursion limit a call fails, and an interrupt comes after it. `tidy` brings it into
 # order later.
-EVENTS, ITERATOR, EVENT, FAILED, BEHIND, BEGIN = range(6)
+EVENTS, ITERATOR, EVENT, FAILED, BEHIND, BEGIN, WIDTH, SPAN = range(8)
 
 
 def new_batch() -> Batch:
     """Make an empty batch, to take events into."""
-    return [[], None, BETWEEN, (), None, 0]
+    return [[], None, BETWEEN, (), None, 0, 1, 1]
 
 
 class Home:
@@ -74,9 +90,14 @@ class Home:
         hook: Handler,
         failures: _messages.Failures | None,  # noqa: ARG002
         out: list[Any] | None,  # noqa: ARG002
+        batch: Batch,  # noqa: ARG002
     ) -> Handler:
         """Give what carries out the items of a batch that was taken, by the hook that was looked up before."""
         return hook
+
+    def _commitbus_surrounded(self, hook: Any, stack: tuple[Middleware, ...]) -> Any:
+        """Give a hook that runs the middleware around that one."""
+        raise NotImplementedError
 
     def _commitbus_scope(self, commit: bool) -> Run | None:  # noqa: ARG002
         """Give what surrounds the handlers, if anything does."""
@@ -89,7 +110,8 @@ class Home:
 class Source(Home):
     """What a batch is taken from: a bus. Mostly it is the batch's home, too."""
 
-    __slots__ = ("_commitbus_pending",)
+    __slots__ = ("_commitbus_marks", "_commitbus_pending")
+    _commitbus_marks: tuple[Mark, ...] | None  # of the savepoints that are open
     _commitbus_pending: list[Any]  # what was published, after what was put back: only appended to and emptied
 
 
@@ -208,10 +230,16 @@ def drop_others(source: Source, batch: Batch | None, unwanted: list[Any]) -> Non
             once = list({id(event): event for event in unwanted}.values())
             rest = batch[EVENTS][batch[BEGIN] + len(unwanted) :]
             batch[EVENTS], batch[BEGIN] = once + rest, 0
+    # Only from what is pending: what another thread has put back may be the last place where an event is.
+    drop(source, identities)
+
+
+def drop(source: Source, identities: set[int]) -> None:
+    """Drop events, each given by its identity, from what is pending."""
+    with lock:
         while True:
             before = source._commitbus_pending.copy()
             span = slice(len(before))
-            # Only what is pending: what another thread has put back may be the last place where an event is.
             kept = [one for one in before if id(one) not in identities]
             # One line, in which nothing else can run: what was appended meanwhile stays. (Where all are the same,
             # comparing them calls nothing.)
@@ -284,7 +312,9 @@ def carry_out(
     list
         The events that were applied.
     """
-    batch: Any = [[], None, BETWEEN, (), None, 0]
+    if source._commitbus_marks is not None:
+        raise is_open(source, source._commitbus_marks)
+    batch: Any = new_batch()
     failed: list[int] = []
     left: Any = None
     events: Any = None
@@ -294,16 +324,19 @@ def carry_out(
     scope = None
     try:
         try:
+            if middleware is not None:
+                hook = home._commitbus_surrounded(hook, middleware)
             take(source, batch)
             if not batch[EVENTS]:
                 return []
             scope = home._commitbus_scope(commit)
             if scope is not None:
                 scope.enter()
-            handler = home._commitbus_choose(hook, failures, out)
-            events = iter(batch[EVENTS])
-            if batch[BEGIN]:
-                events = iter_from(batch)
+            if failures is not None:
+                failures.start(bus, batch[EVENTS], batch[BEGIN], event_of(batch[EVENTS][batch[BEGIN]]))
+                failed = failures.positions  # of those that failed in an earlier round, which are passed over
+            events = batch[ITERATOR] = iter_from(batch[EVENTS], batch[BEGIN] + len(failed))
+            handler = home._commitbus_choose(hook, failures, out, batch)
             if failures is None:
                 for event in events:
                     if (event := handler(event, commit)) is not None:
@@ -312,22 +345,26 @@ def carry_out(
                     # instruction that no `except` covers, and an interrupt there would lose the batch.
                     event = None
             else:
-                failed = failures.positions
-                failures.begin = batch[BEGIN]
-                failures.count = len(batch[EVENTS]) - batch[BEGIN]
                 before = known = len(failures.errors)
                 for event in events:
                     if (event := _attempt(handler, event, commit, failures)) is not None:
                         position = len(batch[EVENTS]) - events.__length_hint__() - 1
-                        # One line: the event has failed, or is not done yet.
-                        failed += (position,); event = BETWEEN  # fmt: skip  # noqa: E702
+                        width, span = batch[WIDTH], batch[SPAN]
+                        together = range(position, position + width)
+                        if event is AGAIN:
+                            failures.again.add(position)
+                        # One line: the events have failed, or are not done yet.
+                        failed += together; event = BETWEEN; skip(events, position + width)  # fmt: skip  # noqa: E702
                         with suppress(Exception):  # where there is no stack left, this costs a note
-                            failures.note(known, bus, event_of(batch[EVENTS][position]), position)
+                            failures.note(known, bus, event_of(batch[EVENTS][position]), position, width, span)
                         known = len(failures.errors)
+                        batch[WIDTH] = batch[SPAN] = 1
                     event = BETWEEN
             applied = batch[EVENTS][batch[BEGIN] :] if batch[BEGIN] else batch[EVENTS]
             if failed:
                 applied = _applied(batch[EVENTS], batch[BEGIN], len(batch[EVENTS]), failed)
+                if failures is not None and failures.rounds is not None:
+                    failures.set_aside(bus, batch[EVENTS])
                 batch[ITERATOR], batch[EVENT], batch[FAILED] = events, BETWEEN, failed
                 if ATOMIC:
                     batch[BEHIND], home._commitbus_left, left, batch = home._commitbus_left, batch, batch, None
@@ -346,7 +383,7 @@ def carry_out(
                     with lock:
                         batch[BEHIND], home._commitbus_left, left, batch = home._commitbus_left, batch, batch, None
             raise
-        if scope is not None and _leave(scope, bus, failures, before):
+        if scope is not None and leave(scope, bus, failures, before):
             del cast("Any", failures).errors[before:]
         return cast("list[Any]", applied)
     except BaseException as error:
@@ -373,26 +410,51 @@ def carry_out(
 def _attempt(handler: Handler, event: Any, commit: bool, failures: _messages.Failures) -> object:
     """Apply one event of a robust apply; give anything but None when it failed."""
     # Not in the loop: an interrupt at the line of a `try` within a `try` is caught by neither.
-    known = len(failures.errors)
     try:
         if (result := handler(event, commit)) is not None:
+            if result is AGAIN:
+                return AGAIN
             _messages.refuse_coroutine(handler, result)
     except Exception as error:
         failures.errors.append(error)
         _messages.drop_own_frames(error)
-    # A bus in its turn raises nothing: it adds its errors to those of the multi bus.
-    return FAILED if len(failures.errors) > known else None
+        return FAILED
+    return None
 
 
-def iter_from(batch: Batch) -> Iterator[Any]:
-    """Iterate over what is not done of a batch."""
-    iterator: Any = iter(batch[EVENTS])
-    if hasattr(iterator, "__setstate__"):
-        iterator.__setstate__(batch[BEGIN])
-    else:
-        for _ in range(batch[BEGIN]):
-            next(iterator)
-    return cast("Iterator[Any]", iterator)
+class Skipping:
+    """An iterator over a list that can go on at a later position, where those of Python itself cannot."""
+
+    def __init__(self, events: list[Any]) -> None:
+        self.events, self.position = events, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        if self.position >= len(self.events):
+            raise StopIteration
+        self.position += 1
+        return self.events[self.position - 1]
+
+    def __length_hint__(self) -> int:
+        return len(self.events) - self.position
+
+    def __setstate__(self, position: int) -> None:
+        self.position = position
+
+
+ITERATE: Any = iter if hasattr(type(iter([])), "__setstate__") else Skipping
+# A C function, mostly: an interrupt may come after it, but not within.
+skip: Any = cast("Any", type(ITERATE([]))).__setstate__
+
+
+def iter_from(events: list[Any], position: int) -> Any:
+    """Iterate over events from a position on."""
+    iterator = ITERATE(events)
+    if position:
+        skip(iterator, position)
+    return iterator
 
 
 def stopped(
@@ -405,11 +467,12 @@ def stopped(
         event = event_of(events[done]) if done < len(events) else None
         applied = _applied(events, begin, done, batch[FAILED])
         earlier, count, left = len(batch[FAILED]), len(events) - begin, done < len(events)
+        width, span = batch[WIDTH], batch[SPAN]
         tried = _put_in_order(batch)
     home._commitbus_back(batch, tried)
     _messages.drop_own_frames(error)
     if begun > done:
-        _messages.note_stopped(error, bus, event, done + 1 - begin, count, earlier)
+        _messages.note_stopped(error, bus, event, done - begin, width, span, count, earlier)
     elif left:
         _messages.note_interrupted(error, bus, done - begin, count)
     if failures is not None and not isinstance(error, Exception):
@@ -430,13 +493,3 @@ def _put_in_order(batch: Batch) -> list[Any]:
 def _applied(events: list[Any], begin: int, done: int, failed: list[int]) -> list[Any]:
     positions = set(failed)
     return [events[i] for i in range(begin, done) if i not in positions]
-
-
-def _leave(scope: Run, bus: object, failures: _messages.Failures | None, before: int) -> bool:
-    """Leave what surrounded the handlers, which have all run; true if that swallowed their errors."""
-    try:
-        failed = failures is not None and len(failures.errors) > before
-        return scope.leave(failures.group(bus) if failures is not None and failed else None) and failed
-    except BaseException as error:
-        _messages.note_left(error, bus)
-        raise

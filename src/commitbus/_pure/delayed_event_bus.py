@@ -7,8 +7,12 @@ from typing import TYPE_CHECKING, Any, Generic, cast
 
 from commitbus import _messages, _naming, _state
 from commitbus._context import gathering_of
-from commitbus._interfaces import EventBus, T
+from commitbus._interfaces import EventBus, T, deprecated
+from commitbus._looking import Shown
+from commitbus._pure import batch as batches
 from commitbus._pure.batch import (
+    AGAIN,
+    ALL,  # pyright: ignore[reportUnusedImport] (it does not look into `del`)
     ATOMIC,
     BEGIN,
     BEHIND,
@@ -23,24 +27,22 @@ from commitbus._pure.batch import (
     new_batch,
     put_back,
     take,
+    tidy,
 )
 from commitbus._pure.event_bus import AbstractEventBus, Pair, collects_plainly, is_bus
 from commitbus._pure.side_effects_bus import SideEffectsBus
+from commitbus._rounds import in_rounds
+from commitbus.savepoint import Savepoint, collect_within, covering, is_open, moved
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
-
-    from typing_extensions import deprecated
+    from collections.abc import Iterable
 
     from commitbus._context import Run
-else:
-
-    def deprecated(_message: str, **_: None) -> Callable[[T], T]:
-        """Mark for type checkers alone (PEP 702): 3.11 has no `warnings.deprecated`."""
-        return lambda function: function
+    from commitbus._pure.batch import Batch
+    from commitbus.middleware import Middleware
 
 
-class DelayedEventBus(Home, _state.Stateful, EventBus[T], Generic[T]):
+class DelayedEventBus(Home, Shown, _state.Stateful, EventBus[T], Generic[T]):
     """A bus whose ``apply`` carries nothing out: it only collects, until `apply_without_delay`.
 
     Parameters
@@ -216,7 +218,7 @@ class DelayedEventBus(Home, _state.Stateful, EventBus[T], Generic[T]):
         """
         return self._commitbus_collect(commit)
 
-    def apply_without_delay(self, commit: bool, *, robust: bool = False) -> list[T]:
+    def apply_without_delay(self, commit: bool, *, robust: bool = False, rounds: int = 1) -> list[T]:
         """Carry out what ``apply`` collected so far, in order.
 
         What nobody applied stays pending in the wrapped bus.
@@ -227,6 +229,9 @@ class DelayedEventBus(Home, _state.Stateful, EventBus[T], Generic[T]):
             Handed to every handler: true to do it for real, false for a dry run.
         robust : bool, default False
             Try every event once, whatever the others raise.
+        rounds : int, default 1
+            How often to go on with what handlers collected meanwhile, at most. An event that failed is not
+            tried again in a later round.
 
         Returns
         -------
@@ -242,11 +247,27 @@ class DelayedEventBus(Home, _state.Stateful, EventBus[T], Generic[T]):
             When `robust` is true and a handler raised an `Exception`: every error, each with its
             note. The events that failed stay collected.
         TypeError
-            When a handler returns a coroutine, which is closed; that event has failed.
+            When a handler returns a coroutine, which is closed; that event has failed. Also when `rounds`
+            is no int.
+        ValueError
+            When `rounds` is below 1.
+        RuntimeError
+            When a savepoint that covers this bus is open.
         """
-        failures = _messages.Failures() if robust else None
         actual = self._commitbus_wrapped()
+        if rounds != 1:
+            held, out = self._commitbus_collected(), gathering_of(actual)
+            return in_rounds(
+                self,
+                rounds,
+                robust,
+                actual._commitbus_scope(commit),
+                lambda fs: list(map(event_of, carry_out(held, held, self, held._commitbus_hook(), commit, fs, out))),
+            )
+        failures = _messages.Failures() if robust else None
         if (collected := self._commitbus_peek()) is None:
+            if actual._commitbus_marks is not None and covering(actual, self):
+                raise is_open(self, actual._commitbus_marks)
             return []
         out = gathering_of(actual)
         applied = carry_out(collected, collected, self, collected._commitbus_hook(), commit, failures, out)
@@ -254,6 +275,18 @@ class DelayedEventBus(Home, _state.Stateful, EventBus[T], Generic[T]):
             del applied  # the traceback keeps this frame, and must keep no event
             raise failures.end(self)
         return list(map(event_of, applied)) if collected._commitbus_mixed else applied
+
+    def savepoint(self) -> Savepoint:
+        """Begin a block whose events are dropped when it is left by an exception, collected or not.
+
+        Returns
+        -------
+        Savepoint
+            It is open, and keeps a reference to this bus until it ends. While it is open, this bus can
+            collect, but neither it nor the wrapped bus can be applied or discarded.
+        """
+        self._commitbus_wrapped()
+        return Savepoint(self)
 
     def pending_events(self) -> tuple[T, ...]:
         """Return what is pending in the wrapped bus.
@@ -287,6 +320,10 @@ class DelayedEventBus(Home, _state.Stateful, EventBus[T], Generic[T]):
         collected = self._commitbus_peek()
         return () if collected is None else tuple(map(event_of, collected._commitbus_items()))
 
+    def _commitbus_parts(self) -> tuple[AbstractEventBus[T], SideEffectsBus[T] | None]:
+        """Give the wrapped bus, and that of what was collected, or None."""
+        return self._commitbus_wrapped(), self._commitbus_peek()
+
     def _commitbus_get(self) -> Any:
         actual = self._commitbus_wrapped()
         collected = self._commitbus_peek()
@@ -316,6 +353,8 @@ class DelayedEventBus(Home, _state.Stateful, EventBus[T], Generic[T]):
             made: SideEffectsBus[T] = SideEffectsBus()
             made._commitbus_wraps = actual
             made._commitbus_collector = weakref.ref(self)
+            if actual._commitbus_marks is not None:
+                made._commitbus_marks = covering(actual, self)
             keep_first(self, "_commitbus_side_effects", made)
         collected = cast("SideEffectsBus[T]", self._commitbus_side_effects)
         if self._commitbus_left is not None:
@@ -325,6 +364,8 @@ class DelayedEventBus(Home, _state.Stateful, EventBus[T], Generic[T]):
     def _commitbus_collect(self, commit: bool) -> list[T]:
         actual = self._commitbus_wrapped()
         collected = self._commitbus_collected()
+        if actual._commitbus_marks is not None:
+            return self._commitbus_collect_within_savepoint(commit)
         if not collects_plainly(actual):
             items = [Explicit((event, function)) for event, function in actual.collect(commit)]
             if items:
@@ -349,19 +390,53 @@ class DelayedEventBus(Home, _state.Stateful, EventBus[T], Generic[T]):
             collected._commitbus_register()
         return events
 
+    def _commitbus_collect_within_savepoint(self, commit: bool) -> list[T]:
+        """Collect as ever, and have the marks say what of it is older than they are."""
+        actual, collected = self._commitbus_wrapped(), self._commitbus_collected()
+        kept: list[Any] = collected._commitbus_pending
+        if not collects_plainly(actual):
+            pairs, marks = collect_within(actual, self, len(kept), commit)
+            items: list[Any] = [Explicit(pair) for pair in pairs]
+            collected._commitbus_mixed = True
+            kept += items; actual._commitbus_marks = marks  # fmt: skip  # noqa: E702
+        else:
+            pending: list[Any] = actual._commitbus_pending
+            while True:
+                tidy(actual)
+                left: Any = actual._commitbus_left
+                before: list[Any] = [] if left is None else left[EVENTS][left[BEGIN] :]
+                position = len(kept)
+                marks = moved(actual, self, position, len(before))
+                # One line: an interrupt finds the events in one place, and the marks right. Only if nobody has
+                # put back more.
+                # fmt: off
+                if actual._commitbus_left is left: kept += before; kept += pending; del pending[ALL]; actual._commitbus_left, actual._commitbus_marks = None, marks; break  # noqa: E501, E701, E702
+                # fmt: on
+            items = kept[position:]
+        if items:
+            collected._commitbus_register()
+        return list(map(event_of, items))
+
     # A turn in a multi bus: it takes from the wrapped bus, and puts back into what was collected.
 
     def _commitbus_turn(
         self, ref: weakref.ref[Any], commit: bool, failures: _messages.Failures | None, out: list[Any] | None
-    ) -> None:
+    ) -> object:
         """Collect what is pending, and carry it out, let go of by the multi bus to which `ref` refers."""
         actual = self._commitbus_wrapped()
+        if actual._commitbus_marks is not None:
+            raise is_open(actual, actual._commitbus_marks)
         if self._commitbus_side_effects is None and self._commitbus_left is None and collects_plainly(actual):
             # The direct path: nobody can have seen what was never collected. From now on an event registers
             # this bus again; what is pending is taken after that.
             self._commitbus_let_go(ref)
             hook = actual._commitbus_hook()
-            if failures is None and actual._commitbus_plain and actual._commitbus_left is None:
+            if (
+                failures is None
+                and actual._commitbus_plain
+                and actual._commitbus_left is None
+                and batches.middleware is None
+            ):
                 applied = actual._commitbus_run(self, self, hook, commit)
             else:
                 applied = carry_out(actual, self, self, hook, commit, failures, out)
@@ -375,9 +450,15 @@ class DelayedEventBus(Home, _state.Stateful, EventBus[T], Generic[T]):
         if out is not None and not actual._commitbus_multi:
             out.extend(applied)
         del applied  # the frame of a handler that failed leads to this one, and it must keep no event
+        return AGAIN if failures is not None and failures.positions else None
 
-    def _commitbus_choose(self, hook: Handler, failures: _messages.Failures | None, out: list[Any] | None) -> Handler:
-        return self._commitbus_actual._commitbus_choose(hook, failures, out)
+    def _commitbus_choose(
+        self, hook: Handler, failures: _messages.Failures | None, out: list[Any] | None, batch: Batch
+    ) -> Handler:
+        return self._commitbus_actual._commitbus_choose(hook, failures, out, batch)
+
+    def _commitbus_surrounded(self, hook: Any, stack: tuple[Middleware, ...]) -> Any:
+        return self._commitbus_actual._commitbus_surrounded(hook, stack)
 
     def _commitbus_scope(self, commit: bool) -> Run | None:
         return self._commitbus_actual._commitbus_scope(commit)
@@ -393,6 +474,10 @@ class DelayedEventBus(Home, _state.Stateful, EventBus[T], Generic[T]):
         collected = self._commitbus_peek()
         if actual._commitbus_holds_any() or (collected is not None and collected._commitbus_holds_any()):
             self._commitbus_register()
+
+    def _commitbus_remember(self, owner: weakref.ref[Any]) -> None:
+        """Have the next event here register this bus with `owner`; the wrapped bus is registered by another."""
+        self._commitbus_owner = owner
 
     def _commitbus_let_go(self, owner: weakref.ref[Any]) -> None:
         """Have the next event, here or on the wrapped bus, register this bus with `owner`, a multi bus."""

@@ -6,10 +6,12 @@ from abc import abstractmethod
 from functools import partial
 from itertools import repeat
 from types import MethodType
-from typing import TYPE_CHECKING, Any, Generic, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, cast, overload
 
 from commitbus import _messages, _naming, _state
-from commitbus._interfaces import CommittableFunction, EventBus, T, iterate
+from commitbus._interfaces import CommittableFunction, EventBus, T, deprecated, iterate
+from commitbus._looking import Shown
+from commitbus._pure import batch as batches
 from commitbus._pure.batch import (
     ALL,  # pyright: ignore[reportUnusedImport] (it does not look into `del`)
     ATOMIC,
@@ -28,18 +30,28 @@ from commitbus._pure.batch import (
     tidy,
 )
 from commitbus._pure.side_effects import SideEffectCall
+from commitbus._rounds import in_rounds
+from commitbus.middleware import surround
+from commitbus.savepoint import Savepoint, cut, is_open
 
 if TYPE_CHECKING:
     import weakref
-    from collections.abc import Callable, Iterable
-    from typing import Self
+    from collections.abc import Callable, Coroutine, Iterable
+    from typing import Protocol, Self
 
     from commitbus._interfaces import EventBusOrchestrator
+    from commitbus.middleware import Middleware
+
+    class CoroutineFunction(Protocol):
+        """What looks like a `CommittableFunction`, but only gives a coroutine."""
+
+        def __call__(self, *, commit: bool) -> Coroutine[Any, Any, Any]: ...
+
 
 Pair: TypeAlias = tuple[T, CommittableFunction]
 
 
-class AbstractEventBus(Source, _state.Stateful, EventBus[T], Generic[T]):
+class AbstractEventBus(Source, Shown, _state.Stateful, EventBus[T], Generic[T]):
     """A bus that keeps its events until it is applied: subclass it and implement ``_apply_event``.
 
     Any number of threads may publish, apply and collect at once; each event is applied exactly once,
@@ -79,7 +91,7 @@ class AbstractEventBus(Source, _state.Stateful, EventBus[T], Generic[T]):
             raise _messages.no_arguments(cls)
         self = object.__new__(cls)
         self._commitbus_pending = []
-        self._commitbus_left = self._commitbus_owner = self._commitbus_wrapper = None
+        self._commitbus_left = self._commitbus_marks = self._commitbus_owner = self._commitbus_wrapper = None
         return self
 
     def publish(self, event: T) -> None:
@@ -120,10 +132,11 @@ class AbstractEventBus(Source, _state.Stateful, EventBus[T], Generic[T]):
             for event in iterate(events):
                 publish(event)
 
-    def apply(self, commit: bool, *, robust: bool = False) -> list[T]:
+    def apply(self, commit: bool, *, robust: bool = False, rounds: int = 1) -> list[T]:
         """Apply the pending events in the order in which they were published.
 
-        What a handler publishes meanwhile waits for the next apply; a nested apply applies just that.
+        What a handler publishes meanwhile waits for the next round, if there is one, or else for the next
+        apply; a nested apply applies just that.
 
         Parameters
         ----------
@@ -132,12 +145,15 @@ class AbstractEventBus(Source, _state.Stateful, EventBus[T], Generic[T]):
             for a dry run.
         robust : bool, default False
             Try every event once, whatever the others raise.
+        rounds : int, default 1
+            How often to go on with what handlers published meanwhile, at most; what is left then stays
+            pending. An event that failed is not tried again in a later round.
 
         Returns
         -------
         list of T
-            The events that were applied, in order. The list is the caller's; the bus keeps no
-            reference to what is in it.
+            The events that were applied, in all rounds, in order. The list is the caller's; the bus keeps
+            no reference to what is in it.
 
         Raises
         ------
@@ -148,13 +164,28 @@ class AbstractEventBus(Source, _state.Stateful, EventBus[T], Generic[T]):
             When `robust` is true and a handler raised an `Exception`: every error, each with its
             note. The events that failed stay pending, ahead of what was published meanwhile.
         TypeError
-            When a handler returns a coroutine, which is closed; that event has failed.
+            When a handler returns a coroutine, which is closed; that event has failed. Also when `rounds`
+            is no int.
+        ValueError
+            When `rounds` is below 1.
+        RuntimeError
+            When a savepoint that covers this bus is open.
         """
+        if rounds != 1:
+            hook, scope = self._commitbus_hook, self._commitbus_scope(commit)
+            return in_rounds(
+                self, rounds, robust, scope, lambda fs: carry_out(self, self, self, hook(), commit, fs, None)
+            )
         failures = _messages.Failures() if robust else None
-        hook = self._apply_event
-        if failures is None and self._commitbus_plain and self._commitbus_left is None:
-            return self._commitbus_run(self, self, hook, commit)
-        applied = carry_out(self, self, self, hook, commit, failures, None)
+        if (
+            failures is None
+            and self._commitbus_plain
+            and self._commitbus_left is None
+            and self._commitbus_marks is None
+            and batches.middleware is None
+        ):
+            return self._commitbus_run(self, self, self._apply_event, commit)
+        applied = carry_out(self, self, self, self._commitbus_hook(), commit, failures, None)
         if failures is not None and failures.errors:
             del applied  # the traceback keeps this frame, and must keep no event
             raise failures.end(self)
@@ -182,12 +213,12 @@ class AbstractEventBus(Source, _state.Stateful, EventBus[T], Generic[T]):
                     event = None  # as in `carry_out`
             except BaseException:
                 # Put back first, and without a call, as in `carry_out`.
-                batch = [events, iterator, event, (), None, 0]
+                batch = [events, iterator, event, (), None, 0, 1, 1]
                 batch[BEHIND], home._commitbus_left, events = home._commitbus_left, batch, None
                 raise
         except BaseException as error:
             if events:  # a tracer has raised at one of the lines above
-                batch = [events, iterator, event, (), None, 0]
+                batch = [events, iterator, event, (), None, 0, 1, 1]
                 batch[BEHIND], home._commitbus_left, events = home._commitbus_left, batch, None
             iterator = event = None  # the traceback keeps this frame, and must keep no event
             try:  # noqa: SIM105 (a call, where there may be no stack left)
@@ -230,7 +261,11 @@ class AbstractEventBus(Source, _state.Stateful, EventBus[T], Generic[T]):
             Whatever ``_collect_event`` raises, with a note. Every event is pending again.
         TypeError
             When ``_collect_event`` returns what cannot be called. Every event is pending again.
+        RuntimeError
+            When a savepoint that covers this bus is open.
         """
+        if self._commitbus_marks is not None:
+            raise is_open(self, self._commitbus_marks)
         collect_event = self._collect_event
         batch = new_batch()
         events: Any = None
@@ -302,7 +337,14 @@ class AbstractEventBus(Source, _state.Stateful, EventBus[T], Generic[T]):
         -------
         list of T
             What was dropped. The bus keeps no reference to it.
+
+        Raises
+        ------
+        RuntimeError
+            When a savepoint that covers this bus is open.
         """
+        if self._commitbus_marks is not None:
+            raise is_open(self, self._commitbus_marks)
         batch = new_batch()
         try:
             take(self, batch)
@@ -310,6 +352,42 @@ class AbstractEventBus(Source, _state.Stateful, EventBus[T], Generic[T]):
         except BaseException:
             put_back(self, batch)
             raise
+
+    def savepoint(self) -> Savepoint:
+        """Begin a block whose events are dropped when it is left by an exception.
+
+        Returns
+        -------
+        Savepoint
+            It is open, and keeps a reference to the bus until it ends. While it is open, the bus cannot be
+            applied, collected or discarded.
+        """
+        return Savepoint(self)
+
+    def _commitbus_mark(self) -> tuple[int, int]:
+        """Give where what is published from now on begins, and how much was put back before."""
+        tidy(self)
+        left = self._commitbus_left
+        return len(self._commitbus_pending), 0 if left is None else len(left[EVENTS]) - left[BEGIN]
+
+    def _commitbus_cut(self, start: int, kept: tuple[tuple[int, int], ...]) -> list[T]:
+        """Drop what is pending from a mark on, but for some spans, and give it."""
+        return self._commitbus_look(cut(self._commitbus_pending, start, kept))
+
+    def _commitbus_bring_back(self, count: int) -> None:
+        """Bring the last events that were put back to what is pending: collecting them failed within a savepoint."""
+        tidy(self)
+        left = self._commitbus_left
+        if left is not None and count:
+            events = left[EVENTS]
+            span = slice(max(left[BEGIN], len(events) - count), None)
+            newer = events[span]
+            # One line: they are in one place or the other.
+            self._commitbus_pending[:0] = newer; del events[span]  # fmt: skip  # noqa: E702
+
+    def _commitbus_events(self) -> list[T]:
+        """Copy what is pending, whatever a subclass overrides."""
+        return self._commitbus_look(self._commitbus_items())
 
     def _commitbus_get(self) -> Any:
         return self._commitbus_items()
@@ -333,6 +411,9 @@ class AbstractEventBus(Source, _state.Stateful, EventBus[T], Generic[T]):
 
     def _commitbus_hook(self) -> Handler:
         return self._apply_event
+
+    def _commitbus_surrounded(self, hook: Any, stack: tuple[Middleware, ...]) -> Any:
+        return surround(stack, self, hook)
 
     def _commitbus_back(self, batch: list[Any], tried: list[Any]) -> None:  # noqa: ARG002
         if self._commitbus_owner is not None:
@@ -399,16 +480,24 @@ class BasicEventBus(AbstractEventBus[CommittableFunction]):
     slip would set it, and a dry run could send mail:
 
     >>> bus.publish(partial(send, "ada@example.org", "an argument too many"))
-    >>> bus.apply(commit=False)
+    >>> bus.apply(commit=False)  # doctest: +ELLIPSIS
     Traceback (most recent call last):
         ...
-    TypeError: send() takes 1 positional argument but 2 positional arguments (and 1 keyword-only argument) were given
+    TypeError: send() takes 1 positional argument but 2 ... given
     commitbus: event 1 of 1, __main__.send, failed in commitbus.event_bus.BasicEventBus; it stays pending
     """
 
     __module__ = "commitbus.event_bus"
 
-    def publish(self, event: CommittableFunction) -> None:
+    if TYPE_CHECKING:
+
+        @overload
+        @deprecated("a coroutine function is never awaited here, and applying it is a TypeError; publish a function")
+        def publish(self, event: CoroutineFunction) -> None: ...
+        @overload
+        def publish(self, event: CommittableFunction) -> None: ...
+
+    def publish(self, event: Any) -> None:
         """Add an event, in constant time; nothing happens to it until it is applied.
 
         Parameters
@@ -442,7 +531,7 @@ class BasicEventBus(AbstractEventBus[CommittableFunction]):
             try:
                 events += pending; del pending[ALL]  # fmt: skip  # noqa: E702
                 for event in iterator:
-                    if type(event) is SideEffectCall:
+                    if type(event) is SideEffectCall and not event._commitbus_conditional:
                         call = event
                         event = call._commitbus_function(*call._commitbus_args, **call._commitbus_kwargs, commit=commit)
                     else:
@@ -451,12 +540,12 @@ class BasicEventBus(AbstractEventBus[CommittableFunction]):
                         _messages.refuse_coroutine(events[-iterator.__length_hint__() - 1], event)
                     event = None
             except BaseException:
-                batch = [events, iterator, event, (), None, 0]
+                batch = [events, iterator, event, (), None, 0, 1, 1]
                 batch[BEHIND], home._commitbus_left, events = home._commitbus_left, batch, None
                 raise
         except BaseException as error:
             if events:
-                batch = [events, iterator, event, (), None, 0]
+                batch = [events, iterator, event, (), None, 0, 1, 1]
                 batch[BEHIND], home._commitbus_left, events = home._commitbus_left, batch, None
             iterator = event = call = None
             try:  # noqa: SIM105

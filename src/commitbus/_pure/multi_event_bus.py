@@ -8,14 +8,32 @@ from typing import TYPE_CHECKING, Any, cast
 from commitbus import _messages
 from commitbus._context import gathering, gathering_of
 from commitbus._interfaces import EventBusOrchestrator, T
-from commitbus._pure.batch import BEGIN, EVENTS, Handler, carry_out, drop_others, is_method, new_batch, put_back, take
+from commitbus._pure import batch as batches
+from commitbus._pure.batch import (
+    BEGIN,
+    EVENTS,
+    Handler,
+    carry_out,
+    drop,
+    drop_others,
+    is_method,
+    new_batch,
+    put_back,
+    take,
+    tidy,
+)
 from commitbus._pure.delayed_event_bus import DelayedEventBus
 from commitbus._pure.event_bus import AbstractEventBus, is_bus
+from commitbus._rounds import in_rounds
 from commitbus._unit_of_work import events_to_apply, unit_of_work
+from commitbus.savepoint import refuse_open
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
+
+    from commitbus._pure.batch import Batch
+    from commitbus.middleware import Middleware
 
 
 class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator):
@@ -96,7 +114,7 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
         if self._commitbus_owner is not None:
             self._commitbus_register()
 
-    def apply(self, commit: bool, *, robust: bool = False) -> list[DelayedEventBus[Any]]:
+    def apply(self, commit: bool, *, robust: bool = False, rounds: int = 1) -> list[DelayedEventBus[Any]]:
         """Apply the registered buses in the order in which they were registered.
 
         Each first collects what is still pending in it, then is applied without delay. What is
@@ -109,11 +127,14 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
             Handed to every handler: true to do it for real, false for a dry run.
         robust : bool, default False
             Try every event of every bus once, whatever the others raise.
+        rounds : int, default 1
+            How often to go on with the buses that handlers published on meanwhile, at most; what is left then
+            stays pending. An event that failed is not tried again in a later round.
 
         Returns
         -------
         list of DelayedEventBus
-            The buses that were applied. This bus keeps no reference to them.
+            The buses that were applied, in all rounds. This bus keeps no reference to them.
 
         Raises
         ------
@@ -123,7 +144,16 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
         ExceptionGroup
             When `robust` is true and a handler raised an `Exception`: every error, each with its
             notes. The buses with failures stay registered.
+        TypeError, ValueError
+            When `rounds` is no int, or below 1.
+        RuntimeError
+            When a savepoint of this bus is open.
         """
+        if rounds != 1:
+            out, hook = gathering_of(self), self._commitbus_hook
+            return in_rounds(
+                self, rounds, robust, None, lambda fs: carry_out(self, self, self, hook(), commit, fs, out)
+            )
         failures = _messages.Failures() if robust else None
         applied = carry_out(self, self, self, self._apply_event, commit, failures, gathering_of(self))
         if failures is not None and failures.errors:
@@ -131,7 +161,7 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
             raise failures.end(self)
         return applied
 
-    def apply_and_get_applied_events(self, commit: bool, *, robust: bool = False) -> list[Any]:
+    def apply_and_get_applied_events(self, commit: bool, *, robust: bool = False, rounds: int = 1) -> list[Any]:
         """Apply the registered buses, and return the events instead.
 
         Parameters
@@ -140,6 +170,8 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
             Handed to every handler: true to do it for real, false for a dry run.
         robust : bool, default False
             Try every event of every bus once, whatever the others raise.
+        rounds : int, default 1
+            As in `apply`.
 
         Returns
         -------
@@ -157,12 +189,18 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
         outer = gathering.get()
         try:
             if type(self).apply is MultiEventBus.apply:
+                if rounds != 1:
+                    hook = self._commitbus_hook
+                    in_rounds(
+                        self, rounds, robust, None, lambda fs: carry_out(self, self, self, hook(), commit, fs, out)
+                    )
+                    return out
                 carry_out(self, self, self, self._apply_event, commit, failures, out)
                 if failures is not None and failures.errors:
                     raise failures.end(self)
             else:
                 gathering.set((self, out))
-                _with_robust(self.apply, commit, failures)
+                _with_options(self.apply, commit, failures is not None, rounds)
         except BaseException:
             out.clear()  # the frames of a traceback keep the list, and must keep no event
             raise
@@ -195,7 +233,10 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
         ------
         Exception
             Whatever discarding the events of a bus raises. That bus and those after it stay registered.
+        RuntimeError
+            When a savepoint that covers this bus or one of the buses is open. Nothing is dropped.
         """
+        refuse_open(self)
         batch: Any = new_batch()
         try:
             take(self, batch)
@@ -225,7 +266,16 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
             raise _messages.not_delayed(event)
         self._commitbus_turn(event, weakref.ref(self), commit, None, gathering_of(self))
 
-    def _commitbus_choose(self, hook: Handler, failures: _messages.Failures | None, out: list[Any] | None) -> Handler:
+    def _commitbus_surrounded(self, hook: Any, stack: tuple[Middleware, ...]) -> Any:  # noqa: ARG002
+        return hook  # the buses are not events
+
+    def _commitbus_choose(
+        self,
+        hook: Handler,
+        failures: _messages.Failures | None,
+        out: list[Any] | None,
+        batch: Batch,  # noqa: ARG002
+    ) -> Handler:
         if is_method(hook, MultiEventBus._apply_event, self):
             turn = self._commitbus_turn
             ref: weakref.ref[Any] = weakref.ref(self)
@@ -250,16 +300,16 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
         commit: bool,
         failures: _messages.Failures | None,
         out: list[Any] | None,
-    ) -> None:
+    ) -> object:
         delayed._commitbus_wrapped()
         cls: Any = type(delayed)
         base: Any = DelayedEventBus  # as Any: type checkers call its apply deprecated
         try:
             if cls is base or (cls.apply is base.apply and cls.apply_without_delay is base.apply_without_delay):
-                inner = None if failures is None else _messages.Failures(failures.errors)
-                delayed._commitbus_turn(ref, commit, inner, out)
-            else:
-                _apply_overridden(delayed, ref, commit, failures, out)
+                inner = None if failures is None else failures.inner()
+                return delayed._commitbus_turn(ref, commit, inner, out)
+            _apply_overridden(delayed, ref, commit, failures, out)
+            return None
         finally:
             # What is here looked at is mostly empty: then there is nothing to see to.
             if delayed._commitbus_owner is not None and (
@@ -280,15 +330,31 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
         for delayed in delayeds:
             delayed._commitbus_hold()
 
+    def _commitbus_unregister(self, identities: set[int]) -> None:
+        """Take buses out of what is registered, each given by its identity."""
+        with batches.lock:
+            tidy(self)
+            if (left := self._commitbus_left) is not None:
+                left[EVENTS] = [one for one in left[EVENTS][left[BEGIN] :] if id(one) not in identities]
+                left[BEGIN] = 0
+        drop(self, identities)
+
+    def _commitbus_discard(self, delayed: DelayedEventBus[Any]) -> None:
+        """Let go of a bus that was registered, and drop all that is in it."""
+        _discard(delayed, weakref.ref(self))
+
     def _commitbus_set(self, kept: Any) -> None:
         for delayed in kept:
             # One that was let go of is registered with this bus now, and only remembers another.
             self._commitbus_pending.append(delayed)
 
 
-def _with_robust(apply: Callable[..., list[Any]], commit: bool, failures: _messages.Failures | None) -> list[Any]:
-    """Call an apply that may have been written without `robust`."""
-    return apply(commit) if failures is None else apply(commit, robust=True)
+def _with_options(apply: Callable[..., list[Any]], commit: bool, robust: bool, rounds: int) -> list[Any]:
+    """Call an apply that may have been written without `robust` and `rounds`."""
+    options: dict[str, Any] = {"robust": True} if robust else {}
+    if rounds != 1:
+        options["rounds"] = rounds
+    return apply(commit, **options)
 
 
 def _apply_overridden(
@@ -306,7 +372,7 @@ def _apply_overridden(
             gathering.set((actual, out))
         cast("Any", delayed).apply(commit)
         delayed._commitbus_let_go(ref)
-        events = _with_robust(delayed.apply_without_delay, commit, failures)
+        events = _with_options(delayed.apply_without_delay, commit, failures is not None, 1)
     finally:
         gathering.set(outer)
     if out is not None and not actual._commitbus_multi:
@@ -331,7 +397,10 @@ def use_orchestrator_or_create_multi_event_bus(
     commit: bool,
     *,
     commit_transaction: Callable[[], object] | None = None,
+    rollback_transaction: Callable[[], object] | None = None,
     robust: bool = False,
+    rounds: int = 1,
+    on_unapplied: Callable[[MultiEventBus], object] | None = None,
 ) -> AbstractContextManager[tuple[EventBusOrchestrator, Callable[[], list[Any]]], bool | None]:
     """Run in the caller's unit of work or, without one, in a new one.
 
@@ -344,26 +413,42 @@ def use_orchestrator_or_create_multi_event_bus(
     commit_transaction : callable, optional
         Called without arguments before anything is applied, if `commit` is true. Not called with an
         orchestrator: the caller owns the transaction, too.
+    rollback_transaction : callable, optional
+        Called without arguments where the transaction must not stay open: when an exception leaves the
+        block before the commit succeeded, when `commit_transaction` raises, and after a dry run. What was
+        published in the block and not applied is dropped, with the data. What it raises itself becomes
+        the last in the chain of the error that was there before. Not called with an orchestrator.
     robust : bool, default False
         Try every event once, whatever the others raise.
+    rounds : int, default 1
+        How often to go on with what handlers published meanwhile, at most.
+    on_unapplied : callable, optional
+        Called with the `MultiEventBus` when the block is left, after the commit or without an exception,
+        with events in it that were never applied: to log, store or enqueue them. Instead of the warning or
+        the note below.
 
     Returns
     -------
     context manager of (EventBusOrchestrator, callable)
         It yields what to wrap buses with, and ``commit_and_execute_side_effects``. That commits,
-        applies, and returns the events that were applied. With an orchestrator it does nothing and
-        returns an empty list. It raises what `commit_transaction` raises, and then nothing was
-        applied and everything stays; else what `MultiEventBus.apply` raises.
+        applies, and returns the events that were applied. Called again after an apply that failed, it
+        goes on applying without committing again. With an orchestrator it does nothing and returns an
+        empty list. It raises what `commit_transaction` raises, and then nothing was applied; else what
+        `MultiEventBus.apply` raises.
 
     Raises
     ------
     TypeError
-        When `event_bus_orchestrator` is neither an orchestrator nor None.
+        When `event_bus_orchestrator` is neither an orchestrator nor None, when one of the functions cannot
+        be called (``session.commit()`` instead of ``session.commit``), or `rounds` is no int.
+    ValueError
+        When `rounds` is below 1.
 
     Warns
     -----
     UnappliedEventsWarning
-        When the block is left, not by an exception, with events that were never applied.
+        When the block is left, not by an exception, with events that were never applied. When it is left by
+        one after the commit, a note on the exception says how many, and which, instead.
 
     Examples
     --------
@@ -392,7 +477,16 @@ def use_orchestrator_or_create_multi_event_bus(
     mail sent
     1 applied by the caller
     """
-    return unit_of_work(MultiEventBus, event_bus_orchestrator, commit, commit_transaction, robust)
+    return unit_of_work(
+        MultiEventBus,
+        event_bus_orchestrator,
+        commit,
+        commit_transaction,
+        rollback_transaction,
+        robust,
+        rounds,
+        on_unapplied,
+    )
 
 
 use_orchestrator_or_create_multi_event_bus.__module__ = "commitbus.multi_event_bus"

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, cast, final
+from typing import TYPE_CHECKING, Any, ParamSpec, cast, final
 
 from commitbus import _messages, _naming, _state
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+P = ParamSpec("P")
+
 
 class MutableCall:
     """What a `SideEffectCall` is while it is made."""
 
-    __slots__ = ("__weakref__", "_commitbus_args", "_commitbus_function", "_commitbus_kwargs")
+    __slots__ = (
+        "__weakref__",
+        "_commitbus_args",
+        "_commitbus_conditional",
+        "_commitbus_function",
+        "_commitbus_kwargs",
+    )
+    _commitbus_conditional: bool  # whether `if_committed` made it
     _commitbus_function: Callable[..., object]
     _commitbus_args: tuple[Any, ...]
     _commitbus_kwargs: dict[str, Any]
@@ -57,13 +66,14 @@ class SideEffectCall(MutableCall):
     def __new__(cls, function: Callable[..., object], /, *args: Any, **kwargs: Any) -> SideEffectCall:
         """Make a call."""
         if not callable(function):
-            raise _messages.not_a_function(function)
+            raise _messages.not_a_function("SideEffectCall", function)
         if "commit" in kwargs:
             raise _messages.commit_keyword()
         self: Any = object.__new__(MutableCall)
         self._commitbus_function = function
         self._commitbus_args = args
         self._commitbus_kwargs = kwargs
+        self._commitbus_conditional = False
         self.__class__ = cls
         return cast("SideEffectCall", self)
 
@@ -89,6 +99,8 @@ class SideEffectCall(MutableCall):
         Exception
             Whatever the function raises.
         """
+        if self._commitbus_conditional:
+            return self._commitbus_function(*self._commitbus_args, **self._commitbus_kwargs) if commit else None
         return self._commitbus_function(*self._commitbus_args, **self._commitbus_kwargs, commit=commit)
 
     @property
@@ -122,7 +134,11 @@ class SideEffectCall(MutableCall):
         """Compare by function and arguments."""
         if not isinstance(other, SideEffectCall):
             return NotImplemented
-        return self._commitbus_key() == other._commitbus_key() and self._commitbus_kwargs == other._commitbus_kwargs
+        return (
+            self._commitbus_conditional == other._commitbus_conditional
+            and self._commitbus_key() == other._commitbus_key()
+            and self._commitbus_kwargs == other._commitbus_kwargs
+        )
 
     def __hash__(self) -> int:
         """Hash by function and arguments.
@@ -132,11 +148,11 @@ class SideEffectCall(MutableCall):
         TypeError
             When an argument is not hashable.
         """
-        return hash((self._commitbus_key(), frozenset(self._commitbus_kwargs.items())))
+        return hash((self._commitbus_key(), frozenset(self._commitbus_kwargs.items()), self._commitbus_conditional))
 
     def __repr__(self) -> str:
         """Show the function and the arguments as they were passed."""
-        return _messages.call_repr(self._commitbus_function, self.args, self.kwargs)
+        return _messages.call_repr(self._commitbus_function, self.args, self.kwargs, self._commitbus_conditional)
 
     def __copy__(self) -> SideEffectCall:
         """Return itself: it is immutable."""
@@ -144,8 +160,53 @@ class SideEffectCall(MutableCall):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Take the call apart for `pickle`."""
-        cls = _state.reference(SideEffectCall)
+        cls = "if_committed" if self._commitbus_conditional else _state.reference(SideEffectCall)
         return _state.call, (cls, self._commitbus_function, self.args, dict(self.kwargs))
 
 
+def if_committed(function: Callable[P, object], /, *args: P.args, **kwargs: P.kwargs) -> SideEffectCall:
+    """Make a side effect of a function that knows nothing of ``commit``.
+
+    With a true ``commit`` it calls the function, with a false one nothing: for ``task.delay``,
+    ``background.add_task``, ``cache.delete`` and the like.
+
+    Parameters
+    ----------
+    function : callable
+        What to call. A reference is kept, as to all arguments.
+    *args, **kwargs : object
+        What to call it with, checked by type checkers. ``commit`` among them is the function's own.
+
+    Returns
+    -------
+    SideEffectCall
+        It differs from one that hands ``commit`` on.
+
+    Raises
+    ------
+    TypeError
+        When `function` cannot be called.
+
+    Examples
+    --------
+    >>> from commitbus import BasicEventBus, if_committed
+    >>> bus = BasicEventBus()
+    >>> bus.publish(if_committed(print, "deleted", "the old picture"))
+    >>> _ = bus.apply(commit=False)
+    >>> bus.publish(if_committed(print, "deleted", "the old picture"))
+    >>> _ = bus.apply(commit=True)
+    deleted the old picture
+    """
+    if not callable(function):
+        raise _messages.not_a_function("if_committed", function)
+    self: Any = object.__new__(MutableCall)
+    self._commitbus_function = function
+    self._commitbus_args = args
+    self._commitbus_kwargs = kwargs
+    self._commitbus_conditional = True
+    self.__class__ = SideEffectCall
+    return cast("SideEffectCall", self)
+
+
+if_committed.__module__ = "commitbus.side_effects"
 _naming.see_through(SideEffectCall, SideEffectCall.function.__get__)

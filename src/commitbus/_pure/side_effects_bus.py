@@ -8,14 +8,19 @@ from typing import TYPE_CHECKING, Any, Generic, cast
 from commitbus import _messages, _naming
 from commitbus._context import gathering
 from commitbus._interfaces import T
+from commitbus._pure import batch as batches
 from commitbus._pure.batch import Explicit, Handler, carry_out, event_of, is_delayed, is_method
 from commitbus._pure.event_bus import AbstractEventBus, Pair, apply_collected
+from commitbus._rounds import in_rounds
+from commitbus.middleware import surround_pair
 
 if TYPE_CHECKING:
     import weakref
     from typing import Self
 
     from commitbus._context import Run
+    from commitbus._pure.batch import Batch
+    from commitbus.middleware import Middleware
 
 
 class SideEffectsBus(AbstractEventBus[Pair[T]], Generic[T]):
@@ -75,7 +80,7 @@ class SideEffectsBus(AbstractEventBus[Pair[T]], Generic[T]):
         self._commitbus_register()
         self._commitbus_wraps._commitbus_forget_again(None, list(map(event_of, tried)))
 
-    def apply(self, commit: bool, *, robust: bool = False) -> list[Pair[T]]:
+    def apply(self, commit: bool, *, robust: bool = False, rounds: int = 1) -> list[Pair[T]]:
         """Apply the collected events in the order in which they were collected.
 
         Parameters
@@ -84,6 +89,8 @@ class SideEffectsBus(AbstractEventBus[Pair[T]], Generic[T]):
             Handed to every callable.
         robust : bool, default False
             Try every event once, whatever the others raise.
+        rounds : int, default 1
+            As in `DelayedEventBus.apply_without_delay`.
 
         Returns
         -------
@@ -95,6 +102,12 @@ class SideEffectsBus(AbstractEventBus[Pair[T]], Generic[T]):
         BaseException
             As in `AbstractEventBus.apply`.
         """
+        if rounds != 1:
+            hook, scope = self._commitbus_hook, self._commitbus_wrapped()._commitbus_scope(commit)
+            applied = in_rounds(
+                self, rounds, robust, scope, lambda fs: carry_out(self, self, self, hook(), commit, fs, None)
+            )
+            return self._commitbus_look(applied)
         failures = _messages.Failures() if robust else None
         applied = carry_out(self, self, self, self._commitbus_hook(), commit, failures, None)
         if failures is not None and failures.errors:
@@ -120,6 +133,10 @@ class SideEffectsBus(AbstractEventBus[Pair[T]], Generic[T]):
         if (result := event[1](commit=commit)) is not None:
             _messages.refuse_coroutine(event[1], result)
 
+    @property
+    def _commitbus_wrapped_bus(self) -> AbstractEventBus[T] | None:
+        return getattr(self, "_commitbus_wraps", None)
+
     def _commitbus_wrapped(self) -> AbstractEventBus[T]:
         try:
             return self._commitbus_wraps
@@ -132,14 +149,23 @@ class SideEffectsBus(AbstractEventBus[Pair[T]], Generic[T]):
         ours = is_method(hook, SideEffectsBus._apply_event, self)
         return self._commitbus_wrapped()._commitbus_hook() if ours else (hook,)
 
-    def _commitbus_choose(self, hook: Any, failures: _messages.Failures | None, out: list[Any] | None) -> Handler:
+    def _commitbus_surrounded(self, hook: Any, stack: tuple[Middleware, ...]) -> Any:
+        # A hook of its own, and pairs that stand for themselves: `_commitbus_choose` surrounds each.
+        if type(hook) is tuple:
+            return cast("Any", hook)
+        return self._commitbus_wraps._commitbus_surrounded(hook, stack)
+
+    def _commitbus_choose(
+        self, hook: Any, failures: _messages.Failures | None, out: list[Any] | None, batch: Batch
+    ) -> Handler:
         # After the batch was taken: whoever put a pair into it had set the flag before.
         wraps = self._commitbus_wraps
         own: Any = cast("Any", hook)[0] if type(hook) is tuple else None
         if own is None and not self._commitbus_mixed:
-            return wraps._commitbus_choose(cast("Any", hook), failures, out)
+            return wraps._commitbus_choose(cast("Any", hook), failures, out, batch)
         if not wraps._commitbus_multi:
             out = None
+        stack = batches.middleware
 
         def apply_item(item: Any, commit: bool) -> None:
             pair: Pair[Any] = self._commitbus_pair(item)
@@ -149,7 +175,11 @@ class SideEffectsBus(AbstractEventBus[Pair[T]], Generic[T]):
             try:
                 if out is not None:
                     gathering.set((wraps, out))
-                result = function(commit=commit) if own is None else own(pair, commit)
+                result = None
+                if stack is not None and not is_delayed(event):
+                    surround_pair(stack, wraps, pair, commit, own)
+                else:
+                    result = function(commit=commit) if own is None else own(pair, commit)
             finally:
                 gathering.set(outer)
             if result is not None:

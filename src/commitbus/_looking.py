@@ -1,0 +1,125 @@
+"""What a bus holds, for people: its ``repr``, and the tree of what an apply would carry out. Calls nothing."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, cast
+
+from commitbus import _messages
+from commitbus._naming import describe, is_delayed
+from commitbus._unit_of_work import collected_in, flatten, holds_buses, in_store
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from commitbus._interfaces import EventBus
+
+_name_of = vars(type)["__name__"].__get__
+
+
+class Shown:
+    """Says in its ``repr`` what a bus is and how much it holds, never what."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        """Say how much the bus holds."""
+        return f"<{headline(self)}>"
+
+
+def tree(bus: EventBus[Any], *, most: int = 5) -> str:
+    """Draw what an apply would carry out now, nested buses indented.
+
+    Parameters
+    ----------
+    bus : EventBus
+        Any bus of commitbus. Nothing of it is called, and nothing changes.
+    most : int, default 5
+        How many lines of events there are of one bus, at most.
+
+    Returns
+    -------
+    str
+        A line for each bus, with how much it holds, and for each of its events, with the name of its type or
+        function; never what is in it. Events of the same name that follow each other share a line.
+
+    Raises
+    ------
+    TypeError
+        When `bus` is no bus of commitbus, or `most` no int.
+    ValueError
+        When `most` is negative.
+
+    Examples
+    --------
+    >>> from commitbus import AbstractEventBus, BasicEventBus, MultiEventBus, if_committed, tree
+    >>> class MailBus(AbstractEventBus[str]):
+    ...     def _apply_event(self, event: str, commit: bool) -> None: ...
+    >>> buses = MultiEventBus()
+    >>> buses.wrap(MailBus()).publish_all(["welcome", "receipt"])
+    >>> buses.wrap(BasicEventBus()).publish(if_committed(print, "done"))
+    >>> print(tree(buses))
+    MultiEventBus: 2 buses, 3 events
+    ├─ DelayedEventBus of MailBus: 2 pending
+    │  └─ str, 2 times
+    └─ DelayedEventBus of BasicEventBus: 1 pending
+       └─ print
+    """
+    if not isinstance(cast("Any", bus), Shown):
+        raise _messages.not_a_tree(bus)
+    if not isinstance(most, int) or most < 0:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise _messages.not_a_most(most)
+    return "\n".join([headline(bus), *_branches(bus, most, {id(bus)})])
+
+
+def headline(bus: Any) -> str:
+    """Say what a bus is, and how much it holds."""
+    if is_delayed(bus):
+        try:
+            actual, _ = bus._commitbus_parts()
+        except TypeError:
+            return f"{_title(bus)}, which wraps no bus"
+        collected, pending = len(collected_in(bus)), len(in_store(actual))
+        return f"{_title(bus)}: {f'{collected} collected, ' if collected else ''}{pending} pending"
+    if holds_buses(bus):
+        buses, events = in_store(bus), flatten((bus,))
+        return f"{_title(bus)}: {_count(len(buses), 'bus', 'buses')}, {_count(len(events), 'event', 'events')}"
+    return f"{_title(bus)}: {len(in_store(bus))} pending"
+
+
+def _title(bus: Any) -> str:
+    name = str.__str__(_name_of(cast("Any", type(bus))))
+    try:
+        inner = bus._commitbus_parts()[0] if is_delayed(bus) else getattr(bus, "_commitbus_wrapped_bus", None)
+    except TypeError:
+        inner = None
+    return name if inner is None else f"{name} of {_title(inner)}"
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"
+
+
+def _branches(bus: Any, most: int, seen: set[int]) -> Iterator[str]:
+    """Draw what is in a bus: a line for each event, and a tree for each bus among them."""
+    trees: list[list[str]] = []
+    events: list[Any] = [*collected_in(bus), *in_store(bus._commitbus_parts()[0])] if is_delayed(bus) else in_store(bus)
+    names: list[str] = []
+    for event in events:
+        if is_delayed(event):
+            again = id(event) in seen
+            seen.add(id(event))
+            trees.append(
+                [f"{headline(event)}, as above"] if again else [headline(event), *_branches(event, most, seen)]
+            )
+        else:
+            names.append(describe(event))
+    lines = [name if (n := len(list(same))) == 1 else f"{name}, {n} times" for name, same in groupby(names)]
+    trees += [[line] for line in lines[:most]]
+    if len(lines) > most:
+        trees.append([f"… {_count(len(lines) - most, 'line', 'lines')} more"])
+    for i, (first, *rest) in enumerate(trees):
+        last = i == len(trees) - 1
+        yield f"{'└─' if last else '├─'} {first}"
+        for line in rest:
+            yield f"{'  ' if last else '│ '} {line}"

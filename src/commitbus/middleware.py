@@ -1,0 +1,165 @@
+"""What runs around every event that is applied, on every bus of the process; once for both twins."""
+
+from __future__ import annotations
+
+from itertools import count
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from commitbus import _lock, _messages
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["Middleware", "add_middleware"]
+
+Middleware: TypeAlias = "Callable[[Callable[[], None], Any, Any, bool], object]"
+
+_numbers = count()
+_added: dict[int, Middleware] = {}  # by number, in order
+_twins: list[Callable[[tuple[Middleware, ...] | None], None]] = []
+
+
+def add_middleware(function: Middleware) -> Callable[[], None]:
+    """Run a function around every event that is applied from now on, on every bus of the process.
+
+    It is called as ``function(call, bus, event, commit)``, and goes on by ``call()``: to the function that was
+    added next or, after the last, to the bus's handler. The first that was added is the outermost. What it
+    raises is that event's failure, as if the handler had raised it. Without calling ``call`` it blocks the
+    event, which counts as applied. For a `BatchEventBus`, `event` is the list of a batch.
+
+    Parameters
+    ----------
+    function : callable
+        Which functions there are is looked at once an apply. The process keeps a reference until it is removed.
+
+    Returns
+    -------
+    callable
+        Removes the function again; calling it once more does nothing. An apply that has begun goes on with it.
+
+    Raises
+    ------
+    TypeError
+        When `function` cannot be called.
+
+    Notes
+    -----
+    A `MultiEventBus` applies buses; these runs are not events, and have no middleware around them. `bus` is the
+    bus that the event was published on, never the `DelayedEventBus` around it. A callable that somebody got from
+    ``collect`` and calls by hand is not applied by a bus.
+
+    ``call()`` raises a `RuntimeError` when it was called before, and when the function that it was given to has
+    returned. A function that returns a coroutine is refused with a `TypeError`, as a handler is.
+
+    Examples
+    --------
+    >>> from commitbus import BasicEventBus, add_middleware
+    >>> def announce(call, bus, event, commit):
+    ...     print("before")
+    ...     call()
+    ...     print("after")
+    >>> remove = add_middleware(announce)
+    >>> bus = BasicEventBus()
+    >>> bus.publish(lambda *, commit: print("sent"))
+    >>> _ = bus.apply(commit=True)
+    before
+    sent
+    after
+    >>> remove()
+    """
+    if not callable(function):
+        raise _messages.not_a_middleware(function)
+    with _lock.lock:
+        number = next(_numbers)
+        _added[number] = function
+        _tell()
+
+    def remove() -> None:
+        with _lock.lock:
+            _added.pop(number, None)
+            _tell()
+
+    return remove
+
+
+def tell_changes(use: Callable[[tuple[Middleware, ...] | None], None]) -> None:
+    """Have a twin told what to run around events: a tuple, or None where that is nothing."""
+    with _lock.lock:
+        _twins.append(use)
+        _tell()
+
+
+def _tell() -> None:
+    stack = tuple(_added.values()) or None
+    for use in _twins:
+        use(stack)
+
+
+class Call:
+    """What a middleware is given to call: it goes on to the next one or, after the last, to the handler."""
+
+    __slots__ = ("_bus", "_commit", "_event", "_handler", "_stack")
+
+    def __init__(
+        self,
+        stack: tuple[Middleware, ...],
+        handler: Callable[[Any, bool], object],
+        bus: object,
+        event: object,
+        commit: bool,
+    ) -> None:
+        self._stack: tuple[Middleware, ...] | None = stack
+        self._handler, self._bus, self._event, self._commit = handler, bus, event, commit
+
+    def __call__(self) -> None:
+        """Go on, once.
+
+        Raises
+        ------
+        RuntimeError
+            When it was called before, or the middleware that it was given to has returned.
+        BaseException
+            What the next one raises.
+        """
+        stack, self._stack = self._stack, None
+        if stack is None:
+            raise _messages.called_again()
+        function: Callable[..., object] = self._handler
+        if not stack:
+            result = function(self._event, self._commit)
+        else:
+            function, rest = stack[0], Call(stack[1:], self._handler, self._bus, self._event, self._commit)
+            try:
+                result = function(rest, self._bus, self._event, self._commit)
+            finally:
+                rest._stack = None
+        if result is not None:
+            _messages.refuse_coroutine(function, result)
+
+
+def surround(
+    stack: tuple[Middleware, ...], bus: object, handler: Callable[[Any, bool], object]
+) -> Callable[[Any, bool], None]:
+    """Make of a handler one that runs the middleware around it."""
+
+    def apply_event(event: object, commit: bool) -> None:
+        Call(stack, handler, bus, event, commit)()
+
+    return apply_event
+
+
+def surround_pair(
+    stack: tuple[Middleware, ...], bus: object, pair: tuple[Any, Any], commit: bool, own: Callable[..., object] | None
+) -> None:
+    """Run the middleware around a pair of an event and the callable that applies it.
+
+    `own` is what somebody has set as the handler of pairs, or None.
+    """
+
+    def apply_pair(event: object, commit: bool) -> None:  # noqa: ARG001
+        function = pair[1] if own is None else own
+        result = function(commit=commit) if own is None else own(pair, commit)
+        if result is not None:
+            _messages.refuse_coroutine(function, result)
+
+    Call(stack, apply_pair, bus, pair[0], commit)()

@@ -1,0 +1,355 @@
+"""`Savepoint`, one class for both twins: it runs once a block, not once an event."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+from commitbus import _lock, _messages
+from commitbus._naming import describe_bus, is_delayed
+from commitbus._unit_of_work import collected_in, flatten, holds_buses
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from types import TracebackType
+    from typing import Self
+
+__all__ = ["Savepoint"]
+
+
+class Mark(NamedTuple):
+    """Where what was published since a savepoint begins, in one bus."""
+
+    savepoint: Savepoint
+    delayed: Any  # the delayed bus through which the savepoint covers this one, or None
+    start: int  # in what is pending
+    collected: int  # in what the delayed bus has collected
+    kept: tuple[tuple[int, int], ...]  # in that, where events begin, and how many, that are older than the savepoint
+
+
+class Savepoint:
+    """What is published on a bus in a block: kept when the block ends, dropped when an exception leaves it.
+
+    `AbstractEventBus.savepoint`, `DelayedEventBus.savepoint` and `MultiEventBus.savepoint` give it, beside the
+    savepoint of the transaction. It is open from then on; use it as a context manager, or call `release` or
+    `rollback` by hand. Savepoints nest, and end in that order alone.
+
+    While it is open, the buses that it covers can be published on, wrapped, registered and looked at, and a
+    `DelayedEventBus` collects as ever; what would carry out or drop events is a `RuntimeError`. What another
+    thread publishes on these buses meanwhile belongs to the savepoint, too.
+
+    On a `MultiEventBus` it covers all buses that are registered, those of nested ones included, and what they
+    collect meanwhile. A bus that is registered in the block is let go of when the block fails, with all that is
+    in it: its next event registers it again.
+
+    Examples
+    --------
+    >>> from commitbus import AbstractEventBus
+    >>> class MailBus(AbstractEventBus[str]):
+    ...     def _apply_event(self, event: str, commit: bool) -> None:
+    ...         print("send to", event)
+    >>> bus = MailBus()
+    >>> bus.publish("ada@example.org")
+    >>> try:
+    ...     with bus.savepoint():
+    ...         bus.publish("nobody@example.org")
+    ...         raise ValueError("no such user")
+    ... except ValueError:
+    ...     pass
+    >>> _ = bus.apply(commit=True)
+    send to ada@example.org
+    """
+
+    __module__ = "commitbus.savepoint"
+
+    # Strong references, until it ends: to the bus, to all buses that it covers, and to the delayed ones among
+    # these; and for each multi bus, by its identity, the delayed buses that were registered.
+    __slots__ = ("__weakref__", "_bus", "_delayed", "_registered", "_stores")
+
+    def __init__(self, bus: Any) -> None:
+        self._bus = bus
+        self._stores: list[Any] = []
+        self._delayed: list[Any] = []
+        self._registered: dict[int, tuple[Any, dict[int, Any]]] = {}
+        with _lock.lock:
+            try:
+                self._cover(bus)
+            except BaseException:
+                self._end()
+                raise
+
+    def release(self) -> None:
+        """End it, and keep what was published.
+
+        Raises
+        ------
+        RuntimeError
+            When it has ended, or one that was opened later has not.
+        """
+        with _lock.lock:
+            self._check()
+            self._end()
+
+    def rollback(self) -> list[Any]:
+        """End it, and drop what was published since.
+
+        Returns
+        -------
+        list
+            The events that were dropped; those of a multi bus flat, bus after bus. Nothing else keeps a
+            reference to them.
+
+        Raises
+        ------
+        RuntimeError
+            When it has ended, or one that was opened later has not.
+        """
+        with _lock.lock:
+            self._check()
+            for multi, known in list(self._registered.values()):
+                self._check_new(delayed for delayed in multi._commitbus_get() if id(delayed) not in known)
+            dropped = self._drop(self._bus, set())
+            self._end()
+        return dropped
+
+    def __enter__(self) -> Self:
+        """Return itself: it is open since it was made."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Release it or, after an exception, roll it back, with those that were opened later.
+
+        One that was ended by hand in the block stays as it is.
+        """
+        if self._bus is None:
+            return
+        if kind is None:
+            self.release()
+            return
+        with _lock.lock:
+            for store in self._stores:
+                while (last := store._commitbus_marks[-1].savepoint) is not self:
+                    last.rollback()
+            self.rollback()
+
+    def __repr__(self) -> str:
+        """Name the bus."""
+        return "<Savepoint, ended>" if self._bus is None else f"<Savepoint of {describe_bus(self._bus)}>"
+
+    def _cover(self, bus: Any) -> None:
+        """Mark a bus and all that are in it, each once."""
+        if is_delayed(bus):
+            self._cover_delayed(bus)
+        elif holds_buses(bus):
+            self._cover_buses(bus, [])
+        else:
+            self._mark(bus, None, bus._commitbus_mark()[0], 0)
+
+    def _cover_delayed(self, delayed: Any) -> None:
+        actual, collected = delayed._commitbus_parts()
+        if any(mark.savepoint is self and mark.delayed is delayed for mark in actual._commitbus_marks or ()):
+            return
+        self._delayed.append(delayed)
+        start = 0 if collected is None else collected._commitbus_mark()[0]
+        self._mark(actual, delayed, actual._commitbus_mark()[0], start)
+        if collected is not None:
+            collected._commitbus_marks = (*(collected._commitbus_marks or ()), Mark(self, None, 0, 0, ()))
+        if holds_buses(actual):
+            self._cover_buses(actual, list(delayed.collected_events()))
+
+    def _cover_buses(self, multi: Any, collected: list[Any]) -> None:
+        """Mark the buses that are registered with a multi bus, or were collected from it."""
+        if id(multi) not in self._registered:
+            self._registered[id(multi)] = (multi, {})
+            self._mark(multi, None, 0, 0)
+        _, known = self._registered[id(multi)]
+        for delayed in (*multi._commitbus_get(), *collected):
+            # A pair that was put on a side_effects_bus by hand is an event among the buses.
+            if is_delayed(delayed) and id(delayed) not in known:
+                known[id(delayed)] = delayed
+                self._cover_delayed(delayed)
+
+    def _mark(self, store: Any, delayed: Any, start: int, collected: int) -> None:
+        store._commitbus_marks = (*(store._commitbus_marks or ()), Mark(self, delayed, start, collected, ()))
+        self._stores.append(store)
+
+    def _check(self) -> None:
+        if self._bus is None:
+            raise _messages.savepoint_ended()
+        for store in self._stores:
+            if (last := store._commitbus_marks[-1].savepoint) is not self:
+                raise _messages.savepoint_not_last(self, last)
+
+    def _check_new(self, buses: Iterable[Any]) -> None:
+        """Refuse to drop what is in buses that were registered since, where another savepoint covers them."""
+        for delayed in buses:
+            if is_delayed(delayed):
+                actual, collected = delayed._commitbus_parts()
+                for store in (actual, collected):
+                    marks = None if store is None else store._commitbus_marks
+                    if marks is not None and marks[-1].savepoint is not self:
+                        raise _messages.savepoint_not_last(self, marks[-1].savepoint)
+                if holds_buses(actual):
+                    self._check_new((*actual._commitbus_get(), *delayed.collected_events()))
+
+    def _end(self) -> None:
+        self._bus = None
+        buses = [delayed._commitbus_parts()[1] for delayed in self._delayed]
+        for store in (*self._stores, *(bus for bus in buses if bus is not None)):
+            store._commitbus_marks = tuple(m for m in store._commitbus_marks or () if m.savepoint is not self) or None
+        self._stores.clear()
+        self._delayed.clear()
+        self._registered.clear()
+
+    def _drop(self, bus: Any, done: set[int]) -> list[Any]:
+        """Drop what was published since, in a bus and all that are in it, and give it; `done` are multi buses."""
+        if is_delayed(bus):
+            return self._drop_delayed(bus, done)
+        if holds_buses(bus):
+            return self._drop_buses(bus, done)
+        (mark,) = (mark for mark in bus._commitbus_marks if mark.savepoint is self)
+        return cast("list[Any]", bus._commitbus_cut(mark.start, ()))
+
+    def _drop_delayed(self, delayed: Any, done: set[int]) -> list[Any]:
+        actual, collected = delayed._commitbus_parts()
+        (mark,) = (one for one in actual._commitbus_marks if one.savepoint is self and one.delayed is delayed)
+        dropped: list[Any] = []
+        if collected is not None:
+            for event, _ in collected._commitbus_cut(mark.collected, mark.kept):
+                dropped += self._let_go(event, actual) if is_delayed(event) else [event]
+        if holds_buses(actual):
+            return dropped + self._drop_buses(actual, done)
+        return dropped + cast("list[Any]", actual._commitbus_cut(mark.start, ()))
+
+    def _drop_buses(self, multi: Any, done: set[int]) -> list[Any]:
+        if id(multi) in done:
+            return []
+        done.add(id(multi))
+        _, known = self._registered[id(multi)]
+        dropped: list[Any] = []
+        for delayed in known.values():
+            dropped += self._drop_delayed(delayed, done)
+        new = {id(delayed): delayed for delayed in multi._commitbus_get() if id(delayed) not in known}
+        multi._commitbus_unregister(set(new))
+        for delayed in new.values():
+            dropped += self._let_go(delayed, multi) if is_delayed(delayed) else [delayed]
+        return dropped
+
+    def _let_go(self, delayed: Any, multi: Any) -> list[Any]:
+        """Let go of a bus that was registered since, and drop all that is in it."""
+        actual, collected = delayed._commitbus_parts()
+        if all(mark.savepoint is not self for mark in actual._commitbus_marks or ()):
+            dropped = flatten((delayed,))
+            multi._commitbus_discard(delayed)
+            return dropped
+        # What it wraps is in another bus, too, which was there before: that one sees to it.
+        delayed._commitbus_remember(weakref.ref(multi))
+        pairs: list[Any] = [] if collected is None else collected._commitbus_cut(0, ())
+        return [event for event, _ in pairs]
+
+
+def covering(bus: Any, delayed: Any) -> tuple[Mark, ...] | None:
+    """Give the marks of the savepoints that cover a bus through a delayed bus: they cover what that collects, too."""
+    return tuple(mark for mark in bus._commitbus_marks or () if mark.delayed is delayed) or None
+
+
+def is_open(bus: object, marks: tuple[Mark, ...]) -> RuntimeError:
+    """Refuse what would make a mark wrong."""
+    return _messages.savepoint_is_open(bus, marks[-1].savepoint)
+
+
+def refuse_open(bus: Any) -> None:
+    """Refuse to drop what is in a bus, before anything is, where a savepoint covers it or one that is in it.
+
+    Raises
+    ------
+    RuntimeError
+        When one does.
+    """
+    if bus._commitbus_marks is not None:
+        raise is_open(bus, bus._commitbus_marks)
+    if not holds_buses(bus):
+        return
+    buses = list(bus._commitbus_get())
+    for delayed in buses:
+        if is_delayed(delayed):
+            actual, collected = delayed._commitbus_parts()
+            refuse_open(actual)
+            if collected is not None:
+                refuse_open(collected)
+                buses += [event for event in collected_in(delayed) if is_delayed(event)]
+
+
+def cut(pending: list[Any], start: int, kept: tuple[tuple[int, int], ...]) -> list[Any]:
+    """Drop what is in a list from a mark on, but for some spans, and give it."""
+    span = slice(start, len(pending))
+    dropped: list[Any] = []
+    rest: list[Any] = []
+    for begin, size in kept:
+        dropped += pending[start:begin]
+        rest += pending[begin : begin + size]
+        start = begin + size
+    dropped += pending[start : span.stop]
+    # What was appended meanwhile comes after that, and stays.
+    pending[span] = rest
+    return dropped
+
+
+def moved(bus: Any, delayed: Any, position: int, left: int) -> tuple[Mark, ...]:
+    """Give the marks of a bus of which a delayed bus collects all, to `position` in what it has collected.
+
+    `left` is how many events had been put back before those that are pending.
+
+    Raises
+    ------
+    RuntimeError
+        When the delayed bus is not covered by one of the savepoints.
+    """
+    return _moved(bus, delayed, lambda mark: ((position, left + mark.start),) if left + mark.start else ())
+
+
+def _moved(bus: Any, delayed: Any, kept: Callable[[Mark], tuple[tuple[int, int], ...]]) -> tuple[Mark, ...]:
+    marks: tuple[Mark, ...] = bus._commitbus_marks
+    covered = {mark.savepoint for mark in marks if mark.delayed is delayed}
+    for mark in marks:
+        if mark.savepoint not in covered:
+            raise _messages.savepoint_is_open(bus, mark.savepoint)
+    return tuple(
+        mark._replace(start=0, kept=mark.kept + kept(mark)) if mark.delayed is delayed else mark._replace(start=0)
+        for mark in marks
+    )
+
+
+def collect_within(bus: Any, delayed: Any, position: int, commit: bool) -> tuple[list[Any], tuple[Mark, ...]]:
+    """Collect from a bus whose class overrides how that is done; give the pairs, and its marks after that.
+
+    What it gives may be anything: an event is older than a savepoint if it was there when that was opened.
+    """
+    marks = bus._commitbus_marks
+    _moved(bus, delayed, lambda _: ())  # it raises before anything is done
+    items = bus._commitbus_get()
+    pending = bus._commitbus_mark()[0]
+    left = len(items) - pending
+    bus._commitbus_marks = None
+    try:
+        pairs: list[Any] = list(bus.collect(commit))
+    except BaseException:
+        # All was put back before what is pending: bring back what is newer.
+        bus._commitbus_bring_back(pending)
+        raise
+    finally:
+        bus._commitbus_marks = marks
+
+    def kept(mark: Mark) -> tuple[tuple[int, int], ...]:
+        older = Counter(map(id, items[: left + mark.start]))
+        spans: list[tuple[int, int]] = []
+        for i, (event, _) in enumerate(pairs, position):
+            if older[id(event)]:
+                older[id(event)] -= 1
+                spans.append((i, 1))
+        return tuple(spans)
+
+    return pairs, _moved(bus, delayed, kept)

@@ -1,0 +1,557 @@
+"""Savepoints: what was published in a block that failed is gone, and nothing else."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from conftest import Log
+
+
+class Boom(Exception):
+    pass
+
+
+KINDS = ["plain", "delayed", "multi", "nested", "orchestrator"]
+
+
+class Scene:
+    """A bus with an event from before, in one of the places where it may be, and how to publish on it."""
+
+    def __init__(self, twin: Any, make: Any, kind: str) -> None:
+        self.bus = make()
+        self.delayed = twin.DelayedEventBus(self.bus)
+        self.multi, self.outer = twin.MultiEventBus(), twin.MultiEventBus()
+        self.kind = kind
+        if kind in {"multi", "nested", "orchestrator"}:
+            self.multi.publish(self.delayed)
+        if kind == "nested":
+            self.outer.wrap(self.multi)
+        self.top: Any = {"plain": self.bus, "delayed": self.delayed, "nested": self.outer}.get(kind, self.multi)
+        self.publish = self.bus.publish if kind == "plain" else self.delayed.publish
+
+    def left(self) -> list[Any]:
+        return [*self.delayed.collected_events(), *self.bus.pending_events()]
+
+    def apply(self) -> None:
+        if self.kind == "delayed":
+            self.delayed.apply(True)
+            self.delayed.apply_without_delay(True)
+        else:
+            self.top.apply(True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("inner_fails", "outer_fails"), [*product([False, True], repeat=2)])
+@pytest.mark.parametrize("collect", [False, True])
+def test_rule_22_inner_and_outer(
+    twin: Any, make: Any, log: Log, kind: str, inner_fails: bool, outer_fails: bool, collect: bool
+) -> None:
+    scene = Scene(twin, make, kind)
+    scene.publish(1)
+
+    def go_on() -> None:
+        if collect and kind != "plain":
+            scene.delayed.apply(True)
+
+    try:
+        with scene.top.savepoint():
+            scene.publish(2)
+            go_on()
+            try:
+                with scene.top.savepoint():
+                    scene.publish(3)
+                    go_on()
+                    scene.publish(4)
+                    if inner_fails:
+                        raise Boom
+            except Boom:
+                pass
+            scene.publish(5)
+            if outer_fails:
+                raise Boom
+    except Boom:
+        pass
+    expected = [1] if outer_fails else [1, 2, 5] if inner_fails else [1, 2, 3, 4, 5]
+    assert scene.left() == expected
+    scene.publish(6)
+    scene.apply()
+    assert log.events == [*expected, 6]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rule_22_by_hand(twin: Any, make: Any, kind: str) -> None:
+    scene = Scene(twin, make, kind)
+    scene.publish(1)
+    savepoint = scene.top.savepoint()
+    scene.publish(2)
+    scene.publish(3)
+    assert savepoint.rollback() == [2, 3]
+    with pytest.raises(RuntimeError, match=r"has ended; open another with savepoint\(\)"):
+        savepoint.rollback()
+    with pytest.raises(RuntimeError, match="has ended"):
+        savepoint.release()
+    savepoint = scene.top.savepoint()
+    scene.publish(4)
+    assert savepoint.release() is None
+    assert scene.left() == [1, 4]
+    with scene.top.savepoint() as savepoint:
+        scene.publish(5)
+        assert savepoint.rollback() == [5]
+    with pytest.raises(Boom), scene.top.savepoint() as savepoint:
+        scene.publish(6)
+        savepoint.release()
+        raise Boom
+    assert scene.left() == [1, 4, 6]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rule_22_in_that_order_alone(twin: Any, make: Any, kind: str) -> None:
+    scene = Scene(twin, make, kind)
+    outer = scene.top.savepoint()
+    scene.publish(1)
+    inner = scene.top.savepoint()
+    scene.publish(2)
+    for end in (outer.release, outer.rollback):
+        with pytest.raises(RuntimeError, match="cannot end before <Savepoint of .*opened later; end that one first"):
+            end()
+    assert scene.left() == [1, 2]
+    assert inner.rollback() == [2]
+    outer.release()
+    assert scene.left() == [1]
+    scene.apply()
+
+
+def test_rule_22_an_exception_takes_those_that_were_opened_later(twin: Any, make: Any) -> None:
+    bus = make()
+    with pytest.raises(Boom), bus.savepoint():
+        bus.publish(1)
+        bus.savepoint()
+        bus.publish(2)
+        raise Boom
+    assert bus.pending_events() == ()
+    outer = bus.savepoint()
+    inner = bus.savepoint()
+    with pytest.raises(RuntimeError, match="cannot end before"), outer:
+        pass
+    inner.release()
+    outer.release()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rule_22_what_would_make_a_mark_wrong(twin: Any, make: Any, log: Log, kind: str) -> None:
+    scene = Scene(twin, make, kind)
+    scene.publish(1)
+    refused = [
+        lambda: scene.bus.apply(True),
+        lambda: scene.bus.apply(True, robust=True),
+        lambda: scene.bus.apply(True, rounds=2),
+        lambda: scene.bus.collect(True),
+        scene.bus.discard_pending_events,
+    ]
+    if kind != "plain":
+        refused += [
+            scene.delayed.discard_pending_events,
+            lambda: scene.delayed.side_effects_bus.apply(True),
+            lambda: scene.delayed.side_effects_bus.collect(True),
+            scene.delayed.side_effects_bus.discard_pending_events,
+        ]
+    if kind in {"multi", "nested", "orchestrator"}:
+        refused += [
+            lambda: scene.multi.apply(True),
+            lambda: scene.multi.apply_and_get_applied_events(True),
+            scene.multi.discard_pending_events,
+        ]
+    with scene.top.savepoint():
+        scene.publish(2)
+        if kind != "plain":
+            scene.delayed.apply(True)
+            refused.append(lambda: scene.delayed.apply_without_delay(True))
+        scene.publish(3)
+        for do in refused:
+            with pytest.raises(
+                RuntimeError, match=r"cannot be applied, collected or emptied while <Savepoint of .* is"
+            ):
+                do()
+        assert scene.left() == [1, 2, 3]
+    assert scene.left() == [1, 2, 3]
+    scene.apply()
+    assert log.events == [1, 2, 3]
+
+
+def test_rule_22_a_delayed_bus_that_the_savepoint_does_not_cover(twin: Any, make: Any) -> None:
+    bus = make()
+    delayed, other = twin.DelayedEventBus(bus), twin.DelayedEventBus(bus)
+    bus.publish(1)
+    with bus.savepoint(), pytest.raises(RuntimeError, match="while <Savepoint of"):
+        delayed.apply(True)
+    with delayed.savepoint():
+        assert delayed.apply(True) == [1]
+        bus.publish(2)
+        with pytest.raises(RuntimeError, match="while <Savepoint of"):
+            other.apply(True)
+    assert delayed.collected_events() == (1,)
+    assert bus.pending_events() == (2,)
+
+
+def test_rule_22_another_multi_bus_meanwhile(twin: Any, make: Any, log: Log) -> None:
+    delayed = twin.DelayedEventBus(make())
+    multi, other = twin.MultiEventBus(), twin.MultiEventBus()
+    multi.publish(delayed)
+    other.publish(delayed)
+    delayed.publish(1)
+    with multi.savepoint():
+        delayed.publish(2)
+        with pytest.raises(RuntimeError, match="while <Savepoint of"):
+            other.apply(True)
+    assert other.pending_events() == (delayed,)
+    assert other.apply_and_get_applied_events(True) == [1, 2]
+    assert multi.apply_and_get_applied_events(True) == []
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_rule_22_buses_that_are_registered_in_the_block(twin: Any, make: Any, log: Log, nested: bool) -> None:
+    multi = twin.MultiEventBus()
+    top = multi
+    if nested:
+        top = twin.MultiEventBus()
+        top.wrap(multi)
+    before = multi.wrap(make())
+    before.publish(1)
+    savepoint = top.savepoint()
+    new = multi.wrap(make())
+    new.publish(2)
+    new.apply(True)
+    new.publish(3)
+    before.publish(4)
+    assert savepoint.rollback() == [4, 2, 3]
+    assert multi.pending_events() == (before,)
+    new.publish(5)  # it is let go of, not lost
+    assert multi.pending_events() == (before, new)
+    assert top.apply_and_get_applied_events(True) == [1, 5]
+
+
+def test_rule_22_a_bus_that_is_wrapped_again_in_the_block(twin: Any, make: Any, log: Log) -> None:
+    """What was in it before stays, though a bus around it is let go of."""
+    multi = twin.MultiEventBus()
+    bus = make()
+    first = multi.wrap(bus)
+    first.publish(1)
+    savepoint = multi.savepoint()
+    second = multi.wrap(bus)
+    second.publish(2)
+    assert savepoint.rollback() == [2]
+    assert multi.pending_events() == (first,)
+    savepoint = multi.savepoint()
+    second = multi.wrap(bus)
+    second.publish(3)
+    with pytest.raises(RuntimeError, match="while <Savepoint"):
+        second.apply(True)
+    savepoint.rollback()
+    assert multi.pending_events() == (first,)
+    second.publish(4)
+    second.apply(True)
+    assert multi.pending_events() == (first, second)
+    assert multi.apply_and_get_applied_events(True) == [1, 4]
+
+
+def test_rule_22_a_bus_with_a_savepoint_of_its_own(twin: Any, make: Any) -> None:
+    multi = twin.MultiEventBus()
+    outer = multi.savepoint()
+    delayed = multi.wrap(make())
+    delayed.publish(1)
+    inner = delayed.savepoint()
+    with pytest.raises(RuntimeError, match="cannot end before <Savepoint of .*LogBus"):
+        outer.rollback()
+    assert delayed.pending_events() == (1,)
+    inner.release()
+    assert outer.rollback() == [1]
+
+
+def test_rule_22_a_nested_bus_that_is_wrapped_twice(twin: Any, make: Any) -> None:
+    outer, inner = twin.MultiEventBus(), twin.MultiEventBus()
+    outer.wrap(inner)
+    outer.wrap(inner)
+    savepoint = outer.savepoint()
+    inner.wrap(make()).publish(1)
+    assert savepoint.rollback() == [1]
+    assert outer.events_to_apply() == []
+
+
+def test_rule_22_a_bus_that_was_applied_before_the_block(twin: Any, make: Any, log: Log) -> None:
+    """It is registered again by what is published in the block, and let go of again."""
+    multi = twin.MultiEventBus()
+    delayed = multi.wrap(make())
+    delayed.publish(1)
+    multi.apply(True)
+    with pytest.raises(Boom), multi.savepoint():
+        delayed.publish(2)
+        raise Boom
+    assert multi.pending_events() == ()
+    assert delayed.pending_events() == ()
+    delayed.publish(3)
+    assert multi.apply_and_get_applied_events(True) == [3]
+
+
+def test_rule_22_a_nested_bus_that_is_registered_in_the_block(twin: Any, make: Any, log: Log) -> None:
+    outer = twin.MultiEventBus()
+    savepoint = outer.savepoint()
+    inner = twin.MultiEventBus()
+    wrapper = outer.wrap(inner)
+    delayed = inner.wrap(make())
+    delayed.publish(1)
+    wrapper.apply(True)
+    inner.wrap(make()).publish(2)
+    assert savepoint.rollback() == [1, 2]
+    assert outer.pending_events() == ()
+    delayed.publish(3)
+    assert outer.apply_and_get_applied_events(True) == [3]
+
+
+def test_rule_22_buses_that_were_collected(twin: Any, make: Any, log: Log) -> None:
+    """A nested bus whose buses were collected, before the block and in it."""
+    outer, inner = twin.MultiEventBus(), twin.MultiEventBus()
+    wrapper = outer.wrap(inner)
+    first, second = inner.wrap(make()), inner.wrap(make())
+    first.publish(1)
+    wrapper.apply(True)
+    second.publish(2)
+    savepoint = outer.savepoint()
+    third = inner.wrap(make())
+    third.publish(3)
+    first.publish(4)
+    wrapper.apply(True)
+    second.publish(5)
+    fourth = inner.wrap(make())
+    fourth.publish(6)
+    assert sorted(savepoint.rollback()) == [3, 4, 5, 6]
+    assert outer.apply_and_get_applied_events(True) == [1, 2]
+    third.publish(7)
+    fourth.publish(8)
+    assert outer.apply_and_get_applied_events(True) == [7, 8]
+
+
+@pytest.mark.parametrize("hook", ["collect", "_collect_event"])
+def test_rule_22_a_bus_that_overrides_collecting(twin: Any, make: Any, log: Log, hook: str) -> None:
+    fails = [False]
+
+    class Bus(make):
+        pass
+
+    def override(self: Any, given: Any, *args: Any) -> Any:
+        if fails[0] and given == 3:
+            raise Boom
+        if hook == "collect":
+            if fails[0]:
+                raise Boom
+            return list(reversed(super(Bus, self).collect(given)))  # it may give them in any order
+        return lambda *, commit: log(given, commit)
+
+    setattr(Bus, hook, override)
+    delayed = twin.DelayedEventBus(Bus())
+    delayed.publish_all([1, 2])
+    savepoint = delayed.savepoint()
+    delayed.publish(3)
+    fails[0] = True
+    with pytest.raises(Boom):
+        delayed.apply(True)
+    fails[0] = False
+    assert delayed.pending_events() == (1, 2, 3)
+    assert sorted(delayed.apply(True)) == [1, 2, 3]
+    delayed.publish(4)
+    assert savepoint.rollback() == [3, 4]
+    delayed.apply_without_delay(True)
+    assert set(log.events) == {1, 2}
+
+
+def test_rule_22_a_failed_collect_within_it(twin: Any, make: Any, log: Log) -> None:
+    """What collecting put back is told apart again: only what is newer is dropped."""
+
+    class Bus(make):
+        def _collect_event(self, event: Any, commit: bool) -> Any:
+            if event == 4:
+                raise Boom
+            return super()._collect_event(event, commit)
+
+    delayed = twin.DelayedEventBus(Bus())
+    log.on(1, Boom())
+    delayed.actual_event_bus.publish_all([1, 2])
+    with pytest.raises(Boom):
+        delayed.actual_event_bus.apply(True)
+    delayed.publish(3)
+    savepoint = delayed.savepoint()
+    delayed.publish(4)
+    with pytest.raises(Boom):
+        delayed.apply(True)
+    assert savepoint.rollback() == [4]
+    assert delayed.pending_events() == (1, 2, 3)
+
+
+def test_rule_22_pairs_that_were_published_by_hand(twin: Any, make: Any, log: Log) -> None:
+    delayed = twin.DelayedEventBus(make())
+    delayed.publish(1)
+    savepoint = delayed.savepoint()
+    delayed.side_effects_bus.publish((2, lambda *, commit: log(2, commit)))
+    delayed.apply(True)
+    delayed.publish(3)
+    assert savepoint.rollback() == [2, 3]
+    assert delayed.collected_events() == (1,)
+
+
+def test_rule_22_the_side_effects_bus_itself(twin: Any, make: Any) -> None:
+    delayed = twin.DelayedEventBus(make())
+    delayed.publish(1)
+    delayed.apply(True)
+    savepoint = delayed.side_effects_bus.savepoint()
+    delayed.publish(2)
+    delayed.apply(True)
+    assert [event for event, _ in savepoint.rollback()] == [2]
+    assert delayed.collected_events() == (1,)
+
+
+def test_rule_22_what_was_put_back_before_stays(twin: Any, make: Any, log: Log) -> None:
+    bus = make()
+    bus.publish_all([1, 2, 3])
+    log.on(2, Boom())
+    with pytest.raises(Boom):
+        bus.apply(True)
+    bus.publish(4)
+    savepoint = bus.savepoint()
+    bus.publish(5)
+    assert savepoint.rollback() == [5]
+    assert bus.pending_events() == (2, 3, 4)
+
+
+def test_rule_22_within_a_handler(twin: Any, make: Any, log: Log) -> None:
+    """A savepoint on the very bus that is applying: what an apply has taken is not in it."""
+    bus = make()
+    dropped: list[Any] = []
+
+    def nested() -> None:
+        bus.publish(3)
+        savepoint = bus.savepoint()
+        bus.publish(4)
+        dropped.extend(savepoint.rollback())
+        raise Boom
+
+    log.on(1, nested)
+    bus.publish_all([1, 2])
+    with pytest.raises(Boom):
+        bus.apply(True)
+    assert dropped == [4]
+    assert bus.pending_events() == (1, 2, 3)
+
+
+def test_rule_22_an_apply_that_puts_back_meanwhile(twin: Any, make: Any, log: Log) -> None:
+    """One that began before, in another thread: what it puts back is older than the savepoint."""
+    bus = make()
+    begun, go_on = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        begun.set()
+        go_on.wait(10)
+        raise Boom
+
+    log.on(1, wait)
+    bus.publish_all([1, 2])
+
+    def apply() -> None:
+        with pytest.raises(Boom):
+            bus.apply(True)
+
+    thread = threading.Thread(target=apply)
+    thread.start()
+    begun.wait(10)
+    bus.publish(3)
+    savepoint = bus.savepoint()
+    bus.publish(4)
+    go_on.set()
+    thread.join()
+    assert savepoint.rollback() == [4]
+    assert bus.pending_events() == (1, 2, 3)
+
+
+def test_rule_22_what_other_threads_publish_belongs_to_it(twin: Any, make: Any) -> None:
+    multi = twin.MultiEventBus()
+    buses = [multi.wrap(make()) for _ in range(4)]
+
+    def publish(bus: Any) -> None:
+        for i in range(500):
+            bus.publish(i)
+
+    for _ in range(5):
+        savepoint = multi.savepoint()
+        threads = [threading.Thread(target=publish, args=(bus,)) for bus in buses]
+        for thread in threads:
+            thread.start()
+        buses[0].apply(True)
+        for thread in threads:
+            thread.join()
+        assert len(savepoint.rollback()) == 2000
+        assert multi.events_to_apply() == []
+
+
+def test_rule_22_copies_and_pickles_have_none(twin: Any) -> None:
+    bus = twin.BasicEventBus()
+    bus.publish(print)
+    with bus.savepoint():
+        other = copy.copy(bus)
+        assert other.discard_pending_events() == [print]
+        assert pickle.loads(pickle.dumps(bus)).discard_pending_events() == [print]
+    assert bus.discard_pending_events() == [print]
+
+
+def test_rule_22_an_orchestrator_without_savepoints(twin: Any) -> None:
+    class Mine(twin.EventBusOrchestrator):
+        def wrap(self, event_bus: Any) -> Any: ...
+
+    with pytest.raises(NotImplementedError, match="Mine has no savepoints; implement savepoint"):
+        Mine().savepoint()
+
+
+def test_rule_22_a_delayed_bus_that_wraps_nothing(twin: Any) -> None:
+    class Mine(twin.DelayedEventBus):
+        def __init__(self) -> None:
+            pass
+
+    with pytest.raises(TypeError, match="wraps no bus"):
+        Mine().savepoint()
+
+
+def test_rule_22_it_keeps_nothing_once_it_ended(twin: Any, make: Any) -> None:
+    import gc
+    import weakref
+
+    multi = twin.MultiEventBus()
+    multi.wrap(make()).publish(1)
+    savepoint = multi.savepoint()
+    assert repr(savepoint) == "<Savepoint of commitbus.multi_event_bus.MultiEventBus>"
+    savepoint.release()
+    assert repr(savepoint) == "<Savepoint, ended>"
+    found = weakref.ref(multi)
+    del multi
+    gc.collect()
+    assert found() is None
+
+
+def test_rule_22_an_error_while_it_opens_leaves_no_mark(twin: Any, make: Any) -> None:
+    multi = twin.MultiEventBus()
+    good = multi.wrap(make())
+    bad = multi.wrap(make())
+
+    class Broken(type(bad)):  # type: ignore[misc]
+        def _commitbus_parts(self) -> Any:
+            raise Boom
+
+    bad.__class__ = Broken
+    with pytest.raises(Boom):
+        multi.savepoint()
+    bad.__class__ = twin.DelayedEventBus
+    good.publish(1)
+    assert multi.apply_and_get_applied_events(True) == [1]

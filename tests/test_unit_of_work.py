@@ -1,0 +1,301 @@
+"""The unit of work and its transaction: what is called when, and what is left."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from conftest import notes
+
+if TYPE_CHECKING:
+    from conftest import Log
+
+
+class Boom(Exception):
+    pass
+
+
+class Transaction:
+    """Counts, and fails where it is told to."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.fail: dict[str, BaseException] = {}
+
+    def _call(self, name: str) -> None:
+        self.calls.append(name)
+        if name in self.fail:
+            raise self.fail[name]
+
+    def commit(self) -> None:
+        self._call("commit")
+
+    def rollback(self) -> None:
+        self._call("rollback")
+
+
+@pytest.fixture
+def transaction() -> Transaction:
+    return Transaction()
+
+
+@pytest.fixture
+def unit(twin: Any, transaction: Transaction) -> Any:
+    def unit(commit: bool = True, **options: Any) -> Any:
+        return twin.use_orchestrator_or_create_multi_event_bus(
+            None,
+            commit,
+            commit_transaction=transaction.commit,
+            rollback_transaction=transaction.rollback,
+            **options,
+        )
+
+    return unit
+
+
+@pytest.fixture(autouse=True)
+def strict() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+def test_rule_18b_a_success_needs_no_rollback(unit: Any, make: Any, log: Log, transaction: Transaction) -> None:
+    with unit() as (bus, execute):
+        bus.wrap(make()).publish(1)
+        assert execute() == [1]
+    assert transaction.calls == ["commit"]
+
+
+def test_rule_18b_an_exception_before_the_commit(unit: Any, make: Any, log: Log, transaction: Transaction) -> None:
+    error = Boom()
+    mails = make()
+    with pytest.raises(Boom) as caught, unit() as (bus, _):
+        bus.wrap(mails).publish(1)
+        raise error
+    assert caught.value is error
+    assert notes(error) == []
+    assert transaction.calls == ["rollback"]
+    assert mails.pending_events() == ()  # dropped with the data
+    assert log.calls == []
+
+
+def test_rule_18b_a_commit_that_fails(unit: Any, make: Any, log: Log, transaction: Transaction) -> None:
+    transaction.fail["commit"] = Boom()
+    mails = make()
+    with pytest.raises(Boom), unit() as (bus, execute):
+        bus.wrap(mails).publish(1)
+        execute()
+    assert transaction.calls == ["commit", "rollback"]
+    assert mails.pending_events() == ()
+    assert log.calls == []
+
+
+def test_rule_18b_a_commit_that_fails_and_is_seen_to(unit: Any, make: Any, log: Log, transaction: Transaction) -> None:
+    """Caught in the block: the work can be done and committed again."""
+    transaction.fail["commit"] = Boom()
+    with unit() as (bus, execute):
+        mails = bus.wrap(make())
+        mails.publish(1)
+        with pytest.raises(Boom):
+            execute()
+        transaction.fail.clear()
+        mails.publish(2)
+        assert execute() == [2]
+    assert transaction.calls == ["commit", "rollback", "commit"]
+
+
+def test_rule_18b_after_a_dry_run(unit: Any, make: Any, log: Log, transaction: Transaction) -> None:
+    with unit(False) as (bus, execute):
+        mails = bus.wrap(make())
+        mails.publish(1)
+        assert execute() == [1]
+        assert transaction.calls == ["rollback"]
+        mails.publish(2)
+        assert execute() == [2]
+    assert transaction.calls == ["rollback", "rollback"]
+    assert log.calls == [(1, False), (2, False)]
+
+
+def test_rule_18b_after_a_dry_run_that_fails(unit: Any, make: Any, log: Log, transaction: Transaction) -> None:
+    log.on(1, Boom())
+    mails = make()
+    with pytest.raises(Boom), unit(False) as (bus, execute):
+        bus.wrap(mails).publish_all([1, 2])
+        execute()
+    assert transaction.calls == ["rollback"]
+    assert mails.pending_events() == ()
+
+
+@pytest.mark.parametrize("where", ["block", "commit", "dry run"])
+def test_rule_18b_a_rollback_that_fails_hides_nothing(
+    unit: Any, make: Any, log: Log, transaction: Transaction, where: str
+) -> None:
+    first, second = Boom("first"), ValueError("second")
+    first.__context__ = OSError("the cause")
+    transaction.fail["rollback"] = second
+    if where == "commit":
+        transaction.fail["commit"] = first
+    if where == "dry run":
+        log.on(1, first)
+    with pytest.raises(Boom, match="first"), unit(where != "dry run") as (bus, execute):
+        bus.wrap(make()).publish(1)
+        if where == "block":
+            raise first
+        execute()
+    chained: list[Any] = []
+    error: BaseException | None = first
+    while error is not None:
+        assert len(chained) < 5, "a ring"
+        chained.append(error)
+        error = error.__cause__ or error.__context__
+    assert chained[0] is first
+    assert chained[-1] is second
+
+
+def test_rule_18b_a_rollback_that_fails_after_a_dry_run(unit: Any, make: Any, transaction: Transaction) -> None:
+    transaction.fail["rollback"] = Boom()
+    with pytest.raises(Boom), unit(False) as (bus, execute):
+        bus.wrap(make()).publish(1)
+        execute()
+    assert transaction.calls == ["rollback"]
+
+
+def test_rule_18b_savepoints_that_were_left_open(unit: Any, make: Any, transaction: Transaction) -> None:
+    mails = make()
+    with pytest.raises(Boom), unit() as (bus, _):
+        bus.wrap(mails).publish(1)
+        bus.savepoint()
+        raise Boom
+    assert mails.pending_events() == ()
+    assert transaction.calls == ["rollback"]
+
+
+def test_rule_18_going_on_without_a_second_commit(unit: Any, make: Any, log: Log, transaction: Transaction) -> None:
+    log.on(2, Boom())
+    with unit() as (bus, execute):
+        mails = bus.wrap(make())
+        mails.publish_all([1, 2, 3])
+        with pytest.raises(Boom):
+            execute()
+        log.actions.clear()
+        assert execute() == [2, 3]
+        assert transaction.calls == ["commit"]
+        mails.publish(4)
+        assert execute() == [4]  # more work: a commit of its own
+    assert transaction.calls == ["commit", "commit"]
+    assert log.events == [1, 2, 3, 4]
+
+
+def test_rule_19_an_exception_after_the_commit(unit: Any, make: Any, log: Log, transaction: Transaction) -> None:
+    kept: list[Any] = []
+    log.on(2, Boom())
+    with pytest.raises(Boom) as caught, unit() as (bus, execute):
+        kept.append(bus.wrap(make()))
+        kept[0].publish_all([1, 2, *range(3, 10)])
+        execute()
+    assert transaction.calls == ["commit"]
+    assert notes(caught.value)[-1] == (
+        "commitbus: the transaction was committed, but 8 events were not applied: int, int, int, int, int, and 3 more"
+    )
+    assert kept[0].collected_events() == tuple(range(2, 10))
+
+
+def test_rule_19_one_event_after_the_commit(unit: Any, make: Any, log: Log) -> None:
+    log.on(1, Boom())
+    with pytest.raises(Boom) as caught, unit() as (bus, execute):
+        bus.wrap(make()).publish(1)
+        execute()
+    assert notes(caught.value)[-1].endswith("the transaction was committed, but 1 event was not applied: int")
+
+
+@pytest.mark.parametrize("how", ["normally", "after the commit", "before the commit"])
+def test_rule_19_on_unapplied(unit: Any, make: Any, log: Log, how: str) -> None:
+    seen: list[Any] = []
+
+    def on_unapplied(buses: Any) -> None:
+        seen.append(buses.events_to_apply())
+
+    log.on(1, Boom())
+    if how == "normally":
+        with unit(on_unapplied=on_unapplied) as (bus, _):
+            bus.wrap(make()).publish_all([1, 2])
+    else:
+        with pytest.raises(Boom) as caught, unit(on_unapplied=on_unapplied) as (bus, execute):
+            bus.wrap(make()).publish_all([1, 2])
+            if how == "before the commit":
+                raise Boom
+            execute()
+        assert not any("committed" in note for note in notes(caught.value))
+    assert seen == ([] if how == "before the commit" else [[1, 2]])
+
+
+def test_rule_19_on_unapplied_that_fails(unit: Any, make: Any, log: Log) -> None:
+    def on_unapplied(buses: Any) -> None:
+        raise ValueError("mine")
+
+    with pytest.raises(ValueError, match="mine"), unit(on_unapplied=on_unapplied) as (bus, _):
+        bus.wrap(make()).publish(1)
+    log.on(1, Boom())
+    with pytest.raises(Boom) as caught, unit(on_unapplied=on_unapplied) as (bus, execute):
+        bus.wrap(make()).publish(1)
+        execute()
+    assert type(caught.value.__context__) is ValueError
+
+
+def test_rule_18_rounds(unit: Any, make: Any, log: Log) -> None:
+    with unit(rounds=3) as (bus, execute):
+        mails = bus.wrap(make())
+        log.on(1, lambda: mails.publish(2))
+        log.on(2, lambda: mails.publish(3))
+        mails.publish(1)
+        assert execute() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("name", ["commit_transaction", "rollback_transaction", "on_unapplied"])
+@pytest.mark.parametrize("given", [False, True])
+def test_rule_18_what_cannot_be_called(twin: Any, name: str, given: bool) -> None:
+    orchestrator = twin.MultiEventBus() if given else None
+    with pytest.raises(TypeError, match=rf"^{name} must be a function, not object; .* {name}=\w+"):
+        twin.use_orchestrator_or_create_multi_event_bus(orchestrator, True, **{name: object()})
+
+
+@pytest.mark.parametrize("name", ["commit_transaction", "rollback_transaction", "on_unapplied"])
+def test_rule_18_coroutine_functions(twin: Any, make: Any, name: str) -> None:
+    async def forgotten(*_: Any) -> None: ...
+
+    with (
+        pytest.raises(TypeError, match="forgotten returned a coroutine"),
+        twin.use_orchestrator_or_create_multi_event_bus(None, name != "rollback_transaction", **{name: forgotten}) as (
+            bus,
+            execute,
+        ),
+    ):
+        bus.wrap(make()).publish(1)
+        if name != "on_unapplied":
+            execute()
+
+
+def test_rule_18_the_pair_is_not_the_bus(twin: Any, make: Any) -> None:
+    for given in (None, twin.MultiEventBus()):
+        with (
+            twin.use_orchestrator_or_create_multi_event_bus(given, True) as bus,
+            pytest.raises(AttributeError, match=r"yields a pair, which has no attribute 'wrap'; unpack it: with use_"),
+        ):
+            bus.wrap(make())
+
+
+def test_rule_18_with_an_orchestrator_nothing_is_called(twin: Any, make: Any, transaction: Transaction) -> None:
+    caller = twin.MultiEventBus()
+    options = {"commit_transaction": transaction.commit, "rollback_transaction": transaction.rollback}
+    with twin.use_orchestrator_or_create_multi_event_bus(caller, True, **options) as (bus, execute):
+        bus.wrap(make()).publish(1)
+        assert execute() == []
+    with (
+        pytest.raises(Boom),
+        twin.use_orchestrator_or_create_multi_event_bus(caller, False, **options) as (bus, execute),
+    ):
+        raise Boom
+    assert transaction.calls == []
+    assert caller.events_to_apply() == [1]
