@@ -50,7 +50,7 @@ def run(bus: Any, batch: list[Any], do: Any, robust: bool, put_back: Any, size: 
     first = batch[0] if batch else None
     if isinstance(first, tuple):
         first = first[0]
-    if rounds_now is not None and batch and not isinstance(first, DelayedBus):
+    if rounds_now is not None and robust and batch and not isinstance(first, DelayedBus):
         rounds_now.tried += len(batch) - position
     while position < len(batch):
         end = len(batch) if size is None else position + size
@@ -105,7 +105,7 @@ def public(call: Any, robust: bool = False, rounds: int = 1) -> Any:
                 some = failed.applied
                 errors += failed.errors
             applied += some
-            if not some if rounds_now is None else rounds_now.tried == before:
+            if not some and (rounds_now is None or rounds_now.tried == before):
                 break
     finally:
         rounds_now = outer

@@ -20,6 +20,7 @@ import commitbus
 BATCH: Any = importlib.import_module("commitbus._pure.batch")
 PACKAGE = str(Path(commitbus.__file__).parent)
 KINDS = ["abstract", "functions", "calls", "shared", "delayed", "collected", "collect", "multi", "nested"]
+MORE = [*KINDS, "batch", "around", "rounds"]  # those that need memory on their way
 pytestmark = pytest.mark.skipif(not CPYTHON, reason="PyPy can be interrupted in more places: see docs/guarantees.md")
 
 
@@ -41,17 +42,35 @@ class Scene:
         self.robust = robust
         self.log: list[int] = []
         self.begun: list[int] = []
+        self.unit: list[int] = []  # the events that were tried together last
         scene = self
 
         class Bus(twin.AbstractEventBus):
             def _apply_event(self, event: int, commit: bool) -> None:
                 scene.handle(event)
 
+        class Batching(twin.BatchEventBus):
+            batch_size = 2
+
+            def _apply_events(self, events: list[int], commit: bool) -> None:
+                scene.unit = events
+                errors = {}
+                for i, event in enumerate(events):
+                    try:
+                        scene.handle(event)
+                    except Boom as error:
+                        errors[i] = error
+                if errors:
+                    raise twin.PartlyApplied(errors)
+
         def handle(event: int, *, commit: bool) -> None:
             scene.handle(event)
 
         make = {"functions": partial, "calls": twin.SideEffectCall, "shared": twin.SideEffectCall}.get(kind)
         buses = {"functions": twin.BasicEventBus, "calls": twin.BasicEventBus, "shared": twin.SharedSideEffectsEventBus}
+        buses["batch"] = Batching
+        # Outside of what is interrupted: one that is lost before it is returned could not be removed.
+        self.remove = commitbus.add_middleware(lambda call, bus, event, commit: call()) if kind == "around" else None
         self.bus = buses.get(kind, Bus)()
         self.bus.publish_all(range(5) if make is None else [make(handle, i) for i in range(5)])
         self.delayed = twin.DelayedEventBus(self.bus)
@@ -72,7 +91,9 @@ class Scene:
 
     def act(self) -> None:
         # Called without the keyword where it has its default, as users do.
-        options: dict[str, bool] = {"robust": True} if self.robust else {}
+        options: dict[str, Any] = {"robust": True} if self.robust else {}
+        if self.kind == "rounds":
+            options["rounds"] = 3
         if self.kind == "delayed":
             self.delayed.apply(True)
         elif self.kind == "collected":
@@ -92,13 +113,16 @@ class Scene:
 
     def check(self, where: object) -> None:
         """Nothing is lost; what is doubled was begun last, and stopped before its end; what is left is registered."""
+        if self.remove is not None:
+            self.remove()
         left = self.left()
         missing = set(range(5)) - set(left) - set(self.log)
         if self.kind != "collect":  # whose result is lost with the call that is stopped
             assert not missing, f"{where}: lost {missing}"
         doubled = set(left) & set(self.log)
-        assert doubled <= set(self.begun[-1:]), f"{where}: doubled {doubled}"
-        assert left == sorted(left), f"{where}: out of order {left}"
+        assert doubled <= {*self.begun[-1:], *self.unit}, f"{where}: doubled {doubled}"
+        # A profiler that raises, which no signal does, may leave a batch in the order done, failed.
+        assert left == sorted(left) or self.kind == "batch", f"{where}: out of order {left}"
         try:
             self.twin.SharedSideEffectContext.current()
         except LookupError:
@@ -185,7 +209,7 @@ def interrupt() -> None:
 
 @pytest.mark.parametrize("robust", [False, True])
 @pytest.mark.parametrize("fail", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MORE)
 def test_rule_4_an_interrupt_at_every_line(twin: Any, kind: str, fail: bool, robust: bool) -> None:
     number = 1
     while points(Scene(twin, kind, fail, robust), number, sys.settrace, {"line", "call", "return"}, interrupt):
@@ -194,7 +218,7 @@ def test_rule_4_an_interrupt_at_every_line(twin: Any, kind: str, fail: bool, rob
 
 
 @pytest.mark.parametrize("fail", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MORE)
 def test_rule_4_an_interrupt_at_every_call(twin: Any, kind: str, fail: bool) -> None:
     """A profiler sees the calls of C functions, too."""
     number = 1

@@ -442,6 +442,12 @@ def not_a_most(value: object) -> Exception:
     return ValueError(f"most must be 0 or more, not {value}; pass how many lines a bus has at most")
 
 
+def pending_after_test(count: int) -> str:
+    """Say that a test left events that nobody applied."""
+    were = "1 event that was" if count == 1 else f"{count} events that were"
+    return f"the test left {were} never applied; apply or discard them, or take the option commitbus_strict away:"
+
+
 def no_arguments(cls: type) -> TypeError:
     """Refuse arguments that nobody takes."""
     return TypeError(f"{cls.__name__}() takes no arguments")

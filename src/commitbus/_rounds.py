@@ -56,8 +56,8 @@ def in_rounds(
             before = 0 if failures is None else cast("Any", failures).rounds.tried
             batch = apply_once(failures)
             applied += batch
-            # A bus with failures has a turn in each round, though there may be nothing left to try.
-            if not batch if failures is None else cast("Any", failures).rounds.tried == before:
+            # A bus with failures is not among what was applied, but may have applied something.
+            if not batch and (failures is None or cast("Any", failures).rounds.tried == before):
                 break
         if scope is not None and leave(scope, bus, failures, 0):
             cast("Any", failures).errors.clear()

@@ -1,0 +1,319 @@
+"""For the tests of code that publishes: record what would be applied, and make it fail.
+
+The fixtures of the pytest plugin that comes with commitbus are made of this.
+"""
+
+from __future__ import annotations
+
+import gc
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from difflib import ndiff
+from threading import Lock
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+from commitbus import _messages
+from commitbus._looking import Shown
+from commitbus._naming import describe, describe_bus, is_delayed
+from commitbus._unit_of_work import collected_in, holds_buses, in_store
+from commitbus.middleware import add_middleware
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+__all__ = ["Applied", "Failure", "InjectedFailure", "Pending", "Recording", "every_failure", "pending", "record"]
+
+
+class Applied(NamedTuple):
+    """One event, when it was applied."""
+
+    bus: Any
+    event: Any
+    commit: Any
+
+
+@dataclass
+class Recording:
+    """What was applied since `record` began, in order.
+
+    Attributes
+    ----------
+    applied : list of Applied
+        Each event with its bus and the `commit` that it was applied with: dry runs, too. A reference is kept to
+        each, until the recording goes.
+    """
+
+    applied: list[Applied] = field(default_factory=list[Applied])
+
+    @property
+    def events(self) -> list[Any]:
+        """The events that were applied with a true `commit`."""
+        return [one.event for one in self.applied if one.commit]
+
+    @property
+    def dry_run(self) -> list[Any]:
+        """The events that were applied with a false `commit`."""
+        return [one.event for one in self.applied if not one.commit]
+
+    def of(self, bus: Any) -> list[Any]:
+        """Give the events of some buses that were applied with a true `commit`.
+
+        Parameters
+        ----------
+        bus : bus or class
+            The bus that they were published on, or the class of such buses.
+
+        Returns
+        -------
+        list
+            The events, in order.
+        """
+        return [one.event for one in self.applied if one.commit and (one.bus is bus or _is_one(one.bus, bus))]
+
+    def assert_applied(self, *events: Any) -> None:
+        """Check that these events, and no others, were applied with a true `commit`, in this order.
+
+        Parameters
+        ----------
+        *events : object
+            Compared by ``==``: a `SideEffectCall` equals another of the same function and arguments, which a
+            `functools.partial` does not.
+
+        Raises
+        ------
+        AssertionError
+            When they were not. The text shows the difference, event by event.
+        """
+        __tracebackhide__ = True
+        applied = self.events
+        if applied != list(events):
+            lines = "\n".join(ndiff([repr(event) for event in events], [repr(event) for event in applied]))
+            raise AssertionError(f"side effects differ: - is expected, + was applied\n{lines}")
+
+    def assert_nothing_applied(self) -> None:
+        """Check that no event was applied with a true `commit`.
+
+        Raises
+        ------
+        AssertionError
+            When one was. The text lists them.
+        """
+        __tracebackhide__ = True
+        self.assert_applied()
+
+
+def _is_one(bus: object, cls: Any) -> bool:
+    return isinstance(cls, type) and isinstance(bus, cls)
+
+
+@contextmanager
+def record(*, block: bool = True) -> Iterator[Recording]:
+    """Record what is applied, on every bus of the process, in every thread and task.
+
+    Parameters
+    ----------
+    block : bool, default True
+        Record only: no handler runs. With False they run, and what raises is not recorded.
+
+    Returns
+    -------
+    context manager of Recording
+        It grows while the block runs, and stays as it is then.
+
+    Notes
+    -----
+    It sees what a bus applies, at the place and in the order in which production would do it, since it is
+    a middleware (`add_middleware`), inside of those that were added before. Each event of a batch is recorded.
+
+    Examples
+    --------
+    >>> from commitbus import BasicEventBus, SideEffectCall
+    >>> from commitbus.testing import record
+    >>> def send(address: str, *, commit: bool) -> None: ...
+    >>> def sign_up() -> None:
+    ...     bus = BasicEventBus()
+    ...     bus.publish(SideEffectCall(send, "ada@example.org"))
+    ...     bus.apply(commit=True)
+    >>> with record() as side_effects:
+    ...     sign_up()
+    >>> side_effects.assert_applied(SideEffectCall(send, "ada@example.org"))
+    """
+    recording = Recording()
+
+    def note(call: Callable[[], None], bus: Any, event: Any, commit: Any) -> None:
+        if not block:
+            call()  # first: what raises was not applied
+        batch = isinstance(event, list) and hasattr(bus, "_apply_events")
+        events = cast("list[Any]", event) if batch else [event]
+        recording.applied.extend([Applied(bus, one, commit) for one in events])
+
+    remove = add_middleware(note)
+    try:
+        yield recording
+    finally:
+        remove()
+
+
+class Pending(NamedTuple):
+    """A bus with events that nobody applied."""
+
+    bus: Any
+    events: tuple[Any, ...]
+
+
+def pending() -> list[Pending]:
+    """Find every bus in the process that has events that nobody applied.
+
+    Returns
+    -------
+    list of Pending
+        Each bus with its pending events, and each `DelayedEventBus` with what it collected. Buses that hold buses
+        are not among them: what is in their buses is. A bus that nobody has any more, and that the garbage
+        collector has not found yet, is.
+
+    Notes
+    -----
+    It looks at every object that the garbage collector knows of, which takes some milliseconds.
+
+    Examples
+    --------
+    >>> from commitbus import BasicEventBus
+    >>> from commitbus.testing import pending
+    >>> bus = BasicEventBus()
+    >>> bus.publish(print)
+    >>> [found for found in pending() if found.bus is bus]
+    [Pending(bus=<BasicEventBus: 1 pending>, events=(<built-in function print>,))]
+    """
+    found: list[Pending] = []
+    for thing in gc.get_objects():
+        if not issubclass(cast("Any", type(thing)), Shown):  # not isinstance, which asks the object
+            continue
+        bus: Any = thing
+        events: list[Any] = []
+        if is_delayed(bus):
+            try:
+                if not holds_buses(bus._commitbus_parts()[0]):
+                    events = collected_in(bus)
+            except TypeError:  # one that wraps no bus
+                pass
+        elif not (holds_buses(bus) or hasattr(type(bus), "_commitbus_wrapped_bus")):
+            events = in_store(bus)
+        if events:
+            found.append(Pending(bus, tuple(events)))
+    return found
+
+
+class InjectedFailure(Exception):
+    """What a side effect raises that `every_failure` makes fail."""
+
+
+@dataclass
+class Failure:
+    """One run of a unit of work in which one side effect was made to fail.
+
+    Attributes
+    ----------
+    number : int
+        Which side effect that was, from 1 on.
+    bus : bus
+        Its bus.
+    event : object
+        The event or, for a `BatchEventBus`, the list of the batch.
+    error : Exception or None
+        What the run raised: the `InjectedFailure`, or what became of it.
+    result : object
+        What the run returned, if it raised nothing.
+    """
+
+    number: int
+    bus: Any
+    event: Any
+    error: Exception | None = None
+    result: Any = None
+
+
+def every_failure(run: Callable[[], object], *, after: bool = False) -> Iterator[Failure]:
+    """Run a unit of work once for each of its side effects, with that one failing.
+
+    Parameters
+    ----------
+    run : callable
+        Called without arguments. It has to begin anew each time: with a fresh order, a fresh bus. After the
+        last side effect it is called once more, and nothing fails.
+    after : bool, default False
+        Fail after the handler has run, as when its answer was lost. What is applied again then runs twice:
+        a handler that is not idempotent shows it.
+
+    Yields
+    ------
+    Failure
+        One for each side effect, in order: look at what the run left, apply again, and look once more.
+
+    Raises
+    ------
+    Exception
+        What `run` raises when nothing was made to fail.
+
+    Examples
+    --------
+    >>> from commitbus import BasicEventBus, if_committed
+    >>> from commitbus.testing import every_failure
+    >>> sent = []
+    >>> def order() -> None:
+    ...     bus = BasicEventBus()
+    ...     bus.publish(if_committed(sent.append, "mail"))
+    ...     bus.publish(if_committed(sent.append, "invoice"))
+    ...     bus.apply(commit=True)
+    >>> for failure in every_failure(order):
+    ...     print(failure.number, repr(failure.error), sent)
+    ...     sent.clear()
+    1 InjectedFailure('side effect 1, list.append, was made to fail') []
+    2 InjectedFailure('side effect 2, list.append, was made to fail') ['mail']
+    """
+    number = 0
+    while True:
+        number += 1
+        failure = _run_once(run, number, after)
+        if failure is None:
+            return
+        yield failure
+
+
+def _run_once(run: Callable[[], object], number: int, after: bool) -> Failure | None:
+    """Run with the side effect of a number failing; None if there are fewer."""
+    lock = Lock()
+    seen = 0
+    failures: list[Failure] = []
+
+    def fail(call: Callable[[], None], bus: Any, event: Any, commit: Any) -> None:  # noqa: ARG001
+        nonlocal seen
+        with lock:
+            seen += 1
+            this = seen == number
+        if not this:
+            call()
+            return
+        if after:
+            call()
+        failures.append(Failure(number, bus, event))
+        raise InjectedFailure(f"side effect {number}, {describe(event)}, was made to fail")
+
+    remove = add_middleware(fail)
+    try:
+        result = run()
+    except Exception as error:
+        if not failures:
+            raise
+        failures[0].error = error
+    else:
+        if failures:
+            failures[0].result = result
+    finally:
+        remove()
+    return failures[0] if failures else None
+
+
+def describe_pending(found: list[Pending]) -> str:
+    """List buses and the names of their events, for an error."""
+    lines = [f"  {describe_bus(bus)}: {', '.join(map(describe, events))}" for bus, events in found]
+    return "\n".join([_messages.pending_after_test(sum(len(events) for _, events in found)), *lines])

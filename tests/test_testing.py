@@ -1,0 +1,324 @@
+"""What commitbus gives to the tests of others: recording, finding what is pending, making side effects fail."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from commitbus.testing import Applied, InjectedFailure, every_failure, pending, record
+
+if TYPE_CHECKING:
+    from conftest import Log
+
+
+class Boom(Exception):
+    pass
+
+
+def test_record_blocks(twin: Any, make: Any, log: Log) -> None:
+    with record() as side_effects:
+        multi = twin.MultiEventBus()
+        bus = make()
+        multi.wrap(bus).publish_all([1, 2])
+        assert multi.apply_and_get_applied_events(True) == [1, 2]
+        bus.publish(3)
+        bus.apply(False)
+    assert log.events == []
+    assert side_effects.applied == [Applied(bus, 1, True), Applied(bus, 2, True), Applied(bus, 3, False)]
+    assert side_effects.events == [1, 2]
+    assert side_effects.dry_run == [3]
+    assert side_effects.of(bus) == side_effects.of(make) == [1, 2]
+    assert side_effects.of(make()) == side_effects.of(twin.BasicEventBus) == []
+    side_effects.assert_applied(1, 2)
+    bus.publish(4)
+    bus.apply(True)
+    assert log.events == [4]
+    assert side_effects.events == [1, 2]
+
+
+def test_record_lets_them_run(make: Any, log: Log) -> None:
+    log.on(2, Boom())
+    bus = make()
+    with record(block=False) as side_effects:
+        bus.publish_all([1, 2])
+        with pytest.raises(Boom):
+            bus.apply(True)
+    assert log.events == side_effects.events == [1]
+
+
+def test_record_the_events_of_a_batch(twin: Any) -> None:
+    class Bus(twin.BatchEventBus):
+        def _apply_events(self, events: list[Any], commit: bool) -> None:
+            raise Boom
+
+    with record() as side_effects:
+        bus = Bus()
+        bus.publish_all([1, 2])
+        bus.apply(True)
+    assert side_effects.of(bus) == [1, 2]
+
+
+def test_record_in_threads_and_tasks(make: Any) -> None:
+    def work(number: int) -> None:
+        bus = make()
+        bus.publish(number)
+        bus.apply(True)
+
+    async def tasks() -> None:
+        async def one(number: int) -> None:
+            await asyncio.sleep(0)
+            work(number)
+
+        await asyncio.gather(*map(one, range(3, 6)))
+
+    with record() as side_effects:
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        asyncio.run(tasks())
+    assert sorted(side_effects.events) == list(range(6))
+
+
+def test_record_what_differs(twin: Any) -> None:
+    def send(address: str, *, commit: bool) -> None: ...
+
+    with record() as side_effects:
+        side_effects.assert_nothing_applied()
+        bus = twin.BasicEventBus()
+        bus.publish_all([twin.SideEffectCall(send, "a"), twin.SideEffectCall(send, "b")])
+        bus.apply(True)
+    side_effects.assert_applied(twin.SideEffectCall(send, "a"), twin.SideEffectCall(send, "b"))
+    with pytest.raises(AssertionError) as caught:
+        side_effects.assert_applied(twin.SideEffectCall(send, "a"), twin.SideEffectCall(send, "c"))
+    name = f"{__name__}.{send.__qualname__}"
+    text = str(caught.value)
+    assert text.startswith("side effects differ: - is expected, + was applied\n")
+    for line in (f"  SideEffectCall({name}, 'a')", f"- SideEffectCall({name}, 'c')", f"+ SideEffectCall({name}, 'b')"):
+        assert line in text.splitlines()
+    with pytest.raises(AssertionError, match=r"(?m)^\+ SideEffectCall"):
+        side_effects.assert_nothing_applied()
+
+
+def test_pending(twin: Any, make: Any) -> None:
+    multi = twin.MultiEventBus()
+    bus = make()
+    delayed = multi.wrap(bus)
+    delayed.publish(1)
+    delayed.apply(True)
+    delayed.publish_all([2, 3])
+
+    class Bare(twin.DelayedEventBus):
+        def __init__(self) -> None:
+            pass
+
+    bare = Bare()
+    assert delayed.side_effects_bus is not None
+    ours = [found for found in pending() if found.bus in (multi, bus, delayed, delayed.side_effects_bus, bare)]
+    assert sorted((repr(bus), events) for bus, events in ours) == [
+        ("<DelayedEventBus of LogBus: 1 collected, 2 pending>", (1,)),
+        ("<LogBus: 2 pending>", (2, 3)),
+    ]
+    multi.apply(True)
+    assert not [found for found in pending() if found.bus in (bus, delayed)]
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("robust", [False, True])
+def test_every_failure(twin: Any, make: Any, log: Log, after: bool, robust: bool) -> None:
+    buses: list[Any] = []
+
+    def run() -> None:
+        bus = make()
+        buses.append(bus)
+        bus.publish_all(["a", "b", "c"])
+        bus.apply(True, robust=robust)
+
+    seen: list[Any] = []
+    for failure in every_failure(run, after=after):
+        bus = buses[-1]
+        assert failure.bus is bus
+        error: Any = failure.error
+        (inner,) = error.exceptions if robust else (error,)
+        assert type(inner) is InjectedFailure
+        assert str(inner) == f"side effect {failure.number}, str, was made to fail"
+        applied = log.events
+        bus.apply(True)
+        seen.append((failure.number, failure.event, applied, log.events[len(applied) :]))
+        log.calls.clear()
+    ran = {
+        (False, False): [([], "abc"), (["a"], "bc"), (["a", "b"], "c")],
+        (False, True): [(["b", "c"], "a"), (["a", "c"], "b"), (["a", "b"], "c")],
+        (True, False): [(["a"], "abc"), (["a", "b"], "bc"), (["a", "b", "c"], "c")],
+        (True, True): [(["a", "b", "c"], one) for one in "abc"],
+    }[after, robust]
+    assert seen == [(i + 1, "abc"[i], first, list(second)) for i, (first, second) in enumerate(ran)]
+    assert log.events == ["a", "b", "c"]  # the last run, in which nothing fails
+
+
+def test_every_failure_of_a_run_that_swallows(make: Any) -> None:
+    def run() -> str:
+        bus = make()
+        bus.publish(1)
+        try:
+            bus.apply(True)
+        except InjectedFailure:
+            return "seen to"
+        return "applied"
+
+    (failure,) = every_failure(run)
+    assert (failure.error, failure.result) == (None, "seen to")
+
+
+def test_every_failure_of_a_run_that_fails_itself() -> None:
+    def run() -> None:
+        raise Boom
+
+    with pytest.raises(Boom):
+        list(every_failure(run))
+
+
+def test_every_failure_without_side_effects() -> None:
+    assert list(every_failure(lambda: None)) == []
+
+
+CONFTEST = """
+    from commitbus import *
+    def send(address, *, commit): raise OSError("a mail was sent")
+    def sign_up(address, commit=True):
+        bus = BasicEventBus()
+        bus.publish(SideEffectCall(send, address))
+        bus.apply(commit)
+"""
+
+
+@pytest.fixture
+def code(pytester: pytest.Pytester) -> Any:
+    pytester.makepyfile(mails=CONFTEST)
+    return pytester
+
+
+def test_the_plugin_blocks_and_records(code: pytest.Pytester) -> None:
+    code.makepyfile(
+        """
+        import pytest
+        from commitbus import SideEffectCall
+        from mails import send, sign_up
+
+        def test_it(side_effects):
+            sign_up("ada")
+            side_effects.assert_applied(SideEffectCall(send, "ada"))
+
+        def test_dry_run(side_effects):
+            sign_up("ada", commit=False)
+            side_effects.assert_nothing_applied()
+
+        def test_difference(side_effects):
+            sign_up("ada")
+            side_effects.assert_applied(SideEffectCall(send, "grace"))
+
+        def test_real(side_effects, real_side_effects):
+            with pytest.raises(OSError):
+                sign_up("ada")
+            assert side_effects is real_side_effects
+            side_effects.assert_nothing_applied()
+
+        def test_without():
+            with pytest.raises(OSError):
+                sign_up("ada")
+        """
+    )
+    result = code.runpytest_subprocess("-p", "no:cacheprovider")
+    result.assert_outcomes(passed=4, failed=1)
+    result.stdout.fnmatch_lines(["E*side effects differ: - is expected, + was applied", "*- *'grace')", "*+ *'ada')"])
+
+
+def test_the_plugin_under_xdist(code: pytest.Pytester) -> None:
+    pytest.importorskip("xdist")
+    code.makeconftest("import pytest\npytestmark = []\n")
+    code.makepyfile(
+        """
+        import pytest
+        from commitbus import SideEffectCall
+        from mails import send, sign_up
+
+        @pytest.mark.parametrize("number", range(12))
+        def test_it(side_effects, number):
+            sign_up(number)
+            side_effects.assert_applied(SideEffectCall(send, number))
+        """
+    )
+    code.runpytest_subprocess("-p", "no:cacheprovider", "-n", "3").assert_outcomes(passed=12)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_the_plugin_is_strict(code: pytest.Pytester, strict: bool) -> None:
+    code.makeini(f"[pytest]\ncommitbus_strict = {str(strict).lower()}\n")
+    code.makepyfile(
+        """
+        import pytest
+        from commitbus import *
+        from mails import send
+
+        kept = []
+
+        def test_forgotten():
+            bus = BasicEventBus()
+            bus.publish(SideEffectCall(send, "ada"))
+            kept.append(bus)
+
+        def test_the_next_is_not_blamed():
+            pass
+
+        def test_in_a_cycle_that_nobody_has():
+            bus = BasicEventBus()
+            bus.publish(SideEffectCall(send, "ada"))
+            bus.itself = bus
+
+        def test_a_unit_of_work():
+            with use_orchestrator_or_create_multi_event_bus(None, True) as (bus, _):
+                bus.wrap(BasicEventBus()).publish(SideEffectCall(send, "ada"))
+
+        @pytest.fixture
+        def mails():
+            bus = BasicEventBus()
+            yield bus
+
+        def test_on_a_fixture(mails):
+            mails.publish(SideEffectCall(send, "ada"))
+            mails.publish(SideEffectCall(send, "ada"))
+
+        def test_that_fails(mails):
+            mails.publish(SideEffectCall(send, "ada"))
+            assert False
+        """
+    )
+    result = code.runpytest_subprocess("-p", "no:cacheprovider")
+    if not strict:
+        result.assert_outcomes(passed=5, failed=1, warnings=1)
+        return
+    result.assert_outcomes(passed=2, failed=4)
+    result.stdout.fnmatch_lines(
+        [
+            "the test left 1 event that was never applied; apply or discard them*",
+            "  commitbus.event_bus.BasicEventBus: mails.send",
+            "E*UnappliedEventsWarning: 1 event was published but never applied*",
+            "the test left 2 events that were never applied;*",
+            "  commitbus.event_bus.BasicEventBus: mails.send, mails.send",
+        ]
+    )
+
+
+def test_a_partial_differs_from_its_equal(twin: Any) -> None:
+    """Why the documentation says: publish SideEffectCalls."""
+    with record() as side_effects:
+        bus = twin.BasicEventBus()
+        bus.publish(partial(print, 1))
+        bus.apply(True)
+    with pytest.raises(AssertionError):
+        side_effects.assert_applied(partial(print, 1))
