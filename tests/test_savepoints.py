@@ -119,7 +119,7 @@ def test_rule_22_in_that_order_alone(twin: Any, make: Any, kind: str) -> None:
     inner = scene.top.savepoint()
     scene.publish(2)
     for end in (outer.release, outer.rollback):
-        with pytest.raises(RuntimeError, match="cannot end before <Savepoint of .*opened later; end that one first"):
+        with pytest.raises(RuntimeError, match="cannot end before <Savepoint of .*: the last on a bus ends first; end"):
             end()
     assert scene.left() == [1, 2]
     assert inner.rollback() == [2]

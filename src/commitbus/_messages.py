@@ -314,7 +314,7 @@ def savepoint_ended() -> RuntimeError:
 
 def savepoint_not_last(savepoint: object, last: object) -> RuntimeError:
     """Refuse to end savepoints in another order than they were opened in."""
-    return RuntimeError(f"{savepoint!r} cannot end before {last!r}, which was opened later; end that one first")
+    return RuntimeError(f"{savepoint!r} cannot end before {last!r}: the last on a bus ends first; end that one")
 
 
 def not_rounds(value: object) -> Exception:

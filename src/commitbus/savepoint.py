@@ -188,10 +188,10 @@ class Savepoint:
         for delayed in buses:
             if is_delayed(delayed):
                 actual, collected = delayed._commitbus_parts()
-                for store in (actual, collected):
-                    marks = None if store is None else store._commitbus_marks
-                    if marks is not None and marks[-1].savepoint is not self:
-                        raise _messages.savepoint_not_last(self, marks[-1].savepoint)
+                # What was collected has marks of its own only where the wrapped bus has none.
+                marks = actual._commitbus_marks or (None if collected is None else collected._commitbus_marks)
+                if marks is not None and marks[-1].savepoint is not self:
+                    raise _messages.savepoint_not_last(self, marks[-1].savepoint)
                 if holds_buses(actual):
                     self._check_new((*actual._commitbus_get(), *delayed.collected_events()))
 
