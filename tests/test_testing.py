@@ -161,6 +161,20 @@ def test_every_failure(twin: Any, make: Any, log: Log, after: bool, robust: bool
     assert log.events == ["a", "b", "c"]  # the last run, in which nothing fails
 
 
+def test_every_failure_of_what_a_handler_publishes(make: Any, log: Log) -> None:
+    buses: list[Any] = []
+    log.on(1, lambda: buses[-1].publish(2))
+
+    def run() -> None:
+        buses.append(make())
+        buses[-1].publish_all([1, 3])
+        buses[-1].apply(True, rounds=2)
+
+    assert [failure.event for failure in every_failure(run)] == [1, 3, 2]
+    log.on(1, lambda: [buses[-1].publish(2), buses[-1].apply(True)])
+    assert [failure.event for failure in every_failure(run)] == [1, 2, 3]
+
+
 def test_every_failure_of_a_run_that_swallows(make: Any) -> None:
     def run() -> str:
         bus = make()

@@ -238,8 +238,8 @@ def every_failure(run: Callable[[], object], *, after: bool = False) -> Iterator
     Parameters
     ----------
     run : callable
-        Called without arguments. It has to begin anew each time: with a fresh order, a fresh bus. After the
-        last side effect it is called once more, and nothing fails.
+        Called without arguments. It has to begin anew each time: with a fresh order, a fresh bus. It is called
+        until there is no side effect left that has not failed, so in the last run, which yields nothing, none does.
     after : bool, default False
         Fail after the handler has run, as when its answer was lost. What is applied again then runs twice:
         a handler that is not idempotent shows it.

@@ -67,7 +67,7 @@ functions.publish(if_committed(no_commit, "a"))
 assert_type(if_committed(no_commit, address="a"), SideEffectCall)
 if_committed(no_commit)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 if_committed(no_commit, 3)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-if_committed(no_commit, adress="a")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+if_committed(no_commit, addr="a")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 functions.publish(3)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 

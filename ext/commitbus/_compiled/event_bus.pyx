@@ -325,7 +325,7 @@ cdef class EventStore(Source):
         """Apply the pending events in the order in which they were published."""
         if rounds != 1:
             scope = self.scope(commit)
-            return in_rounds(self, rounds, robust, scope, lambda failures: carry_out(self, self, commit, failures, None))
+            return in_rounds(self, rounds, robust, scope, lambda fails: carry_out(self, self, commit, fails, None))
         failures = _messages.Failures() if robust else None
         applied = carry_out(self, self, commit, failures, None)
         if failures is not None and failures.errors:
