@@ -47,6 +47,7 @@ cdef object event_of(object item)
 cdef list events_of(list items)
 cdef object explicit(tuple pair)
 cdef list carry_out(Source source, object bus, object commit, object failures, list out)
+cdef list carry_out_in_rounds(Source source, object bus, object commit, object robust, object rounds, list out)
 cdef int call_handler(object bus, object handler, bint method, list batch, Progress* at, object commit) except -1
 cdef int call_events(list batch, Progress* at, object commit) except -1
 cdef int call_event(object event, object commit) except -1

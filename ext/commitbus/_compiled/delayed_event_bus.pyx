@@ -10,6 +10,7 @@ from commitbus._compiled.batch cimport (
     Progress,
     Source,
     carry_out,
+    carry_out_in_rounds,
     events_of,
     explicit,
 )
@@ -27,7 +28,6 @@ from commitbus._compiled.side_effects_bus import SideEffectsBus
 from commitbus._context import gathering_of
 from commitbus._interfaces import EventBus, T, iterate
 from commitbus._looking import Shown
-from commitbus._rounds import in_rounds
 from commitbus.savepoint import Savepoint, collect_within, covering, is_open, moved
 
 
@@ -118,14 +118,8 @@ cdef class DelayedStore(Source):
         cdef EventStore actual = self.wrapped()
         cdef PairStore store = self.collected
         if rounds != 1:
-            store = self.collecting()
-            out = gathering_of(actual)
-            return in_rounds(
-                self,
-                rounds,
-                robust,
-                store.scope(commit),
-                lambda failures: events_of(carry_out(store, self, commit, failures, out)),
+            return events_of(
+                carry_out_in_rounds(self.collecting(), self, commit, robust, rounds, gathering_of(actual))
             )
         failures = _messages.Failures() if robust else None
         if store is None:

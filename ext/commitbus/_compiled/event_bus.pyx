@@ -12,6 +12,7 @@ from commitbus._compiled.batch cimport (
     call_events,
     call_handler,
     carry_out,
+    carry_out_in_rounds,
     check,
     look_up,
 )
@@ -21,7 +22,6 @@ from abc import abstractmethod
 from commitbus import _messages, _naming, _state
 from commitbus._interfaces import CommittableFunction, EventBus, T, iterate
 from commitbus._looking import Shown
-from commitbus._rounds import in_rounds
 from commitbus.middleware import surround
 from commitbus.savepoint import Savepoint, cut, is_open
 
@@ -324,8 +324,7 @@ cdef class EventStore(Source):
     def apply(self, commit, *, robust=False, rounds=1):
         """Apply the pending events in the order in which they were published."""
         if rounds != 1:
-            scope = self.scope(commit)
-            return in_rounds(self, rounds, robust, scope, lambda fails: carry_out(self, self, commit, fails, None))
+            return carry_out_in_rounds(self, self, commit, robust, rounds, None)
         failures = _messages.Failures() if robust else None
         applied = carry_out(self, self, commit, failures, None)
         if failures is not None and failures.errors:

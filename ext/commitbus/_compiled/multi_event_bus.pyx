@@ -6,7 +6,7 @@ cimport cython
 from cpython.object cimport PyObject
 from cpython.weakref cimport PyWeakref_NewRef
 
-from commitbus._compiled.batch cimport Progress, carry_out, check
+from commitbus._compiled.batch cimport Progress, carry_out, carry_out_in_rounds, check
 from commitbus._compiled.delayed_event_bus cimport DelayedStore
 from commitbus._compiled.event_bus cimport (
     APPLY_IS_OURS,
@@ -21,7 +21,6 @@ from commitbus._compiled.delayed_event_bus import DelayedEventBus
 from commitbus._compiled.event_bus import EXTENSION_TYPES, AbstractEventBus
 from commitbus._context import gathering, gathering_of
 from commitbus._interfaces import EventBusOrchestrator, iterate
-from commitbus._rounds import in_rounds
 from commitbus._unit_of_work import events_to_apply, unit_of_work
 from commitbus.savepoint import refuse_open
 
@@ -180,8 +179,7 @@ cdef class MultiStore(EventStore):
     def apply(self, commit, *, robust=False, rounds=1):
         """Apply the registered buses in the order in which they were registered."""
         if rounds != 1:
-            out = gathering_of(self)
-            return in_rounds(self, rounds, robust, None, lambda failures: carry_out(self, self, commit, failures, out))
+            return carry_out_in_rounds(self, self, commit, robust, rounds, gathering_of(self))
         failures = _messages.Failures() if robust else None
         applied = carry_out(self, self, commit, failures, gathering_of(self))
         if failures is not None and failures.errors:
@@ -193,7 +191,7 @@ cdef class MultiStore(EventStore):
         cdef list out = []
         cdef bint ours = class_flags(self) & APPLY_IS_OURS
         if rounds != 1 and ours:
-            in_rounds(self, rounds, robust, None, lambda failures: carry_out(self, self, commit, failures, out))
+            carry_out_in_rounds(self, self, commit, robust, rounds, out)
             return out
         failures = _messages.Failures() if robust else None
         if ours:

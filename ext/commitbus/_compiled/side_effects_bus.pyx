@@ -10,6 +10,7 @@ from commitbus._compiled.batch cimport (
     Source,
     call_event,
     carry_out,
+    carry_out_in_rounds,
     check,
     events_of,
     explicit,
@@ -22,7 +23,6 @@ from commitbus import _messages, _naming
 from commitbus._compiled.event_bus import EXTENSION_TYPES, AbstractEventBus
 from commitbus._context import gathering
 from commitbus._interfaces import T, iterate
-from commitbus._rounds import in_rounds
 from commitbus.middleware import surround_pair
 
 
@@ -125,11 +125,7 @@ cdef class PairStore(EventStore):
     def apply(self, commit, *, robust=False, rounds=1):
         """Apply the collected events in the order in which they were collected."""
         if rounds != 1:
-            scope = self.scope(commit)
-            applied = in_rounds(
-                self, rounds, robust, scope, lambda failures: carry_out(self, self, commit, failures, None)
-            )
-            return self.look(applied)
+            return self.look(carry_out_in_rounds(self, self, commit, robust, rounds, None))
         failures = _messages.Failures() if robust else None
         applied = carry_out(self, self, commit, failures, None)
         if failures is not None and failures.errors:

@@ -9,7 +9,6 @@ from commitbus import _messages, _naming, _state
 from commitbus._context import gathering_of
 from commitbus._interfaces import EventBus, T, deprecated
 from commitbus._looking import Shown
-from commitbus._pure import batch as batches
 from commitbus._pure.batch import (
     AGAIN,
     ALL,  # pyright: ignore[reportUnusedImport] (it does not look into `del`)
@@ -21,6 +20,7 @@ from commitbus._pure.batch import (
     Handler,
     Home,
     carry_out,
+    carry_out_in_rounds,
     event_of,
     keep_first,
     move_left,
@@ -31,7 +31,6 @@ from commitbus._pure.batch import (
 )
 from commitbus._pure.event_bus import AbstractEventBus, Pair, collects_plainly, is_bus
 from commitbus._pure.side_effects_bus import SideEffectsBus
-from commitbus._rounds import in_rounds
 from commitbus.savepoint import Savepoint, collect_within, covering, is_open, moved
 
 if TYPE_CHECKING:
@@ -257,13 +256,7 @@ class DelayedEventBus(Home, Shown, _state.Stateful, EventBus[T], Generic[T]):
         actual = self._commitbus_wrapped()
         if rounds != 1:
             held, out = self._commitbus_collected(), gathering_of(actual)
-            return in_rounds(
-                self,
-                rounds,
-                robust,
-                actual._commitbus_scope(commit),
-                lambda fs: list(map(event_of, carry_out(held, held, self, held._commitbus_hook(), commit, fs, out))),
-            )
+            return list(map(event_of, carry_out_in_rounds(held, self, commit, robust, rounds, out)))
         failures = _messages.Failures() if robust else None
         if (collected := self._commitbus_peek()) is None:
             if actual._commitbus_marks is not None and covering(actual, self):
@@ -431,12 +424,7 @@ class DelayedEventBus(Home, Shown, _state.Stateful, EventBus[T], Generic[T]):
             # this bus again; what is pending is taken after that.
             self._commitbus_let_go(ref)
             hook = actual._commitbus_hook()
-            if (
-                failures is None
-                and actual._commitbus_plain
-                and actual._commitbus_left is None
-                and batches.middleware is None
-            ):
+            if failures is None and actual._commitbus_plain and actual._commitbus_left is None:
                 applied = actual._commitbus_run(self, self, hook, commit)
             else:
                 applied = carry_out(actual, self, self, hook, commit, failures, out)

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Generic, TypeAlias, cast, overload
 from commitbus import _messages, _naming, _state
 from commitbus._interfaces import CommittableFunction, EventBus, T, deprecated, iterate
 from commitbus._looking import Shown
-from commitbus._pure import batch as batches
 from commitbus._pure.batch import (
     ALL,  # pyright: ignore[reportUnusedImport] (it does not look into `del`)
     ATOMIC,
@@ -22,6 +21,7 @@ from commitbus._pure.batch import (
     Home,
     Source,
     carry_out,
+    carry_out_in_rounds,
     is_method,
     new_batch,
     put_back,
@@ -30,8 +30,7 @@ from commitbus._pure.batch import (
     tidy,
 )
 from commitbus._pure.side_effects import SideEffectCall
-from commitbus._rounds import in_rounds
-from commitbus.middleware import surround
+from commitbus.middleware import surround, tell_changes
 from commitbus.savepoint import Savepoint, cut, is_open
 
 if TYPE_CHECKING:
@@ -81,7 +80,7 @@ class AbstractEventBus(Source, Shown, _state.Stateful, EventBus[T], Generic[T]):
     __slots__ = ("__weakref__", "_commitbus_owner", "_commitbus_wrapper")
     _commitbus_owner: weakref.ref[Any] | None
     _commitbus_wrapper: weakref.ref[Any] | None
-    _commitbus_plain = ATOMIC  # whether apply needs neither a lock nor a context
+    _commitbus_plain = ATOMIC  # whether apply needs neither a lock nor a context nor middleware
     _commitbus_multi = False  # isinstance() takes a detour through `abc`
     _commitbus_keeps_events = True  # whether what is pending are the events themselves
 
@@ -172,17 +171,13 @@ class AbstractEventBus(Source, Shown, _state.Stateful, EventBus[T], Generic[T]):
             When a savepoint that covers this bus is open.
         """
         if rounds != 1:
-            hook, scope = self._commitbus_hook, self._commitbus_scope(commit)
-            return in_rounds(
-                self, rounds, robust, scope, lambda fs: carry_out(self, self, self, hook(), commit, fs, None)
-            )
+            return carry_out_in_rounds(self, self, commit, robust, rounds, None)
         failures = _messages.Failures() if robust else None
         if (
             failures is None
             and self._commitbus_plain
             and self._commitbus_left is None
             and self._commitbus_marks is None
-            and batches.middleware is None
         ):
             return self._commitbus_run(self, self, self._apply_event, commit)
         applied = carry_out(self, self, self, self._commitbus_hook(), commit, failures, None)
@@ -433,6 +428,14 @@ class AbstractEventBus(Source, Shown, _state.Stateful, EventBus[T], Generic[T]):
             multi.wrap(self)
         else:
             cast("Any", multi).publish(delayed)
+
+
+def use_middleware(stack: tuple[Middleware, ...] | None) -> None:
+    """Have every apply take the whole way while there is middleware: looking at that once an apply took a tenth of it."""
+    AbstractEventBus._commitbus_plain = ATOMIC and stack is None
+
+
+tell_changes(use_middleware)
 
 
 def apply_collected(bus: AbstractEventBus[T], event: T, /, *, commit: bool) -> None:

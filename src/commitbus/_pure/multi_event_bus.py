@@ -14,6 +14,7 @@ from commitbus._pure.batch import (
     EVENTS,
     Handler,
     carry_out,
+    carry_out_in_rounds,
     drop,
     drop_others,
     is_method,
@@ -24,7 +25,6 @@ from commitbus._pure.batch import (
 )
 from commitbus._pure.delayed_event_bus import DelayedEventBus
 from commitbus._pure.event_bus import AbstractEventBus, is_bus
-from commitbus._rounds import in_rounds
 from commitbus._unit_of_work import events_to_apply, unit_of_work
 from commitbus.savepoint import refuse_open
 
@@ -150,10 +150,7 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
             When a savepoint of this bus is open.
         """
         if rounds != 1:
-            out, hook = gathering_of(self), self._commitbus_hook
-            return in_rounds(
-                self, rounds, robust, None, lambda fs: carry_out(self, self, self, hook(), commit, fs, out)
-            )
+            return carry_out_in_rounds(self, self, commit, robust, rounds, gathering_of(self))
         failures = _messages.Failures() if robust else None
         applied = carry_out(self, self, self, self._apply_event, commit, failures, gathering_of(self))
         if failures is not None and failures.errors:
@@ -190,10 +187,7 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
         try:
             if type(self).apply is MultiEventBus.apply:
                 if rounds != 1:
-                    hook = self._commitbus_hook
-                    in_rounds(
-                        self, rounds, robust, None, lambda fs: carry_out(self, self, self, hook(), commit, fs, out)
-                    )
+                    carry_out_in_rounds(self, self, commit, robust, rounds, out)
                     return out
                 carry_out(self, self, self, self._apply_event, commit, failures, out)
                 if failures is not None and failures.errors:

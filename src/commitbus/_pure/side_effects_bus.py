@@ -9,9 +9,8 @@ from commitbus import _messages, _naming
 from commitbus._context import gathering
 from commitbus._interfaces import T
 from commitbus._pure import batch as batches
-from commitbus._pure.batch import Explicit, Handler, carry_out, event_of, is_delayed, is_method
+from commitbus._pure.batch import Explicit, Handler, carry_out, carry_out_in_rounds, event_of, is_delayed, is_method
 from commitbus._pure.event_bus import AbstractEventBus, Pair, apply_collected
-from commitbus._rounds import in_rounds
 from commitbus.middleware import surround_pair
 
 if TYPE_CHECKING:
@@ -103,11 +102,7 @@ class SideEffectsBus(AbstractEventBus[Pair[T]], Generic[T]):
             As in `AbstractEventBus.apply`.
         """
         if rounds != 1:
-            hook, scope = self._commitbus_hook, self._commitbus_wrapped()._commitbus_scope(commit)
-            applied = in_rounds(
-                self, rounds, robust, scope, lambda fs: carry_out(self, self, self, hook(), commit, fs, None)
-            )
-            return self._commitbus_look(applied)
+            return self._commitbus_look(carry_out_in_rounds(self, self, commit, robust, rounds, None))
         failures = _messages.Failures() if robust else None
         applied = carry_out(self, self, self, self._commitbus_hook(), commit, failures, None)
         if failures is not None and failures.errors:
