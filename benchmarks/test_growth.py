@@ -141,6 +141,23 @@ def wrappers(who: Candidate, size: int) -> Any:
     return use
 
 
+def savepoints(who: Candidate, size: int) -> Any:
+    """A savepoint for each row, of which every third is rolled back."""
+    buses = who.module.MultiEventBus()
+    bus = buses.wrap(who.bus())
+
+    def use() -> None:
+        for number in range(size):
+            savepoint = buses.savepoint()
+            bus.publish(number)
+            if number % 3:
+                savepoint.release()
+            else:
+                savepoint.rollback()
+
+    return use
+
+
 ROWS: dict[str, Callable[[Candidate, int], Any]] = {
     "an apply that is resumed, every seventh event fails": resumed,
     "the same, delayed": resumed_delayed,
@@ -150,6 +167,7 @@ ROWS: dict[str, Callable[[Candidate, int], Any]] = {
     "one delayed bus, a multi bus for each event": one_after_another,
     "one delayed bus, with N multi buses at once": at_once,
     "N delayed buses around one multi bus": wrappers,
+    "a savepoint for each row, every third fails": savepoints,
 }
 
 

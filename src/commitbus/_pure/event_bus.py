@@ -431,7 +431,7 @@ class AbstractEventBus(Source, Shown, _state.Stateful, EventBus[T], Generic[T]):
 
 
 def use_middleware(stack: tuple[Middleware, ...] | None) -> None:
-    """Have every apply take the whole way while there is middleware: looking at that once an apply took a tenth of it."""
+    """Have every apply take the whole way while there is middleware: looking at that each time took a tenth of it."""
     AbstractEventBus._commitbus_plain = ATOMIC and stack is None
 
 
