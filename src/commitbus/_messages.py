@@ -81,9 +81,7 @@ def drop_own_frames(error: BaseException) -> None:
 
 
 def _is_own(module: object) -> bool:
-    return type(module) is str and module.startswith(
-        ("commitbus._pure.", "commitbus._compiled.", "commitbus.middleware")
-    )
+    return type(module) is str and module.startswith(("commitbus._", "commitbus.middleware"))
 
 
 class Rounds:

@@ -68,6 +68,7 @@ def in_rounds(
         if scope is not None and not scope.over and scope.leave(error):
             return applied
         applied = batch = []  # the traceback keeps this frame, and must keep no event
+        _messages.drop_own_frames(error)
         raise
     finally:
         if scope is not None:

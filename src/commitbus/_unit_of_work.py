@@ -60,6 +60,7 @@ class Unit:
         except BaseException as error:
             if not self.commit:
                 self.roll_back(error)
+            _messages.drop_own_frames(error)
             raise
         self.committed = False
         if not self.commit:
