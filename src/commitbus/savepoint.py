@@ -109,7 +109,9 @@ class Savepoint:
             self._check()
             for multi, known in list(self._registered.values()):
                 self._check_new(delayed for delayed in multi._commitbus_get() if id(delayed) not in known)
-            dropped = self._drop(self._bus, set())
+        # Without the lock: what a class overrides, and finalizers, may run here.
+        dropped = self._drop(self._bus, set())
+        with _lock.lock:
             self._end()
         return dropped
 
@@ -129,11 +131,10 @@ class Savepoint:
         if kind is None:
             self.release()
             return
-        with _lock.lock:
-            for store in self._stores:
-                while (last := store._commitbus_marks[-1].savepoint) is not self:
-                    last.rollback()
-            self.rollback()
+        for store in self._stores:
+            while (last := store._commitbus_marks[-1].savepoint) is not self:
+                last.rollback()
+        self.rollback()
 
     def __repr__(self) -> str:
         """Name the bus."""
@@ -158,7 +159,7 @@ class Savepoint:
         if collected is not None:
             collected._commitbus_marks = (*(collected._commitbus_marks or ()), Mark(self, None, 0, 0, ()))
         if holds_buses(actual):
-            self._cover_buses(actual, list(delayed.collected_events()))
+            self._cover_buses(actual, collected_in(delayed))
 
     def _cover_buses(self, multi: Any, collected: list[Any]) -> None:
         """Mark the buses that are registered with a multi bus, or were collected from it."""
@@ -193,7 +194,7 @@ class Savepoint:
                 if marks is not None and marks[-1].savepoint is not self:
                     raise _messages.savepoint_not_last(self, marks[-1].savepoint)
                 if holds_buses(actual):
-                    self._check_new((*actual._commitbus_get(), *delayed.collected_events()))
+                    self._check_new((*actual._commitbus_get(), *collected_in(delayed)))
 
     def _end(self) -> None:
         self._bus = None
