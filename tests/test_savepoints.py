@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import linecache
 import pickle
+import sys
 import threading
 from itertools import product
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from conftest import CPYTHON
+
+import commitbus
+from commitbus.savepoint import open_marks
 
 if TYPE_CHECKING:
     from conftest import Log
+
+
+BATCH: Any = importlib.import_module("commitbus._pure.batch")
+LOCK: Any = importlib.import_module("commitbus._lock")
 
 
 class Boom(Exception):
@@ -555,3 +567,66 @@ def test_rule_22_an_error_while_it_opens_leaves_no_mark(twin: Any, make: Any) ->
     bad.__class__ = twin.DelayedEventBus
     good.publish(1)
     assert multi.apply_and_get_applied_events(True) == [1]
+
+
+class Interrupt(BaseException):
+    pass
+
+
+@pytest.mark.skipif(not CPYTHON, reason="PyPy can be interrupted in more places: see docs/guarantees.md")
+def test_rule_22_an_interrupt_at_every_line(twin: Any, make: Any, log: Log) -> None:
+    """What was rolled back never comes back, what is older stays, and no bus is left refusing to be applied."""
+    package = str(Path(commitbus.__file__).parent)
+    spared = ("return Savepoint", "try:", "finally:", "self._thread = None")
+    number = 0
+    interrupted = True
+    while interrupted:
+        number += 1
+        interrupted = False
+        count = 0
+        log.calls.clear()
+        multi = twin.MultiEventBus()
+        delayed = multi.wrap(make())
+        delayed.publish(1)
+        delayed.apply(True)
+        delayed.publish(2)
+        new = None
+
+        def trace(frame: Any, what: str, arg: Any, number: int = number) -> Any:
+            nonlocal count, interrupted
+            # Only a tracer can raise here, and no signal arrives.
+            line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+            if not frame.f_code.co_filename.startswith(package) or what == "return" or line.startswith(spared):
+                return trace if frame.f_code.co_filename.startswith(package) else None
+            count += 1
+            if count == number:
+                sys.settrace(None)
+                interrupted = True
+                raise Interrupt
+            return trace
+
+        try:
+            sys.settrace(trace)
+            try:
+                savepoint = multi.savepoint()
+                delayed.publish(3)
+                delayed.apply(True)
+                new = multi.wrap(make())
+                new.publish(4)
+                savepoint.rollback()
+            finally:
+                sys.settrace(None)
+        except Interrupt:
+            for mark in (open_marks(multi) or ())[:1]:
+                if not mark.savepoint._begun:  # else the next apply goes on with it
+                    mark.savepoint.rollback()
+        while BATCH.lock._is_owned():  # left by one that raised where a `with lock` ends
+            BATCH.lock.release()
+        while LOCK.lock._is_owned():
+            LOCK.lock.release()
+        multi.apply(True)
+        if new is not None:
+            new.publish(5)
+            multi.apply(True)
+        assert log.events == ([1, 2] if new is None else [1, 2, 5]), number
+    assert number > 50

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 from commitbus import _messages
 from commitbus._naming import describe, is_delayed
-from commitbus._unit_of_work import collected_in, flatten, holds_buses, in_store
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -123,3 +122,56 @@ def _branches(bus: Any, most: int, seen: set[int]) -> Iterator[str]:
         yield f"{'└─' if last else '├─'} {first}"
         for line in rest:
             yield f"{'  ' if last else '│ '} {line}"
+
+
+# What is in a bus, whatever its class overrides
+
+
+def events_to_apply(buses: Any) -> list[Any]:
+    """List what a multi bus would apply, in that order; what is in a bus that is wrapped twice, once."""
+    return flatten((buses,))
+
+
+def flatten(buses: tuple[Any, ...]) -> list[Any]:
+    """List what is in multi buses and delayed ones, in the order in which it would be applied. Calls nothing."""
+    seen: set[int] = set()
+
+    def walk(bus: Any, events: list[Any]) -> Iterator[Any]:
+        if id(bus) in seen:
+            return
+        seen.add(id(bus))
+        for event in events:
+            # A pair that was put on a side_effects_bus by hand is an event among the buses.
+            if holds_buses(bus) and is_delayed(event):
+                yield from walk_delayed(event)
+            else:
+                yield event
+
+    def walk_delayed(delayed: Any) -> Iterator[Any]:
+        actual, collected = delayed._commitbus_parts()
+        if collected is not None and id(collected) not in seen:
+            seen.add(id(collected))
+            for event in collected_in(delayed):
+                if holds_buses(actual) and is_delayed(event):
+                    yield from walk_delayed(event)
+                else:
+                    yield event
+        yield from walk(actual, in_store(actual))
+
+    return [event for bus in buses for event in (walk_delayed(bus) if is_delayed(bus) else walk(bus, in_store(bus)))]
+
+
+def holds_buses(bus: Any) -> bool:
+    """Whether the events of a bus are buses."""
+    return hasattr(cast("Any", type(bus)), "_commitbus_unregister")
+
+
+def in_store(bus: Any) -> list[Any]:
+    """Copy what is pending in a bus, whatever its class overrides."""
+    return cast("list[Any]", bus._commitbus_events())
+
+
+def collected_in(delayed: Any) -> list[Any]:
+    """Copy the events that a delayed bus has collected, whatever its class overrides."""
+    _, collected = delayed._commitbus_parts()
+    return [] if collected is None else list(collected._commitbus_get()[1])

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import warnings
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from commitbus import _messages
 from commitbus._interfaces import EventBusOrchestrator, UnappliedEventsWarning
-from commitbus._naming import is_delayed
+from commitbus._looking import events_to_apply
 from commitbus._rounds import check_rounds
+from commitbus.savepoint import open_marks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator
+    from collections.abc import Callable, Generator
     from contextlib import AbstractContextManager
 
 
@@ -73,7 +74,7 @@ class Unit:
             return
         self.rolled_back = True
         try:
-            while marks := self.buses._commitbus_marks:  # those that were opened by hand, and not ended
+            while marks := open_marks(self.buses):  # those that were opened by hand, and not ended
                 marks[-1].savepoint.rollback()
             self.buses.discard_pending_events()
         finally:
@@ -141,53 +142,3 @@ def _in_unit(unit: Unit) -> Generator[Yielded]:
         unit.leave(error)
         raise
     unit.leave(None)
-
-
-def events_to_apply(buses: Any) -> list[Any]:
-    """List what a multi bus would apply, in that order; what is in a bus that is wrapped twice, once."""
-    return flatten((buses,))
-
-
-def flatten(buses: tuple[Any, ...]) -> list[Any]:
-    """List what is in multi buses and delayed ones, in the order in which it would be applied. Calls nothing."""
-    seen: set[int] = set()
-
-    def walk(bus: Any, events: list[Any]) -> Iterator[Any]:
-        if id(bus) in seen:
-            return
-        seen.add(id(bus))
-        for event in events:
-            # A pair that was put on a side_effects_bus by hand is an event among the buses.
-            if holds_buses(bus) and is_delayed(event):
-                yield from walk_delayed(event)
-            else:
-                yield event
-
-    def walk_delayed(delayed: Any) -> Iterator[Any]:
-        actual, collected = delayed._commitbus_parts()
-        if collected is not None and id(collected) not in seen:
-            seen.add(id(collected))
-            for event in collected_in(delayed):
-                if holds_buses(actual) and is_delayed(event):
-                    yield from walk_delayed(event)
-                else:
-                    yield event
-        yield from walk(actual, in_store(actual))
-
-    return [event for bus in buses for event in (walk_delayed(bus) if is_delayed(bus) else walk(bus, in_store(bus)))]
-
-
-def holds_buses(bus: Any) -> bool:
-    """Whether the events of a bus are buses."""
-    return hasattr(cast("Any", type(bus)), "_commitbus_unregister")
-
-
-def in_store(bus: Any) -> list[Any]:
-    """Copy what is pending in a bus, whatever its class overrides."""
-    return cast("list[Any]", bus._commitbus_events())
-
-
-def collected_in(delayed: Any) -> list[Any]:
-    """Copy the events that a delayed bus has collected, whatever its class overrides."""
-    _, collected = delayed._commitbus_parts()
-    return [] if collected is None else list(collected._commitbus_get()[1])

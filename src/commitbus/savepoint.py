@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
+from threading import get_ident
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from commitbus import _lock, _messages
+from commitbus._looking import collected_in, flatten, holds_buses
 from commitbus._naming import describe_bus, is_delayed
-from commitbus._unit_of_work import collected_in, flatten, holds_buses
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -65,19 +66,22 @@ class Savepoint:
 
     # Strong references, until it ends: to the bus, to all buses that it covers, and to the delayed ones among
     # these; and for each multi bus, by its identity, the delayed buses that were registered.
-    __slots__ = ("__weakref__", "_bus", "_delayed", "_registered", "_stores")
+    # And: whether a rollback was begun and, while it runs, the thread that runs it.
+    __slots__ = ("__weakref__", "_begun", "_bus", "_delayed", "_registered", "_stores", "_thread")
 
     def __init__(self, bus: Any) -> None:
         self._bus = bus
+        self._begun = False
+        self._thread: int | None = None
         self._stores: list[Any] = []
         self._delayed: list[Any] = []
         self._registered: dict[int, tuple[Any, dict[int, Any]]] = {}
-        with _lock.lock:
-            try:
+        try:
+            with _lock.lock:
                 self._cover(bus)
-            except BaseException:
-                self._end()
-                raise
+        except BaseException:
+            self._end()
+            raise
 
     def release(self) -> None:
         """End it, and keep what was published.
@@ -89,7 +93,7 @@ class Savepoint:
         """
         with _lock.lock:
             self._check()
-            self._end()
+        self._end()
 
     def rollback(self) -> list[Any]:
         """End it, and drop what was published since.
@@ -109,10 +113,14 @@ class Savepoint:
             self._check()
             for multi, known in list(self._registered.values()):
                 self._check_new(delayed for delayed in multi._commitbus_get() if id(delayed) not in known)
-        # Without the lock: what a class overrides, and finalizers, may run here.
-        dropped = self._drop(self._bus, set())
-        with _lock.lock:
+        self._begun = True
+        self._thread = get_ident()
+        try:
+            # Without the lock: what a class overrides, and finalizers, may run here.
+            dropped = self._drop(self._bus, set())
             self._end()
+        finally:
+            self._thread = None
         return dropped
 
     def __enter__(self) -> Self:
@@ -132,7 +140,7 @@ class Savepoint:
             self.release()
             return
         for store in self._stores:
-            while (last := store._commitbus_marks[-1].savepoint) is not self:
+            while (last := cast("Any", open_marks(store))[-1].savepoint) is not self:
                 last.rollback()
         self.rollback()
 
@@ -181,7 +189,7 @@ class Savepoint:
         if self._bus is None:
             raise _messages.savepoint_ended()
         for store in self._stores:
-            if (last := store._commitbus_marks[-1].savepoint) is not self:
+            if (last := cast("Any", open_marks(store))[-1].savepoint) is not self:
                 raise _messages.savepoint_not_last(self, last)
 
     def _check_new(self, buses: Iterable[Any]) -> None:
@@ -190,17 +198,21 @@ class Savepoint:
             if is_delayed(delayed):
                 actual, collected = delayed._commitbus_parts()
                 # What was collected has marks of its own only where the wrapped bus has none.
-                marks = actual._commitbus_marks or (None if collected is None else collected._commitbus_marks)
+                marks = open_marks(actual) or (None if collected is None else open_marks(collected))
                 if marks is not None and marks[-1].savepoint is not self:
                     raise _messages.savepoint_not_last(self, marks[-1].savepoint)
                 if holds_buses(actual):
                     self._check_new((*actual._commitbus_get(), *collected_in(delayed)))
 
     def _end(self) -> None:
+        # This ends it: what an interrupt leaves of its marks is passed by.
         self._bus = None
-        buses = [delayed._commitbus_parts()[1] for delayed in self._delayed]
-        for store in (*self._stores, *(bus for bus in buses if bus is not None)):
-            store._commitbus_marks = tuple(m for m in store._commitbus_marks or () if m.savepoint is not self) or None
+        for delayed in self._delayed:
+            _, collected = delayed._commitbus_parts()
+            if collected is not None:
+                open_marks(collected)
+        for store in self._stores:
+            open_marks(store)
         self._stores.clear()
         self._delayed.clear()
         self._registered.clear()
@@ -234,32 +246,59 @@ class Savepoint:
         for delayed in known.values():
             dropped += self._drop_delayed(delayed, done)
         new = {id(delayed): delayed for delayed in multi._commitbus_get() if id(delayed) not in known}
-        multi._commitbus_unregister(set(new))
         for delayed in new.values():
             dropped += self._let_go(delayed, multi) if is_delayed(delayed) else [delayed]
+        # Last: an interrupt before leaves buses registered that are empty, and none that nobody would apply.
+        multi._commitbus_unregister(set(new))
+        for delayed in new.values():
+            if is_delayed(delayed) and not self._covers(delayed) and flatten((delayed,)):
+                multi.publish(delayed)  # another thread has published on it meanwhile
         return dropped
 
     def _let_go(self, delayed: Any, multi: Any) -> list[Any]:
         """Let go of a bus that was registered since, and drop all that is in it."""
-        actual, collected = delayed._commitbus_parts()
-        if all(mark.savepoint is not self for mark in actual._commitbus_marks or ()):
+        if not self._covers(delayed):
             dropped = flatten((delayed,))
             multi._commitbus_discard(delayed)
             return dropped
         # What it wraps is in another bus, too, which was there before: that one sees to it.
         delayed._commitbus_remember(weakref.ref(multi))
+        _, collected = delayed._commitbus_parts()
         pairs: list[Any] = [] if collected is None else collected._commitbus_cut(0, ())
         return [event for event, _ in pairs]
+
+    def _covers(self, delayed: Any) -> bool:
+        """Whether what a delayed bus wraps is covered, through another bus."""
+        return any(mark.savepoint is self for mark in delayed._commitbus_parts()[0]._commitbus_marks or ())
+
+
+def open_marks(bus: Any) -> tuple[Mark, ...] | None:
+    """Give the marks of the savepoints that are open, and forget those that have ended."""
+    with _lock.lock:
+        marks: tuple[Mark, ...] = bus._commitbus_marks or ()
+        found = tuple(mark for mark in marks if mark.savepoint._bus is not None) or None
+        bus._commitbus_marks = found
+    return found
 
 
 def covering(bus: Any, delayed: Any) -> tuple[Mark, ...] | None:
     """Give the marks of the savepoints that cover a bus through a delayed bus: they cover what that collects, too."""
-    return tuple(mark for mark in bus._commitbus_marks or () if mark.delayed is delayed) or None
+    return tuple(mark for mark in open_marks(bus) or () if mark.delayed is delayed) or None
 
 
-def is_open(bus: object, marks: tuple[Mark, ...]) -> RuntimeError:
-    """Refuse what would make a mark wrong."""
-    return _messages.savepoint_is_open(bus, marks[-1].savepoint)
+def check_open(bus: Any) -> None:
+    """Refuse what would make a mark wrong.
+
+    Raises
+    ------
+    RuntimeError
+        When a savepoint that covers the bus is open.
+    """
+    while (marks := open_marks(bus)) is not None:
+        savepoint = marks[-1].savepoint
+        if not savepoint._begun or savepoint._thread is not None:
+            raise _messages.savepoint_is_open(bus, savepoint)
+        savepoint.rollback()  # an interrupt has stopped that, and nobody may have the savepoint any more
 
 
 def refuse_open(bus: Any) -> None:
@@ -271,7 +310,7 @@ def refuse_open(bus: Any) -> None:
         When one does.
     """
     if bus._commitbus_marks is not None:
-        raise is_open(bus, bus._commitbus_marks)
+        check_open(bus)
     if not holds_buses(bus):
         return
     buses = list(bus._commitbus_get())
@@ -299,7 +338,7 @@ def cut(pending: list[Any], start: int, kept: tuple[tuple[int, int], ...]) -> li
     return dropped
 
 
-def moved(bus: Any, delayed: Any, position: int, left: int) -> tuple[Mark, ...]:
+def moved(bus: Any, delayed: Any, position: int, left: int) -> tuple[Mark, ...] | None:
     """Give the marks of a bus of which a delayed bus collects all, to `position` in what it has collected.
 
     `left` is how many events had been put back before those that are pending.
@@ -312,19 +351,22 @@ def moved(bus: Any, delayed: Any, position: int, left: int) -> tuple[Mark, ...]:
     return _moved(bus, delayed, lambda mark: ((position, left + mark.start),) if left + mark.start else ())
 
 
-def _moved(bus: Any, delayed: Any, kept: Callable[[Mark], tuple[tuple[int, int], ...]]) -> tuple[Mark, ...]:
-    marks: tuple[Mark, ...] = bus._commitbus_marks
+def _moved(bus: Any, delayed: Any, kept: Callable[[Mark], tuple[tuple[int, int], ...]]) -> tuple[Mark, ...] | None:
+    marks = open_marks(bus) or ()
     covered = {mark.savepoint for mark in marks if mark.delayed is delayed}
     for mark in marks:
         if mark.savepoint not in covered:
             raise _messages.savepoint_is_open(bus, mark.savepoint)
-    return tuple(
-        mark._replace(start=0, kept=mark.kept + kept(mark)) if mark.delayed is delayed else mark._replace(start=0)
-        for mark in marks
+    return (
+        tuple(
+            mark._replace(start=0, kept=mark.kept + kept(mark)) if mark.delayed is delayed else mark._replace(start=0)
+            for mark in marks
+        )
+        or None
     )
 
 
-def collect_within(bus: Any, delayed: Any, position: int, commit: bool) -> tuple[list[Any], tuple[Mark, ...]]:
+def collect_within(bus: Any, delayed: Any, position: int, commit: bool) -> tuple[list[Any], tuple[Mark, ...] | None]:
     """Collect from a bus whose class overrides how that is done; give the pairs, and its marks after that.
 
     What it gives may be anything: an event is older than a savepoint if it was there when that was opened.

@@ -13,9 +13,8 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from commitbus import _messages
-from commitbus._looking import Shown
+from commitbus._looking import Shown, collected_in, holds_buses, in_store
 from commitbus._naming import describe, describe_bus, is_delayed
-from commitbus._unit_of_work import collected_in, holds_buses, in_store
 from commitbus.middleware import add_middleware
 
 if TYPE_CHECKING:

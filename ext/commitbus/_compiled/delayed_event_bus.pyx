@@ -28,7 +28,7 @@ from commitbus._compiled.side_effects_bus import SideEffectsBus
 from commitbus._context import gathering_of
 from commitbus._interfaces import EventBus, T, iterate
 from commitbus._looking import Shown
-from commitbus.savepoint import Savepoint, collect_within, covering, is_open, moved
+from commitbus.savepoint import Savepoint, collect_within, covering, check_open, moved
 
 
 cdef extern from "Python.h":
@@ -124,7 +124,7 @@ cdef class DelayedStore(Source):
         failures = _messages.Failures() if robust else None
         if store is None:
             if actual._commitbus_marks is not None and covering(actual, self):
-                raise is_open(self, actual._commitbus_marks)
+                check_open(actual)
             return []
         cdef list applied = carry_out(store, self, commit, failures, gathering_of(actual))
         if failures is not None and failures.errors:
@@ -273,7 +273,7 @@ cdef class DelayedStore(Source):
         cdef PairStore store
         cdef list applied
         if actual._commitbus_marks is not None:
-            raise is_open(actual, actual._commitbus_marks)
+            check_open(actual)
         if self.collected is None and collects_plainly(actual):
             # The direct path: nobody can have seen what was never collected. From now on an event registers
             # this bus again; what is pending is taken after that.

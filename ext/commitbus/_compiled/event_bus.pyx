@@ -23,7 +23,7 @@ from commitbus import _messages, _naming, _state
 from commitbus._interfaces import CommittableFunction, EventBus, T, iterate
 from commitbus._looking import Shown
 from commitbus.middleware import surround
-from commitbus.savepoint import Savepoint, cut, is_open
+from commitbus.savepoint import Savepoint, cut, check_open
 
 
 cdef extern from "Python.h":
@@ -239,7 +239,7 @@ cdef class EventStore(Source):
 
     cdef list take(self, Py_ssize_t* head):
         if self._commitbus_marks is not None:
-            raise is_open(self, self._commitbus_marks)
+            check_open(self)
         return self.remove(head)
 
     cdef list remove(self, Py_ssize_t* head):

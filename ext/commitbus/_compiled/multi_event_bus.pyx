@@ -21,7 +21,8 @@ from commitbus._compiled.delayed_event_bus import DelayedEventBus
 from commitbus._compiled.event_bus import EXTENSION_TYPES, AbstractEventBus
 from commitbus._context import gathering, gathering_of
 from commitbus._interfaces import EventBusOrchestrator, iterate
-from commitbus._unit_of_work import events_to_apply, unit_of_work
+from commitbus._looking import events_to_apply
+from commitbus._unit_of_work import unit_of_work
 from commitbus.savepoint import refuse_open
 
 

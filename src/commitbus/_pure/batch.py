@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 from commitbus import _messages
 from commitbus._rounds import in_rounds, leave
 from commitbus.middleware import Middleware, tell_changes
-from commitbus.savepoint import Mark, is_open
+from commitbus.savepoint import Mark, check_open
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -313,7 +313,7 @@ def carry_out(
         The events that were applied.
     """
     if source._commitbus_marks is not None:
-        raise is_open(source, source._commitbus_marks)
+        check_open(source)
     batch: Any = new_batch()
     failed: list[int] = []
     left: Any = None

@@ -31,7 +31,7 @@ from commitbus._pure.batch import (
 )
 from commitbus._pure.event_bus import AbstractEventBus, Pair, collects_plainly, is_bus
 from commitbus._pure.side_effects_bus import SideEffectsBus
-from commitbus.savepoint import Savepoint, collect_within, covering, is_open, moved
+from commitbus.savepoint import Savepoint, check_open, collect_within, covering, moved
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -260,7 +260,7 @@ class DelayedEventBus(Home, Shown, _state.Stateful, EventBus[T], Generic[T]):
         failures = _messages.Failures() if robust else None
         if (collected := self._commitbus_peek()) is None:
             if actual._commitbus_marks is not None and covering(actual, self):
-                raise is_open(self, actual._commitbus_marks)
+                check_open(actual)
             return []
         out = gathering_of(actual)
         applied = carry_out(collected, collected, self, collected._commitbus_hook(), commit, failures, out)
@@ -418,7 +418,7 @@ class DelayedEventBus(Home, Shown, _state.Stateful, EventBus[T], Generic[T]):
         """Collect what is pending, and carry it out, let go of by the multi bus to which `ref` refers."""
         actual = self._commitbus_wrapped()
         if actual._commitbus_marks is not None:
-            raise is_open(actual, actual._commitbus_marks)
+            check_open(actual)
         if self._commitbus_side_effects is None and self._commitbus_left is None and collects_plainly(actual):
             # The direct path: nobody can have seen what was never collected. From now on an event registers
             # this bus again; what is pending is taken after that.

@@ -31,7 +31,7 @@ from commitbus._pure.batch import (
 )
 from commitbus._pure.side_effects import SideEffectCall
 from commitbus.middleware import surround, tell_changes
-from commitbus.savepoint import Savepoint, cut, is_open
+from commitbus.savepoint import Savepoint, check_open, cut
 
 if TYPE_CHECKING:
     import weakref
@@ -260,7 +260,7 @@ class AbstractEventBus(Source, Shown, _state.Stateful, EventBus[T], Generic[T]):
             When a savepoint that covers this bus is open.
         """
         if self._commitbus_marks is not None:
-            raise is_open(self, self._commitbus_marks)
+            check_open(self)
         collect_event = self._collect_event
         batch = new_batch()
         events: Any = None
@@ -339,7 +339,7 @@ class AbstractEventBus(Source, Shown, _state.Stateful, EventBus[T], Generic[T]):
             When a savepoint that covers this bus is open.
         """
         if self._commitbus_marks is not None:
-            raise is_open(self, self._commitbus_marks)
+            check_open(self)
         batch = new_batch()
         try:
             take(self, batch)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 from commitbus import _messages
 from commitbus._context import gathering, gathering_of
 from commitbus._interfaces import EventBusOrchestrator, T
+from commitbus._looking import events_to_apply
 from commitbus._pure import batch as batches
 from commitbus._pure.batch import (
     BEGIN,
@@ -25,7 +26,7 @@ from commitbus._pure.batch import (
 )
 from commitbus._pure.delayed_event_bus import DelayedEventBus
 from commitbus._pure.event_bus import AbstractEventBus, is_bus
-from commitbus._unit_of_work import events_to_apply, unit_of_work
+from commitbus._unit_of_work import unit_of_work
 from commitbus.savepoint import refuse_open
 
 if TYPE_CHECKING:
