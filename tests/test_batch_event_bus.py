@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import sys
 from typing import Any
 
 import pytest
@@ -261,6 +262,14 @@ def test_rule_23_a_batch_size_that_is_none(
     assert batches == []
     bus.batch_size = None
     assert apply(True) == [1, 2]
+
+
+def test_rule_23_a_huge_batch_size(make: Any, batches: Any) -> None:
+    bus = make()
+    bus.batch_size = sys.maxsize + 1
+    bus.publish_all([1, 2])
+    assert bus.apply(True) == [1, 2]
+    assert batches == [[1, 2]]
 
 
 def test_rule_23_a_coroutine_is_refused(twin: Any) -> None:

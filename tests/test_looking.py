@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import pytest
 
@@ -67,6 +68,20 @@ def test_rule_9b_repr_calls_nothing(twin: Any) -> None:
             pass
 
     assert repr(Mine()) == "<Mine, which wraps no bus>"
+
+
+@pytest.mark.parametrize("answer", [mock.MagicMock(), Boom("no")])
+def test_rule_9b_a_class_that_answers_for_any_name(twin: Any, answer: Any) -> None:
+    class Odd(twin.AbstractEventBus):
+        def _apply_event(self, event: Any, commit: bool) -> None: ...
+
+        def __getattr__(self, name: str) -> Any:
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+    assert repr(Odd()) == "<Odd: 0 pending>"
+    assert tree(Odd()) == "Odd: 0 pending"
 
 
 def test_rule_9b_tree(twin: Any, make: Any) -> None:

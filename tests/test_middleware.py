@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -201,6 +202,19 @@ def test_rule_24_a_middleware_that_returns_a_coroutine(make: Any, add: Any) -> N
     assert bus.pending_events() == (1,)
 
 
+def test_rule_24_a_middleware_that_returns_something(make: Any, add: Any) -> None:
+    @contextmanager
+    def middleware(call: Any, bus: Any, event: Any, commit: Any) -> Any:
+        yield
+
+    add(middleware)
+    bus = make()
+    bus.publish(1)
+    with pytest.raises(TypeError, match=r"middleware returned contextlib\._Gen\w+; a middleware returns nothing: it"):
+        bus.apply(True)
+    assert bus.pending_events() == (1,)
+
+
 def test_rule_24_a_handler_that_returns_a_coroutine(twin: Any, add: Any) -> None:
     class Bus(twin.AbstractEventBus):
         async def _apply_event(self, event: Any, commit: bool) -> None: ...
@@ -359,6 +373,24 @@ def test_rule_24_publishing_and_applying_from_it(make: Any, log: Log, add: Any) 
     bus.publish(1)
     assert bus.apply(True) == [1]
     assert log.events == [1, 2, 3]
+
+
+def test_rule_24_it_is_read_once_an_apply_of_pairs(twin: Any, add: Any) -> None:
+    seen: list[Any] = []
+
+    class Bus(twin.AbstractEventBus):
+        def _apply_event(self, event: Any, commit: bool) -> None:
+            if event == 1:
+                add(noting(seen))
+
+        def _collect_event(self, event: Any, commit: bool) -> Any:
+            return lambda *, commit: self._apply_event(event, commit)
+
+    delayed = twin.DelayedEventBus(Bus())
+    delayed.publish_all([1, 2, 3])
+    delayed.apply(True)
+    delayed.apply_without_delay(True)
+    assert seen == []
 
 
 def test_rule_24_threads(make: Any, add: Any) -> None:

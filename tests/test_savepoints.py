@@ -123,6 +123,18 @@ def test_rule_22_by_hand(twin: Any, make: Any, kind: str) -> None:
     assert scene.left() == [1, 4, 6]
 
 
+def test_rule_22_one_that_has_ended_is_not_entered_again(twin: Any, make: Any) -> None:
+    bus = make()
+    savepoint = bus.savepoint()
+    with savepoint:
+        bus.publish(1)
+    with pytest.raises(RuntimeError, match="has ended; open another"), savepoint:
+        pass
+    with pytest.raises(TypeError, match=r"^Savepoint\(\) takes a bus of commitbus, not int; call bus.savepoint"):
+        commitbus.Savepoint(3)
+    assert bus.pending_events() == (1,)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_rule_22_in_that_order_alone(twin: Any, make: Any, kind: str) -> None:
     scene = Scene(twin, make, kind)
@@ -567,6 +579,147 @@ def test_rule_22_an_error_while_it_opens_leaves_no_mark(twin: Any, make: Any) ->
     bad.__class__ = twin.DelayedEventBus
     good.publish(1)
     assert multi.apply_and_get_applied_events(True) == [1]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_rule_22_in_a_handler_of_the_multi_bus_itself(twin: Any, make: Any, log: Log, nested: bool) -> None:
+    """The buses whose turn is still to come are covered, too."""
+    multi = twin.MultiEventBus()
+    top = multi
+    if nested:
+        top = twin.MultiEventBus()
+        top.wrap(multi)
+    first, second = multi.wrap(make()), multi.wrap(make())
+
+    def handle() -> None:
+        with pytest.raises(Boom), top.savepoint():
+            second.publish("rolled back")
+            first.publish("rolled back")
+            raise Boom
+        second.publish("kept")
+
+    log.on(1, handle)
+    first.publish(1)
+    second.publish("before")
+    top.apply(True)
+    assert log.events == [1, "before", "kept"]
+    assert top.events_to_apply() == []
+    assert list(multi._commitbus_running()) == []
+
+
+def test_rule_22_a_new_multi_bus_around_a_bus_from_before(twin: Any, make: Any, log: Log) -> None:
+    multi = twin.MultiEventBus()
+    mails = make()
+    multi.wrap(mails).publish("before")
+    with pytest.raises(Boom), multi.savepoint():
+        inner = twin.MultiEventBus()
+        inner.wrap(mails).publish("new")
+        multi.wrap(inner)
+        raise Boom
+    multi.apply(True)
+    assert log.events == ["before"]
+
+
+def test_rule_22_what_an_older_one_keeps_moves_with_what_a_newer_one_drops(twin: Any, make: Any) -> None:
+    delayed: Any = None
+    opened: list[Any] = []
+
+    class Bus(make):
+        def _apply_event(self, event: Any, commit: bool) -> None:
+            opened.extend((delayed.savepoint(), delayed.savepoint()))
+            delayed.publish("new")
+            delayed.apply(True)
+            raise Boom
+
+    bus = Bus()
+    delayed = twin.DelayedEventBus(bus)
+    bus.publish_all(["before", "before, too"])
+    with pytest.raises(Boom):
+        bus.apply(True)
+    delayed.apply(True)
+    older, newer = opened
+    assert newer.rollback() == ["new"]
+    delayed.publish("newer")
+    assert older.rollback() == ["newer"]
+    assert delayed.collected_events() == ("before", "before, too")
+
+
+def test_rule_22_another_thread_while_a_bus_collects(twin: Any, make: Any, log: Log) -> None:
+    inside, go_on = threading.Event(), threading.Event()
+
+    class Slow(make):
+        def _collect_event(self, event: Any, commit: bool) -> Any:
+            inside.set()
+            go_on.wait(10)
+            return super()._collect_event(event, commit)
+
+    bus = Slow()
+    delayed = twin.DelayedEventBus(bus)
+    delayed.publish("before")
+    thread = threading.Thread(target=delayed.apply, args=(True,))
+    with pytest.raises(Boom), delayed.savepoint():
+        thread.start()
+        inside.wait(10)
+        bus.publish("new")
+        with pytest.raises(RuntimeError, match="while <Savepoint"):
+            bus.apply(True)
+        go_on.set()
+        thread.join()
+        raise Boom
+    assert log.events == []
+    assert delayed.collected_events() == ("before",)
+    assert delayed.pending_events() == ()
+
+
+def test_rule_22_an_exception_is_never_hidden(twin: Any, make: Any) -> None:
+    multi = twin.MultiEventBus()
+    mails, other = make(), make()
+    multi.wrap(mails)
+    multi.wrap(other)
+    kept: list[Any] = []
+    with pytest.raises(Boom), mails.savepoint():
+        kept.extend((multi.savepoint(), other.savepoint()))
+        mails.publish(1)
+        raise Boom
+    assert mails.pending_events() == ()
+    assert {repr(savepoint) for savepoint in kept} == {"<Savepoint, ended>"}
+    with pytest.raises(Boom), twin.MultiEventBus().savepoint():
+        raise Boom
+    buses = twin.MultiEventBus()
+    with pytest.raises(Boom), buses.savepoint():
+        kept.append(mails.savepoint())
+        buses.wrap(mails).publish(2)
+        raise Boom
+    assert mails.pending_events() == ()
+
+    class Broken(make):
+        def discard_pending_events(self) -> Any:
+            raise OSError
+
+    with pytest.raises(Boom) as caught, buses.savepoint():
+        buses.wrap(Broken()).publish(3)
+        raise Boom
+    assert type(caught.value.__context__) is OSError
+
+
+def test_rule_22_a_multi_bus_within_itself(twin: Any, make: Any) -> None:
+    multi = twin.MultiEventBus()
+    multi.wrap(multi)
+    multi.wrap(make()).publish(1)
+    savepoint = multi.savepoint()
+    with pytest.raises(RuntimeError, match="while <Savepoint"):
+        multi.discard_pending_events()
+    savepoint.release()
+    assert len(multi.discard_pending_events()) == 2
+
+
+def test_rule_22_a_delayed_bus_that_is_initialised_again(twin: Any, make: Any) -> None:
+    delayed = twin.DelayedEventBus(make())
+    savepoint = delayed.savepoint()
+    with pytest.raises(RuntimeError, match="while <Savepoint"):
+        delayed.__init__(make())
+    savepoint.rollback()
+    delayed.__init__(make())
 
 
 class Interrupt(BaseException):

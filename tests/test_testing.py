@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from commitbus import add_middleware
 from commitbus.testing import Applied, InjectedFailure, every_failure, pending, record
 
 if TYPE_CHECKING:
@@ -33,6 +34,9 @@ def test_record_blocks(twin: Any, make: Any, log: Log) -> None:
     assert side_effects.dry_run == [3]
     assert side_effects.of(bus) == side_effects.of(make) == [1, 2]
     assert side_effects.of(make()) == side_effects.of(twin.BasicEventBus) == []
+    assert side_effects.of(twin.DelayedEventBus(bus)) == [1, 2]
+    with pytest.raises(TypeError, match=r"^of\(\) takes a bus or a class of buses, not str; "):
+        side_effects.of("LogBus")
     side_effects.assert_applied(1, 2)
     bus.publish(4)
     bus.apply(True)
@@ -60,6 +64,18 @@ def test_record_the_events_of_a_batch(twin: Any) -> None:
         bus.publish_all([1, 2])
         bus.apply(True)
     assert side_effects.of(bus) == [1, 2]
+
+
+def test_record_what_was_applied_of_a_batch(twin: Any) -> None:
+    class Bus(twin.BatchEventBus):
+        def _apply_events(self, events: list[Any], commit: bool) -> None:
+            raise twin.PartlyApplied({1: Boom()})
+
+    bus = Bus()
+    bus.publish_all("abc")
+    with record(block=False) as side_effects, pytest.raises(ExceptionGroup):
+        bus.apply(True)
+    assert side_effects.events == ["a", "c"]
 
 
 def test_record_in_threads_and_tasks(make: Any) -> None:
@@ -103,6 +119,51 @@ def test_record_what_differs(twin: Any) -> None:
         assert line in text.splitlines()
     with pytest.raises(AssertionError, match=r"(?m)^\+ SideEffectCall"):
         side_effects.assert_nothing_applied()
+
+
+def test_recordings_within_one_another(make: Any, log: Log) -> None:
+    bus = make()
+    with record(block=False) as outer:
+        with record() as inner, record(block=False) as innermost:
+            bus.publish(1)
+            bus.apply(True)
+        bus.publish(2)
+        bus.apply(True)
+    assert inner.events == innermost.events == [1]
+    assert outer.events == [1, 2]
+    assert log.events == [2]
+    bus.publish(3)
+    bus.apply(True)
+    assert log.events == [2, 3]
+    assert outer.events == [1, 2]
+
+
+def test_record_is_inside_of_other_middleware(make: Any, log: Log) -> None:
+    seen: list[Any] = []
+
+    def middleware(call: Any, bus: Any, event: Any, commit: Any) -> None:
+        seen.append(event)
+        if event != 2:
+            call()
+
+    def run() -> None:
+        bus = make()
+        bus.publish(3)
+        bus.apply(True)
+
+    bus = make()
+    with record() as side_effects:
+        remove = add_middleware(middleware)
+        try:
+            bus.publish_all([1, 2])
+            bus.apply(True)
+            assert [failure.event for failure in every_failure(run)] == [3]
+        finally:
+            remove()
+    assert seen[:2] == [1, 2]
+    assert side_effects.events[0] == 1
+    assert 2 not in side_effects.events
+    assert log.events == []
 
 
 def test_pending(twin: Any, make: Any) -> None:
@@ -289,6 +350,9 @@ def test_the_plugin_is_strict(code: pytest.Pytester, strict: bool) -> None:
         def test_the_next_is_not_blamed():
             pass
 
+        def test_one_more_on_the_same_bus():
+            kept[0].publish(SideEffectCall(send, "grace"))
+
         def test_in_a_cycle_that_nobody_has():
             bus = BasicEventBus()
             bus.publish(SideEffectCall(send, "ada"))
@@ -307,6 +371,15 @@ def test_the_plugin_is_strict(code: pytest.Pytester, strict: bool) -> None:
             mails.publish(SideEffectCall(send, "ada"))
             mails.publish(SideEffectCall(send, "ada"))
 
+        @pytest.fixture
+        def tidied():
+            bus = BasicEventBus()
+            yield bus
+            bus.discard_pending_events()
+
+        def test_on_a_fixture_that_discards(tidied):
+            tidied.publish(SideEffectCall(send, "ada"))
+
         def test_that_fails(mails):
             mails.publish(SideEffectCall(send, "ada"))
             assert False
@@ -314,16 +387,16 @@ def test_the_plugin_is_strict(code: pytest.Pytester, strict: bool) -> None:
     )
     result = code.runpytest_subprocess("-p", "no:cacheprovider")
     if not strict:
-        result.assert_outcomes(passed=5, failed=1, warnings=1)
+        result.assert_outcomes(passed=7, failed=1, warnings=1)
         return
-    result.assert_outcomes(passed=2, failed=4)
+    result.assert_outcomes(passed=6, failed=2, errors=3)
     result.stdout.fnmatch_lines(
         [
             "the test left 1 event that was never applied; apply or discard them*",
             "  commitbus.event_bus.BasicEventBus: mails.send",
-            "E*UnappliedEventsWarning: 1 event was published but never applied*",
             "the test left 2 events that were never applied;*",
             "  commitbus.event_bus.BasicEventBus: mails.send, mails.send",
+            "E*UnappliedEventsWarning: 1 event was published but never applied*",
         ]
     )
 
@@ -335,4 +408,6 @@ def test_a_partial_differs_from_its_equal(twin: Any) -> None:
         bus.publish(partial(print, 1))
         bus.apply(True)
     with pytest.raises(AssertionError):
+        side_effects.assert_applied(partial(print, 1))
+    with pytest.raises(AssertionError, match="These look alike, but are not equal: a functools.partial equals only"):
         side_effects.assert_applied(partial(print, 1))

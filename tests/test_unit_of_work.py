@@ -162,6 +162,41 @@ def test_rule_18b_a_rollback_that_fails_after_a_dry_run(unit: Any, make: Any, tr
     assert transaction.calls == ["rollback"]
 
 
+@pytest.mark.parametrize("commit", [False, True])
+def test_rule_18b_a_block_that_ends_without_the_call(
+    twin: Any, unit: Any, make: Any, transaction: Transaction, commit: bool
+) -> None:
+    with unit(commit):
+        pass
+    assert transaction.calls == ["rollback"]
+    mails = make()
+    seen: list[Any] = []
+    with unit(commit, on_unapplied=lambda buses: seen.extend(buses.events_to_apply())) as (bus, _):
+        bus.wrap(mails).publish(1)
+    assert seen == [1]
+    assert transaction.calls == ["rollback"] * 2
+    assert mails.pending_events() == ()
+    with pytest.raises(twin.UnappliedEventsWarning), unit(commit) as (bus, _):
+        bus.wrap(mails).publish(2)
+    assert transaction.calls == ["rollback"] * 3
+    assert mails.pending_events() == ()
+
+
+def test_rule_18_an_open_savepoint_is_refused_before_the_commit(
+    unit: Any, make: Any, log: Log, transaction: Transaction
+) -> None:
+    with unit() as (bus, execute):
+        mails = bus.wrap(make())
+        for place in (bus, mails):
+            with place.savepoint():
+                mails.publish(1)
+                with pytest.raises(RuntimeError, match="while <Savepoint of"):
+                    execute()
+        assert transaction.calls == []
+        assert execute() == [1, 1]
+    assert transaction.calls == ["commit"]
+
+
 def test_rule_18b_savepoints_that_were_left_open(unit: Any, make: Any, transaction: Transaction) -> None:
     mails = make()
     with pytest.raises(Boom), unit() as (bus, _):
@@ -242,6 +277,54 @@ def test_rule_19_on_unapplied_that_fails(unit: Any, make: Any, log: Log) -> None
         bus.wrap(make()).publish(1)
         execute()
     assert type(caught.value.__context__) is ValueError
+
+
+@pytest.mark.parametrize("how", ["note", "on_unapplied"])
+def test_rule_19_what_an_apply_left_after_the_commit(
+    unit: Any, make: Any, log: Log, transaction: Transaction, how: str
+) -> None:
+    """A follow-up of committed data is not dropped when the block fails later."""
+    seen: list[Any] = []
+    options = {"on_unapplied": lambda buses: seen.extend(buses.events_to_apply())} if how == "on_unapplied" else {}
+    mails = make()
+    with pytest.raises(Boom) as caught, unit(**options) as (bus, execute):
+        delayed = bus.wrap(mails)
+        log.on(1, lambda: delayed.publish("follow-up"))
+        delayed.publish(1)
+        assert execute() == [1]
+        raise Boom
+    assert mails.pending_events() == ("follow-up",)
+    assert transaction.calls == ["commit", "rollback"]
+    if how == "note":
+        assert notes(caught.value)[-1].endswith("the transaction was committed, but 1 event was not applied: str")
+    else:
+        assert seen == ["follow-up"]
+
+
+def test_rule_18b_a_savepoint_on_one_of_its_buses(unit: Any, make: Any, transaction: Transaction) -> None:
+    mails = make()
+    with pytest.raises(Boom), unit() as (bus, _):
+        bus.wrap(mails).savepoint()
+        mails.publish(1)
+        raise Boom
+    assert mails.pending_events() == ()
+    assert transaction.calls == ["rollback"]
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_rule_18b_dropping_that_fails(unit: Any, make: Any, transaction: Transaction, fails: bool) -> None:
+    class Broken(make):
+        def discard_pending_events(self) -> Any:
+            raise OSError
+
+    if fails:
+        transaction.fail["rollback"] = ValueError()
+    with pytest.raises(Boom) as caught, unit() as (bus, _):
+        bus.wrap(Broken()).publish(1)
+        raise Boom
+    assert type(caught.value.__context__) is OSError
+    assert not fails or type(caught.value.__context__.__context__) is ValueError
+    assert transaction.calls == ["rollback"]
 
 
 def test_rule_18_rounds(unit: Any, make: Any, log: Log) -> None:

@@ -202,11 +202,18 @@ class EventBusOrchestrator(ABC):
 class PartlyApplied(Exception):
     """Raised by `BatchEventBus._apply_events`: some of its batch failed, the others are done.
 
+    It stops the apply as any error does: the batches after that one stay pending, too, unless the apply is robust.
+
     Parameters
     ----------
     errors : mapping of int to Exception
         For each event that failed, by its position in the list that the method was given: why. References are
         kept to the errors.
+
+    Attributes
+    ----------
+    errors : dict of int to Exception
+        What it was made with.
 
     Raises
     ------

@@ -87,9 +87,12 @@ def headline(bus: Any) -> str:
 
 
 def _title(bus: Any) -> str:
-    name = str.__str__(_name_of(cast("Any", type(bus))))
+    cls = cast("Any", type(bus))
+    name = str.__str__(_name_of(cls))
     try:
-        inner = bus._commitbus_parts()[0] if is_delayed(bus) else getattr(bus, "_commitbus_wrapped_bus", None)
+        inner = bus._commitbus_parts()[0] if is_delayed(bus) else None
+        if hasattr(cls, "_commitbus_wrapped_bus"):  # on the class: a subclass may give anything for any name
+            inner = bus._commitbus_wrapped_bus
     except TypeError:
         inner = None
     return name if inner is None else f"{name} of {_title(inner)}"

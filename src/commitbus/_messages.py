@@ -5,6 +5,7 @@ Nothing here runs on the happy path.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import AsyncGenerator, Coroutine, Generator, Mapping
 from contextlib import suppress
 from types import BuiltinFunctionType, FunctionType
@@ -101,7 +102,7 @@ class Failures:
     A multi bus hands its own list of errors to each bus that it applies, so that they all end in one group.
     """
 
-    __slots__ = ("again", "begin", "count", "errors", "positions", "rounds", "total")
+    __slots__ = ("again", "begin", "buses", "count", "errors", "positions", "rounds", "total")
 
     def __init__(self, errors: list[Exception] | None = None, rounds: Rounds | None = None) -> None:
         self.errors: list[Exception] = [] if errors is None else errors
@@ -110,6 +111,7 @@ class Failures:
         self.begin = 0  # where the batch begins: those before were done by earlier applies
         self.count = 0  # how many events it has
         self.total = 0  # how many there were in all rounds
+        self.buses = False  # whether the events are buses
         self.rounds = rounds  # None where there is one only
 
     def inner(self) -> Failures:
@@ -121,13 +123,14 @@ class Failures:
         self.begin, self.count = begin, len(batch) - begin
         self.positions.clear()
         self.again.clear()
+        self.buses = is_delayed(first)
         if self.rounds is not None:
             for position, event in enumerate(self.rounds.aside.get(id(bus), ()), begin):
                 # By identity: another thread may have applied or put back others meanwhile.
                 if position >= len(batch) or batch[position] is not event:
                     break
                 self.positions.append(position)
-            if not is_delayed(first):
+            if not self.buses:
                 self.rounds.tried += self.count - len(self.positions)
         self.total += self.count - len(self.positions)
         return len(self.positions)
@@ -148,9 +151,10 @@ class Failures:
 
     def group(self, bus: object) -> ExceptionGroup[Exception]:
         """Make one error of all."""
-        events = "1 event" if self.total == 1 else f"{self.total} events"
+        one, many, state = ("bus", "buses", "registered") if self.buses else ("event", "events", "pending")
+        events = f"1 {one}" if self.total == 1 else f"{self.total} {many}"
         stays = "stays" if len(self.positions) == 1 else "stay"
-        text = f"{len(self.positions)} of {events} failed in {describe_bus(bus)} and {stays} pending"
+        text = f"{len(self.positions)} of {events} failed in {describe_bus(bus)} and {stays} {state}"
         return ExceptionGroup(text, list(self.errors))  # a copy: `end` clears this list
 
     def chain(self, error: BaseException, bus: object) -> None:
@@ -289,6 +293,14 @@ def not_a_middleware(value: object) -> TypeError:
     )
 
 
+def middleware_returned(function: object, result: object) -> TypeError:
+    """Refuse a middleware that only looks like one."""
+    return TypeError(
+        f"{describe(function)} returned {type_name(type(result))}; a middleware returns nothing: it calls call(), "
+        "or blocks the event by not calling it"
+    )
+
+
 def called_again() -> RuntimeError:
     """Refuse to apply an event twice."""
     return RuntimeError(
@@ -303,6 +315,11 @@ def savepoint_is_open(bus: object, savepoint: object) -> RuntimeError:
         f"{describe_bus(bus)} cannot be applied, collected or emptied while {savepoint!r} is open; "
         "do it after the block, or end the savepoint with release() or rollback() first"
     )
+
+
+def not_for_savepoints(value: object) -> TypeError:
+    """Refuse a savepoint of what is no bus."""
+    return TypeError(f"Savepoint() takes a bus of commitbus, not {type_name(type(value))}; call bus.savepoint()")
 
 
 def savepoint_ended() -> RuntimeError:
@@ -344,7 +361,7 @@ def checked_batch_size(bus: object, size: object) -> int:
         return 0
     if not isinstance(size, int) or size < 1:
         raise not_a_batch_size(bus, size)
-    return size
+    return min(size, sys.maxsize)
 
 
 def partly_applied(
@@ -444,6 +461,11 @@ def pending_after_test(count: int) -> str:
     """Say that a test left events that nobody applied."""
     were = "1 event that was" if count == 1 else f"{count} events that were"
     return f"the test left {were} never applied; apply or discard them, or take the option commitbus_strict away:"
+
+
+def not_a_recorded_bus(value: object) -> TypeError:
+    """Refuse to look for the events of what is no bus."""
+    return TypeError(f"of() takes a bus or a class of buses, not {type_name(type(value))}; pass the bus itself")
 
 
 def no_arguments(cls: type) -> TypeError:

@@ -12,7 +12,7 @@ import pytest
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-    from commitbus.testing import Recording
+    from commitbus.testing import Pending, Recording
 
 
 @pytest.fixture
@@ -42,19 +42,35 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", "error::commitbus.UnappliedEventsWarning")
 
 
+_LEFT: pytest.StashKey[list[Pending]] = pytest.StashKey()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
-    """Look for events that a test left on any bus, while its fixtures are still there."""
+    """Look for events that a test left on any bus, while its fixtures keep these."""
     if not item.config.getini("commitbus_strict"):
         return (yield)
-    from commitbus.testing import describe_pending, pending
+    import gc
 
-    before = {id(bus) for bus, _ in pending()}
+    from commitbus.testing import pending
+
+    before = {id(bus): len(events) for bus, events in pending()}
     result = yield
-    if [found for found in pending() if id(found.bus) not in before]:
-        import gc
-
+    if [found for found in pending() if len(found.events) > before.get(id(found.bus), 0)]:
         gc.collect()  # nobody could apply what is in a bus that nobody has
-        if found := [found for found in pending() if id(found.bus) not in before]:
+        item.stash[_LEFT] = [found for found in pending() if len(found.events) > before.get(id(found.bus), 0)]
+    return result
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object]:
+    """Fail if they are still there when the fixtures have ended, which may apply or discard them."""
+    result = yield
+    if left := item.stash.get(_LEFT, None):
+        from commitbus.testing import describe_pending, pending
+
+        item.stash[_LEFT] = []
+        buses = {id(found.bus) for found in left}
+        if found := [found for found in pending() if id(found.bus) in buses]:
             pytest.fail(describe_pending(found), pytrace=False)
     return result

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import warnings
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from commitbus import _messages
 from commitbus._interfaces import EventBusOrchestrator, UnappliedEventsWarning
 from commitbus._looking import events_to_apply
 from commitbus._rounds import check_rounds
-from commitbus.savepoint import open_marks
+from commitbus.savepoint import refuse_open, roll_back_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -42,11 +42,16 @@ class Unit:
         self.buses, self.commit, self.options = buses, commit, options
         self.commit_transaction, self.rollback_transaction = commit_transaction, rollback_transaction
         self.on_unapplied = on_unapplied
+        self.called = False
         self.committed = False  # and not all applied since
         self.rolled_back = False  # and not called again since
+        self.kept = False  # whether an apply after a commit left events: they belong to what was committed
 
     def commit_and_execute_side_effects(self) -> list[Any]:
         """Commit, apply, and return the events that were applied."""
+        # Before the commit, which an apply that is refused after it would separate from its side effects.
+        refuse_open(self.buses)
+        self.called = True
         self.rolled_back = False
         if self.commit and not self.committed:
             try:
@@ -66,6 +71,8 @@ class Unit:
         self.committed = False
         if not self.commit:
             self.roll_back(None)
+        else:
+            self.kept = bool(events_to_apply(self.buses))
         return applied
 
     def roll_back(self, error: BaseException | None) -> None:
@@ -73,23 +80,46 @@ class Unit:
         if self.rollback_transaction is None or self.rolled_back:
             return
         self.rolled_back = True
-        try:
-            while marks := open_marks(self.buses):  # those that were opened by hand, and not ended
-                marks[-1].savepoint.rollback()
-            self.buses.discard_pending_events()
-        finally:
+        seconds: list[Exception] = []
+        for step in (self.drop, self.end_transaction):
             try:
-                _messages.refuse_coroutine(self.rollback_transaction, self.rollback_transaction())
-            except Exception as second:
-                if error is None:
-                    raise
-                _messages.chain(error, second)
+                step()
+            except Exception as raised:
+                seconds.append(raised)
+        first = error
+        for second in seconds:
+            if first is None:
+                first = second
+            else:
+                _messages.chain(first, second)
+        if error is None and first is not None:
+            raise first
+
+    def drop(self) -> None:
+        """Drop what was published and not applied."""
+        roll_back_in(self.buses)  # savepoints that were opened by hand, and not ended
+        if not self.kept:
+            self.buses.discard_pending_events()
+
+    def end_transaction(self) -> None:
+        """Call what ends the transaction."""
+        function = cast("Any", self.rollback_transaction)
+        _messages.refuse_coroutine(function, function())
 
     def leave(self, error: BaseException | None) -> None:
         """See to what was not applied when the block is left, by an error or not."""
         if error is not None and not self.committed:
             self.roll_back(error)
-            return
+            if not self.kept:
+                return
+        try:
+            self.tell(error)
+        finally:
+            if not self.called:
+                self.roll_back(error)  # nobody has committed: the next commit would keep what was written here
+
+    def tell(self, error: BaseException | None) -> None:
+        """Tell of the events that were not applied."""
         events = events_to_apply(self.buses)
         if not events:
             return
@@ -103,8 +133,8 @@ class Unit:
         elif error is not None:
             _messages.note_unapplied(error, events)
         else:
-            # This method, the generator, contextlib's __exit__, and the caller's `with`.
-            warnings.warn(_messages.unapplied(len(events)), UnappliedEventsWarning, stacklevel=4)
+            # This method, `leave`, the generator, contextlib's __exit__, and the caller's `with`.
+            warnings.warn(_messages.unapplied(len(events)), UnappliedEventsWarning, stacklevel=5)
 
 
 def unit_of_work(

@@ -12,10 +12,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Middleware", "add_middleware"]
 
-Middleware: TypeAlias = "Callable[[Callable[[], None], Any, Any, bool], object]"
+Middleware: TypeAlias = "Callable[[Callable[[], None], Any, Any, bool], None]"
 
 _numbers = count()
-_added: dict[int, Middleware] = {}  # by number, in order
+_added: dict[tuple[int, int], Middleware] = {}  # by rank and number, which is the order that they run in
+OUTERMOST, USERS, INNERMOST = range(3)  # ranks: `every_failure` is outside of all others, and `record` inside
 _twins: list[Callable[[tuple[Middleware, ...] | None], None]] = []
 
 
@@ -49,7 +50,8 @@ def add_middleware(function: Middleware) -> Callable[[], None]:
     ``collect`` and calls by hand is not applied by a bus.
 
     ``call()`` raises a `RuntimeError` when it was called before, and when the function that it was given to has
-    returned. A function that returns a coroutine is refused with a `TypeError`, as a handler is.
+    returned. A function that returns anything but None has not run what it looks like, a coroutine or a context
+    manager for example: that is a `TypeError`, and the event has failed.
 
     Examples
     --------
@@ -69,14 +71,19 @@ def add_middleware(function: Middleware) -> Callable[[], None]:
     """
     if not callable(function):
         raise _messages.not_a_middleware(function)
+    return add_at(USERS, function)
+
+
+def add_at(rank: int, function: Middleware) -> Callable[[], None]:
+    """Add a middleware outside or inside of those of another rank."""
+    key = (rank, next(_numbers))
     with _lock.lock:
-        number = next(_numbers)
-        _added[number] = function
+        _added[key] = function
         _tell()
 
     def remove() -> None:
         with _lock.lock:
-            _added.pop(number, None)
+            _added.pop(key, None)
             _tell()
 
     return remove
@@ -90,9 +97,13 @@ def tell_changes(use: Callable[[tuple[Middleware, ...] | None], None]) -> None:
 
 
 def _tell() -> None:
-    stack = tuple(_added.values()) or None
+    stack = tuple(function for _, function in sorted(_added.items(), key=_key)) or None
     for use in _twins:
         use(stack)
+
+
+def _key(item: tuple[tuple[int, int], Middleware]) -> tuple[int, int]:
+    return item[0]
 
 
 class Call:
@@ -124,17 +135,19 @@ class Call:
         stack, self._stack = self._stack, None
         if stack is None:
             raise _messages.called_again()
-        function: Callable[..., object] = self._handler
         if not stack:
-            result = function(self._event, self._commit)
-        else:
-            function, rest = stack[0], Call(stack[1:], self._handler, self._bus, self._event, self._commit)
-            try:
-                result = function(rest, self._bus, self._event, self._commit)
-            finally:
-                rest._stack = None
+            if (result := self._handler(self._event, self._commit)) is not None:
+                _messages.refuse_coroutine(self._handler, result)
+            return
+        function: Callable[..., object] = stack[0]
+        rest = Call(stack[1:], self._handler, self._bus, self._event, self._commit)
+        try:
+            result = function(rest, self._bus, self._event, self._commit)
+        finally:
+            rest._stack = None
         if result is not None:
             _messages.refuse_coroutine(function, result)
+            raise _messages.middleware_returned(function, result)
 
 
 def surround(

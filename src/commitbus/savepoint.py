@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
+from itertools import count
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from commitbus import _lock, _messages
-from commitbus._looking import collected_in, flatten, holds_buses
+from commitbus._looking import Shown, collected_in, flatten, holds_buses
 from commitbus._naming import describe_bus, is_delayed
 
 if TYPE_CHECKING:
@@ -17,6 +18,12 @@ if TYPE_CHECKING:
     from typing import Self
 
 __all__ = ["Savepoint"]
+
+
+_numbers = count()
+# The buses that a delayed bus collects within a savepoint, by identity, and the thread that does it: what user code
+# of another thread does meanwhile is refused.
+_collecting: dict[int, int] = {}
 
 
 class Mark(NamedTuple):
@@ -32,9 +39,9 @@ class Mark(NamedTuple):
 class Savepoint:
     """What is published on a bus in a block: kept when the block ends, dropped when an exception leaves it.
 
-    `AbstractEventBus.savepoint`, `DelayedEventBus.savepoint` and `MultiEventBus.savepoint` give it, beside the
-    savepoint of the transaction. It is open from then on; use it as a context manager, or call `release` or
-    `rollback` by hand. Savepoints nest, and end in that order alone.
+    ``bus.savepoint()`` gives it: open it beside the savepoint of the transaction, and a new one for each block. It
+    is open from then on; use it as a context manager, or call `release` or `rollback` by hand. Savepoints nest, and
+    end in that order alone.
 
     While it is open, the buses that it covers can be published on, wrapped, registered and looked at, and a
     `DelayedEventBus` collects as ever; what would carry out or drop events is a `RuntimeError`. What another
@@ -67,11 +74,14 @@ class Savepoint:
     # Strong references, until it ends: to the bus, to all buses that it covers, and to the delayed ones among
     # these; and for each multi bus, by its identity, the delayed buses that were registered.
     # And: whether a rollback was begun and, while it runs, the thread that runs it.
-    __slots__ = ("__weakref__", "_begun", "_bus", "_delayed", "_registered", "_stores", "_thread")
+    __slots__ = ("__weakref__", "_begun", "_bus", "_delayed", "_number", "_registered", "_stores", "_thread")
 
     def __init__(self, bus: Any) -> None:
-        self._bus = bus
+        if not isinstance(bus, Shown):
+            raise _messages.not_for_savepoints(bus)
+        self._bus: Any = bus
         self._begun = False
+        self._number = next(_numbers)  # in the order in which they were opened
         self._thread: int | None = None
         self._stores: list[Any] = []
         self._delayed: list[Any] = []
@@ -124,7 +134,15 @@ class Savepoint:
         return dropped
 
     def __enter__(self) -> Self:
-        """Return itself: it is open since it was made."""
+        """Return itself: it is open since it was made.
+
+        Raises
+        ------
+        RuntimeError
+            When it has ended.
+        """
+        if self._bus is None:
+            raise _messages.savepoint_ended()
         return self
 
     def __exit__(
@@ -139,10 +157,30 @@ class Savepoint:
         if kind is None:
             self.release()
             return
-        for store in self._stores:
-            while (last := cast("Any", open_marks(store))[-1].savepoint) is not self:
-                last.rollback()
+        try:
+            self._roll_back_all()
+        except Exception as second:
+            _messages.chain(cast("BaseException", error), second)  # what left the block is the first error
+
+    def _roll_back_all(self) -> None:
+        """Roll it back, and before that those that were opened later on one of its buses."""
+        while (later := self._find_later()) is not None:
+            later._roll_back_all()
         self.rollback()
+
+    def _find_later(self) -> Savepoint | None:
+        stores = list(self._stores)
+        for multi, known in self._registered.values():
+            stores += _stores_in(one for one in multi._commitbus_get() if id(one) not in known)
+        for store in stores:
+            last = cast("Any", open_marks(store) or self._marks)[-1].savepoint
+            if last._number > self._number:
+                return cast("Savepoint", last)
+        return None
+
+    @property
+    def _marks(self) -> tuple[Mark, ...]:
+        return (Mark(self, None, 0, 0, ()),)
 
     def __repr__(self) -> str:
         """Name the bus."""
@@ -175,7 +213,9 @@ class Savepoint:
             self._registered[id(multi)] = (multi, {})
             self._mark(multi, None, 0, 0)
         _, known = self._registered[id(multi)]
-        for delayed in (*multi._commitbus_get(), *collected):
+        # Also those of an apply that is under way, whose turn may be still to come.
+        running = [delayed for batch in multi._commitbus_running() for delayed in batch]
+        for delayed in (*multi._commitbus_get(), *collected, *running):
             # A pair that was put on a side_effects_bus by hand is an event among the buses.
             if is_delayed(delayed) and id(delayed) not in known:
                 known[id(delayed)] = delayed
@@ -194,15 +234,10 @@ class Savepoint:
 
     def _check_new(self, buses: Iterable[Any]) -> None:
         """Refuse to drop what is in buses that were registered since, where another savepoint covers them."""
-        for delayed in buses:
-            if is_delayed(delayed):
-                actual, collected = delayed._commitbus_parts()
-                # What was collected has marks of its own only where the wrapped bus has none.
-                marks = open_marks(actual) or (None if collected is None else open_marks(collected))
-                if marks is not None and marks[-1].savepoint is not self:
-                    raise _messages.savepoint_not_last(self, marks[-1].savepoint)
-                if holds_buses(actual):
-                    self._check_new((*actual._commitbus_get(), *collected_in(delayed)))
+        for store in _stores_in(buses):
+            marks = open_marks(store)
+            if marks is not None and all(mark.savepoint is not self for mark in marks):
+                raise _messages.savepoint_not_last(self, marks[-1].savepoint)
 
     def _end(self) -> None:
         # This ends it: what an interrupt leaves of its marks is passed by.
@@ -231,7 +266,14 @@ class Savepoint:
         (mark,) = (one for one in actual._commitbus_marks if one.savepoint is self and one.delayed is delayed)
         dropped: list[Any] = []
         if collected is not None:
-            for event, _ in collected._commitbus_cut(mark.collected, mark.kept):
+            with _lock.lock:
+                pairs = collected._commitbus_cut(mark.collected, mark.kept)
+                # What older savepoints keep of it has moved to the front.
+                actual._commitbus_marks = tuple(
+                    one._replace(kept=_shifted(one.kept, mark)) if one.delayed is delayed else one
+                    for one in open_marks(actual) or ()
+                )
+            for event, _ in pairs:
                 dropped += self._let_go(event, actual) if is_delayed(event) else [event]
         if holds_buses(actual):
             return dropped + self._drop_buses(actual, done)
@@ -257,15 +299,24 @@ class Savepoint:
 
     def _let_go(self, delayed: Any, multi: Any) -> list[Any]:
         """Let go of a bus that was registered since, and drop all that is in it."""
-        if not self._covers(delayed):
-            dropped = flatten((delayed,))
-            multi._commitbus_discard(delayed)
-            return dropped
-        # What it wraps is in another bus, too, which was there before: that one sees to it.
-        delayed._commitbus_remember(weakref.ref(multi))
-        _, collected = delayed._commitbus_parts()
-        pairs: list[Any] = [] if collected is None else collected._commitbus_cut(0, ())
-        return [event for event, _ in pairs]
+        actual, collected = delayed._commitbus_parts()
+        if self._covers(delayed):
+            # What it wraps is in another bus, too, which was there before: that one sees to it.
+            delayed._commitbus_remember(weakref.ref(multi))
+            pairs: list[Any] = [] if collected is None else collected._commitbus_cut(0, ())
+            return [event for event, _ in pairs]
+        dropped: list[Any] = []
+        if holds_buses(actual):
+            # One by one, as one of them may wrap what is covered.
+            inner = {id(one): one for one in (*collected_in(delayed), *actual._commitbus_get()) if is_delayed(one)}
+            if collected is not None:
+                dropped += [event for event, _ in collected._commitbus_cut(0, ()) if not is_delayed(event)]
+            for one in inner.values():
+                dropped += self._let_go(one, actual)
+            actual._commitbus_unregister(set(inner))
+        dropped += flatten((delayed,))
+        multi._commitbus_discard(delayed)
+        return dropped
 
     def _covers(self, delayed: Any) -> bool:
         """Whether what a delayed bus wraps is covered, through another bus."""
@@ -279,6 +330,35 @@ def open_marks(bus: Any) -> tuple[Mark, ...] | None:
         found = tuple(mark for mark in marks if mark.savepoint._bus is not None) or None
         bus._commitbus_marks = found
     return found
+
+
+def _stores_in(buses: Iterable[Any]) -> list[Any]:
+    """List what delayed buses wrap and have collected, those of nested ones included, each once."""
+    stores: list[Any] = []
+    seen: set[int] = set()
+    rest = list(buses)
+    while rest:
+        delayed = rest.pop()
+        if not is_delayed(delayed) or id(delayed) in seen:
+            continue
+        seen.add(id(delayed))
+        actual, collected = delayed._commitbus_parts()
+        stores += [actual] if collected is None else [actual, collected]
+        if holds_buses(actual):
+            rest += [*actual._commitbus_get(), *collected_in(delayed)]
+    return stores
+
+
+def _shifted(kept: tuple[tuple[int, int], ...], cut_by: Mark) -> tuple[tuple[int, int], ...]:
+    """Tell where spans are after what is newer than another mark was cut out between them."""
+
+    def moved_to(position: int) -> int:
+        if position <= cut_by.collected:
+            return position
+        before = sum(min(size, position - begin) for begin, size in cut_by.kept if begin < position)
+        return cut_by.collected + before
+
+    return tuple((moved_to(begin), size) for begin, size in kept)
 
 
 def covering(bus: Any, delayed: Any) -> tuple[Mark, ...] | None:
@@ -295,6 +375,8 @@ def check_open(bus: Any) -> None:
         When a savepoint that covers the bus is open.
     """
     while (marks := open_marks(bus)) is not None:
+        if _collecting.get(id(bus)) == get_ident():
+            return  # a delayed bus that the savepoints cover collects
         savepoint = marks[-1].savepoint
         if not savepoint._begun or savepoint._thread is not None:
             raise _messages.savepoint_is_open(bus, savepoint)
@@ -309,18 +391,20 @@ def refuse_open(bus: Any) -> None:
     RuntimeError
         When one does.
     """
-    if bus._commitbus_marks is not None:
-        check_open(bus)
-    if not holds_buses(bus):
-        return
-    buses = list(bus._commitbus_get())
-    for delayed in buses:
-        if is_delayed(delayed):
-            actual, collected = delayed._commitbus_parts()
-            refuse_open(actual)
-            if collected is not None:
-                refuse_open(collected)
-                buses += [event for event in collected_in(delayed) if is_delayed(event)]
+    stores = [bus]
+    if holds_buses(bus):
+        stores += _stores_in(bus._commitbus_get())
+    for store in stores:
+        if store._commitbus_marks is not None:
+            check_open(store)
+
+
+def roll_back_in(bus: Any) -> None:
+    """Roll back every savepoint that covers a bus, or one that is in it."""
+    stores = [bus, *(_stores_in(bus._commitbus_get()) if holds_buses(bus) else ())]
+    for store in stores:
+        while (marks := open_marks(store)) is not None:
+            marks[0].savepoint._roll_back_all()
 
 
 def cut(pending: list[Any], start: int, kept: tuple[tuple[int, int], ...]) -> list[Any]:
@@ -366,17 +450,18 @@ def _moved(bus: Any, delayed: Any, kept: Callable[[Mark], tuple[tuple[int, int],
     )
 
 
-def collect_within(bus: Any, delayed: Any, position: int, commit: bool) -> tuple[list[Any], tuple[Mark, ...] | None]:
-    """Collect from a bus whose class overrides how that is done; give the pairs, and its marks after that.
+def collect_within(bus: Any, delayed: Any, commit: bool) -> tuple[list[Any], Callable[[int], tuple[Mark, ...] | None]]:
+    """Collect from a bus whose class overrides how that is done.
+
+    Gives the pairs, and a function that gives the marks of the bus once they are at a position of what was collected.
 
     What it gives may be anything: an event is older than a savepoint if it was there when that was opened.
     """
-    marks = bus._commitbus_marks
     _moved(bus, delayed, lambda _: ())  # it raises before anything is done
     items = bus._commitbus_get()
     pending = bus._commitbus_mark()[0]
     left = len(items) - pending
-    bus._commitbus_marks = None
+    _collecting[id(bus)] = get_ident()
     try:
         pairs: list[Any] = list(bus.collect(commit))
     except BaseException:
@@ -384,9 +469,9 @@ def collect_within(bus: Any, delayed: Any, position: int, commit: bool) -> tuple
         bus._commitbus_bring_back(pending)
         raise
     finally:
-        bus._commitbus_marks = marks
+        _collecting.pop(id(bus), None)
 
-    def kept(mark: Mark) -> tuple[tuple[int, int], ...]:
+    def kept(mark: Mark, position: int) -> tuple[tuple[int, int], ...]:
         older = Counter(map(id, items[: left + mark.start]))
         spans: list[tuple[int, int]] = []
         for i, (event, _) in enumerate(pairs, position):
@@ -395,4 +480,4 @@ def collect_within(bus: Any, delayed: Any, position: int, commit: bool) -> tuple
                 spans.append((i, 1))
         return tuple(spans)
 
-    return pairs, _moved(bus, delayed, kept)
+    return pairs, lambda position: _moved(bus, delayed, lambda mark: kept(mark, position))

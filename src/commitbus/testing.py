@@ -12,13 +12,14 @@ from difflib import ndiff
 from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from commitbus import _messages
+from commitbus import _lock, _messages
+from commitbus._interfaces import PartlyApplied
 from commitbus._looking import Shown, collected_in, holds_buses, in_store
 from commitbus._naming import describe, describe_bus, is_delayed
-from commitbus.middleware import add_middleware
+from commitbus.middleware import INNERMOST, OUTERMOST, add_at
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Generator
 
 __all__ = ["Applied", "Failure", "InjectedFailure", "Pending", "Recording", "every_failure", "pending", "record"]
 
@@ -60,14 +61,24 @@ class Recording:
         Parameters
         ----------
         bus : bus or class
-            The bus that they were published on, or the class of such buses.
+            The bus that they were published on, a `DelayedEventBus` around it, or the class of such buses.
 
         Returns
         -------
         list
             The events, in order.
+
+        Raises
+        ------
+        TypeError
+            When `bus` is neither.
         """
-        return [one.event for one in self.applied if one.commit and (one.bus is bus or _is_one(one.bus, bus))]
+        if isinstance(bus, type):
+            return [one.event for one in self.applied if one.commit and isinstance(one.bus, bus)]
+        if not isinstance(bus, Shown):
+            raise _messages.not_a_recorded_bus(bus)
+        actual = cast("Any", bus)._commitbus_parts()[0] if is_delayed(bus) else bus
+        return [one.event for one in self.applied if one.commit and one.bus is actual]
 
     def assert_applied(self, *events: Any) -> None:
         """Check that these events, and no others, were applied with a true `commit`, in this order.
@@ -86,8 +97,7 @@ class Recording:
         __tracebackhide__ = True
         applied = self.events
         if applied != list(events):
-            lines = "\n".join(ndiff([repr(event) for event in events], [repr(event) for event in applied]))
-            raise AssertionError(f"side effects differ: - is expected, + was applied\n{lines}")
+            raise AssertionError(_difference(events, applied))
 
     def assert_nothing_applied(self) -> None:
         """Check that no event was applied with a true `commit`.
@@ -101,28 +111,60 @@ class Recording:
         self.assert_applied()
 
 
-def _is_one(bus: object, cls: Any) -> bool:
-    return isinstance(cls, type) and isinstance(bus, cls)
+def _difference(events: tuple[Any, ...], applied: list[Any]) -> str:
+    lines = [*ndiff([repr(event) for event in events], [repr(event) for event in applied])]
+    text = "\n".join(["side effects differ: - is expected, + was applied", *lines])
+    if all(line.startswith("  ") for line in lines):
+        text += (
+            "\nThese look alike, but are not equal: a functools.partial equals only itself; "
+            "publish a SideEffectCall, or compare what the events are made of"
+        )
+    return text
+
+
+# The recordings that go on, each with whether it blocks, and what removes the one middleware that fills them all:
+# one that blocks keeps nothing from the others.
+_recordings: list[tuple[Recording, bool]] = []
+_removes: list[Callable[[], None]] = []
+
+
+def _note(call: Callable[[], None], bus: Any, event: Any, commit: Any) -> None:
+    recordings = [recording for recording, _ in _recordings]
+    failed: PartlyApplied | None = None
+    if not any(block for _, block in _recordings):
+        try:
+            call()  # first: what raises was not applied
+        except PartlyApplied as error:
+            failed = error
+    batch = type(event) is list and hasattr(bus, "_apply_events")
+    events: list[Any] = cast("Any", event) if batch else [event]
+    done = [one for position, one in enumerate(events) if failed is None or position not in failed.errors]
+    for recording in recordings:
+        recording.applied.extend([Applied(bus, one, commit) for one in done])
+    if failed is not None:
+        raise failed
 
 
 @contextmanager
-def record(*, block: bool = True) -> Iterator[Recording]:
+def record(*, block: bool = True) -> Generator[Recording]:
     """Record what is applied, on every bus of the process, in every thread and task.
 
     Parameters
     ----------
     block : bool, default True
-        Record only: no handler runs. With False they run, and what raises is not recorded.
+        Record only: no handler runs, so nothing is published by one either. With False they run, and what raises
+        is not recorded.
 
     Returns
     -------
     context manager of Recording
-        It grows while the block runs, and stays as it is then.
+        It grows while the block runs, and stays as it is then. Where several are open, each records, and no
+        handler runs if one of them blocks.
 
     Notes
     -----
-    It sees what a bus applies, at the place and in the order in which production would do it, since it is
-    a middleware (`add_middleware`), inside of those that were added before. Each event of a batch is recorded.
+    It sees what a bus applies, at the place and in the order in which production would do it: inside of every
+    middleware, in place of the handler. What a middleware blocks is not recorded. Each event of a batch is.
 
     Examples
     --------
@@ -138,19 +180,18 @@ def record(*, block: bool = True) -> Iterator[Recording]:
     >>> side_effects.assert_applied(SideEffectCall(send, "ada@example.org"))
     """
     recording = Recording()
-
-    def note(call: Callable[[], None], bus: Any, event: Any, commit: Any) -> None:
-        if not block:
-            call()  # first: what raises was not applied
-        batch = isinstance(event, list) and hasattr(bus, "_apply_events")
-        events = cast("list[Any]", event) if batch else [event]
-        recording.applied.extend([Applied(bus, one, commit) for one in events])
-
-    remove = add_middleware(note)
+    one = (recording, block)
+    with _lock.lock:
+        _recordings.append(one)
+        if not _removes:
+            _removes.append(add_at(INNERMOST, _note))
     try:
         yield recording
     finally:
-        remove()
+        with _lock.lock:
+            _recordings[:] = [other for other in _recordings if other is not one]
+            if not _recordings and _removes:
+                _removes.pop()()
 
 
 class Pending(NamedTuple):
@@ -195,7 +236,7 @@ def pending() -> list[Pending]:
                     events = collected_in(bus)
             except TypeError:  # one that wraps no bus
                 pass
-        elif not (holds_buses(bus) or hasattr(type(bus), "_commitbus_wrapped_bus")):
+        elif not (holds_buses(bus) or hasattr(cast("Any", type(bus)), "_commitbus_wrapped_bus")):
             events = in_store(bus)
         if events:
             found.append(Pending(bus, tuple(events)))
@@ -231,7 +272,7 @@ class Failure:
     result: Any = None
 
 
-def every_failure(run: Callable[[], object], *, after: bool = False) -> Iterator[Failure]:
+def every_failure(run: Callable[[], object], *, after: bool = False) -> Generator[Failure]:
     """Run a unit of work once for each of its side effects, with that one failing.
 
     Parameters
@@ -246,7 +287,8 @@ def every_failure(run: Callable[[], object], *, after: bool = False) -> Iterator
     Yields
     ------
     Failure
-        One for each side effect, in order: look at what the run left, apply again, and look once more.
+        One for each side effect, in order, with its `number`, `bus` and `event`, and the `error` that the run raised
+        or the `result` that it returned: look at what the run left, apply again, and look once more.
 
     Raises
     ------
@@ -297,7 +339,7 @@ def _run_once(run: Callable[[], object], number: int, after: bool) -> Failure | 
         failures.append(Failure(number, bus, event))
         raise InjectedFailure(f"side effect {number}, {describe(event)}, was made to fail")
 
-    remove = add_middleware(fail)
+    remove = add_at(OUTERMOST, fail)  # so that it fails where `record` blocks, too
     try:
         result = run()
     except Exception as error:

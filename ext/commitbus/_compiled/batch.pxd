@@ -40,9 +40,6 @@ cdef class Pair:
     cdef tuple pair
 
 
-# What runs around every event, in a tuple; None where nothing does.
-cdef object middleware
-
 cdef object event_of(object item)
 cdef list events_of(list items)
 cdef object explicit(tuple pair)

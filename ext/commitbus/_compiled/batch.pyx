@@ -151,6 +151,10 @@ cdef int call_handler(object bus, object handler, bint method, list batch, Progr
 # Middleware
 
 
+# What runs around every event, in a tuple; None where nothing does.
+cdef object middleware = None
+
+
 def use_middleware(stack):
     """Run these around every event from the next apply on."""
     global middleware

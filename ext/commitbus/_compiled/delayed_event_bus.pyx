@@ -23,7 +23,7 @@ from commitbus._compiled.event_bus cimport (
 )
 from commitbus._compiled.side_effects_bus cimport PairStore
 
-from commitbus import _messages, _naming, _state
+from commitbus import _lock, _messages, _naming, _state
 from commitbus._compiled.side_effects_bus import SideEffectsBus
 from commitbus._context import gathering_of
 from commitbus._interfaces import EventBus, T, iterate
@@ -51,6 +51,8 @@ cdef class DelayedStore(Source):
         # Every AbstractEventBus is one, and this check takes no time.
         if not isinstance(actual_event_bus, EventStore):
             raise _messages.not_a_bus(actual_event_bus)
+        if self.actual is not None and self.actual._commitbus_marks is not None and covering(self.actual, self):
+            check_open(self.actual)
         if self.collected is not None and self.collected.items():
             raise _messages.still_collected(self)
         self.hold()
@@ -217,11 +219,16 @@ cdef class DelayedStore(Source):
         cdef list events
         cdef Py_ssize_t head = 0
         if not collects_plainly(actual):
-            position, _ = store._commitbus_mark()
-            pairs, marks = collect_within(actual, self, position, commit)
+            pairs, mark_again = collect_within(actual, self, commit)
             events = [explicit(pair) for pair in pairs]
             store.mixed = True
-        else:
+            with _lock.lock:  # no savepoint is opened meanwhile
+                actual._commitbus_marks = mark_again(store._commitbus_mark()[0])
+                copied = list(events)
+                if events:
+                    store.append_all(events)
+            return events_of(copied)
+        with _lock.lock:
             places = None
             while places != (store._commitbus_mark()[0], actual._commitbus_mark()[1]):  # Python code ran meanwhile
                 places = (store._commitbus_mark()[0], actual._commitbus_mark()[1])
@@ -230,9 +237,8 @@ cdef class DelayedStore(Source):
             if events is None:
                 return []
             events = events[head:]
-        actual._commitbus_marks = marks
-        copied = events_of(events)
-        if events:
+            actual._commitbus_marks = marks
+            copied = list(events)
             store.append_all(events)
         return copied
 

@@ -6,7 +6,7 @@ cimport cython
 from cpython.object cimport PyObject
 from cpython.weakref cimport PyWeakref_NewRef
 
-from commitbus._compiled.batch cimport Progress, carry_out, carry_out_in_rounds, check
+from commitbus._compiled.batch cimport Progress, carry_out, carry_out_in_rounds, check, events_of
 from commitbus._compiled.delayed_event_bus cimport DelayedStore
 from commitbus._compiled.event_bus cimport (
     APPLY_IS_OURS,
@@ -104,6 +104,9 @@ cdef class MultiStore(EventStore):
             hook = hook.__get__(self)
         enter_level(" while applying the buses of a MultiEventBus")
         try:
+            if self.running is None:
+                self.running = []
+            self.running.append(batch)
             while at.done < PyList_GET_SIZE(batch):
                 delayed = <object>PyList_GET_ITEM(batch, at.done)
                 if ours:
@@ -120,6 +123,7 @@ cdef class MultiStore(EventStore):
                 at.done += 1
         finally:
             leave_level()
+            forget(self.running, batch)
             if not ours:
                 gathering.set(outer)
         return 0
@@ -209,6 +213,10 @@ cdef class MultiStore(EventStore):
             gathering.set(outer)
         return out
 
+    def _commitbus_running(self):
+        """Copy the batches of buses that applies have taken and not finished."""
+        return [] if self.running is None else [events_of(batch) for batch in self.running]
+
     def _commitbus_unregister(self, identities):
         """Take buses out of what is registered, each given by its identity."""
         with cython.critical_section(self):
@@ -251,6 +259,16 @@ cdef class MultiStore(EventStore):
         if not isinstance(event, DelayedStore):
             raise _messages.not_delayed(event)
         self.turn(event, PyWeakref_NewRef(self, None), commit, None, gathering_of(self))
+
+
+cdef int forget(list batches, list batch) except -1:
+    """Take a batch out of the list of those that run: the last one, mostly."""
+    cdef Py_ssize_t i
+    for i in range(PyList_GET_SIZE(batches) - 1, -1, -1):
+        if PyList_GET_ITEM(batches, i) == <PyObject*>batch:
+            del batches[i]
+            break
+    return 0
 
 
 cdef int drop_failed(list buses) except -1:

@@ -2,6 +2,7 @@
 # cython: auto_pickle=False, freethreading_compatible=True, boundscheck=False, wraparound=False
 """`SideEffectsBus`: documented in `commitbus._pure.side_effects_bus`."""
 
+cimport cython
 from cpython.object cimport PyObject
 
 from commitbus._compiled.batch cimport (
@@ -15,7 +16,6 @@ from commitbus._compiled.batch cimport (
     events_of,
     explicit,
     look_up,
-    middleware,
 )
 from commitbus._compiled.event_bus cimport EventStore, collected
 
@@ -35,6 +35,15 @@ cdef extern from "Python.h":
 cdef bint is_delayed(object event) noexcept:
     """Whether an event is a delayed bus: a source of batches, and no store of events."""
     return isinstance(event, Source) and not isinstance(event, EventStore)
+
+
+@cython.final
+cdef class Around:
+    """A hook with middleware around it: for the events that stand for themselves, and for pairs."""
+
+    cdef tuple stack
+    cdef object hook
+    cdef bint method
 
 
 cdef class PairStore(EventStore):
@@ -89,13 +98,22 @@ cdef class PairStore(EventStore):
         return self.wrapped().hook(method) if method[0] and hook is CALL_PAIR else (self._apply_event,)
 
     cdef object surrounded(self, object hook, bint* method, object stack):
-        # A hook of its own, and pairs that stand for themselves: `run` surrounds each.
-        return hook if type(hook) is tuple else self.wraps.surrounded(hook, method, stack)
+        cdef Around around = Around.__new__(Around)
+        around.stack = stack
+        around.hook = hook if type(hook) is tuple else self.wraps.surrounded(hook, method, stack)
+        around.method = method[0]
+        method[0] = False
+        return around
 
     cdef int run(
         self, object hook, bint method, list batch, Progress* at, object commit, object failures, list out
     ) except -1:
         cdef EventStore wraps = self.wraps
+        stack = None
+        if type(hook) is Around:
+            stack = (<Around>hook).stack
+            method = (<Around>hook).method
+            hook = (<Around>hook).hook
         own = hook[0] if type(hook) is tuple else None
         if own is None and not self.mixed:
             return wraps.run(hook, method, batch, at, commit, failures, out)
@@ -105,8 +123,8 @@ cdef class PairStore(EventStore):
         try:
             while at.done < PyList_GET_SIZE(batch):
                 pair = self.pair_of(<object>PyList_GET_ITEM(batch, at.done))
-                if middleware is not None and not is_delayed(pair[0]):
-                    surround_pair(middleware, wraps, pair, commit, own)
+                if stack is not None and not is_delayed(pair[0]):
+                    surround_pair(stack, wraps, pair, commit, own)
                 elif own is None:
                     call_event(pair[1], commit)
                 else:

@@ -95,6 +95,9 @@ class Home:
         """Give what carries out the items of a batch that was taken, by the hook that was looked up before."""
         return hook
 
+    def _commitbus_finish(self, batch: Batch) -> None:
+        """Note that a batch is not run any more."""
+
     def _commitbus_surrounded(self, hook: Any, stack: tuple[Middleware, ...]) -> Any:
         """Give a hook that runs the middleware around that one."""
         raise NotImplementedError
@@ -315,6 +318,7 @@ def carry_out(
     if source._commitbus_marks is not None:
         check_open(source)
     batch: Any = new_batch()
+    running = batch
     failed: list[int] = []
     left: Any = None
     events: Any = None
@@ -403,6 +407,8 @@ def carry_out(
         raise
     finally:
         applied = None  # the frame of a handler that failed leads to this one, and it must keep no event
+        home._commitbus_finish(running)
+        running = None
         if scope is not None:
             scope.over = True
 

@@ -31,9 +31,10 @@ class Batches:
 class BatchEventBus(AbstractEventBus[T], Generic[T]):
     """A bus that applies many events at a time: subclass it and implement ``_apply_events``.
 
-    For what is cheaper together: one ``executemany``, one request, one line for each of many. A batch is done
-    when ``_apply_events`` returns. When it raises, that batch and those after it stay pending; where it knows
-    which of its events failed, it raises `PartlyApplied`. With ``robust=True`` each batch is tried once.
+    ``_apply_events(events: list[T], commit: bool) -> None`` carries a batch out, or only pretends to: for what is
+    cheaper together, one ``executemany``, one request, one line for each of many. A batch is done when it returns.
+    When it raises, that batch and those after it stay pending; where it knows which of its events failed, it
+    raises `PartlyApplied`. With ``robust=True`` each batch is tried once.
 
     Where a subclass or an instance overrides ``_apply_event``, and for pairs that somebody made, events are
     applied one by one.

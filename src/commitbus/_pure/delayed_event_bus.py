@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING, Any, Generic, cast
 
-from commitbus import _messages, _naming, _state
+from commitbus import _lock, _messages, _naming, _state
 from commitbus._context import gathering_of
 from commitbus._interfaces import EventBus, T, deprecated
 from commitbus._looking import Shown
@@ -110,6 +110,9 @@ class DelayedEventBus(Home, Shown, _state.Stateful, EventBus[T], Generic[T]):
         if not is_bus(actual_event_bus):
             raise _messages.not_a_bus(actual_event_bus)
         collected: SideEffectsBus[T] | None = getattr(self, "_commitbus_side_effects", None)
+        before: AbstractEventBus[T] | None = getattr(self, "_commitbus_actual", None)
+        if before is not None and before._commitbus_marks is not None and covering(before, self):
+            check_open(before)
         if collected is not None:
             if self.collected_events():
                 raise _messages.still_collected(self)
@@ -276,7 +279,7 @@ class DelayedEventBus(Home, Shown, _state.Stateful, EventBus[T], Generic[T]):
         -------
         Savepoint
             It is open, and keeps a reference to this bus until it ends. While it is open, this bus can
-            collect, but neither it nor the wrapped bus can be applied or discarded.
+            collect, and applying or discarding it or the wrapped bus is a `RuntimeError`.
         """
         self._commitbus_wrapped()
         return Savepoint(self)
@@ -388,23 +391,26 @@ class DelayedEventBus(Home, Shown, _state.Stateful, EventBus[T], Generic[T]):
         actual, collected = self._commitbus_wrapped(), self._commitbus_collected()
         kept: list[Any] = collected._commitbus_pending
         if not collects_plainly(actual):
-            pairs, marks = collect_within(actual, self, len(kept), commit)
+            pairs, mark_again = collect_within(actual, self, commit)
             items: list[Any] = [Explicit(pair) for pair in pairs]
             collected._commitbus_mixed = True
-            kept += items; actual._commitbus_marks = marks  # fmt: skip  # noqa: E702
+            with _lock.lock:  # no savepoint is opened meanwhile
+                marks = mark_again(len(kept))
+                kept += items; actual._commitbus_marks = marks  # fmt: skip  # noqa: E702
         else:
             pending: list[Any] = actual._commitbus_pending
-            while True:
-                tidy(actual)
-                left: Any = actual._commitbus_left
-                before: list[Any] = [] if left is None else left[EVENTS][left[BEGIN] :]
-                position = len(kept)
-                marks = moved(actual, self, position, len(before))
-                # One line: an interrupt finds the events in one place, and the marks right. Only if nobody has
-                # put back more.
-                # fmt: off
-                if actual._commitbus_left is left: kept += before; kept += pending; del pending[ALL]; actual._commitbus_left, actual._commitbus_marks = None, marks; break  # noqa: E501, E701, E702
-                # fmt: on
+            with _lock.lock:  # no savepoint is opened meanwhile
+                while True:
+                    tidy(actual)
+                    left: Any = actual._commitbus_left
+                    before: list[Any] = [] if left is None else left[EVENTS][left[BEGIN] :]
+                    position = len(kept)
+                    marks = moved(actual, self, position, len(before))
+                    # One line: an interrupt finds the events in one place, and the marks right. Only if nobody has
+                    # put back more.
+                    # fmt: off
+                    if actual._commitbus_left is left: kept += before; kept += pending; del pending[ALL]; actual._commitbus_left, actual._commitbus_marks = None, marks; break  # noqa: E501, E701, E702
+                    # fmt: on
             items = kept[position:]
         if items:
             collected._commitbus_register()
@@ -444,6 +450,9 @@ class DelayedEventBus(Home, Shown, _state.Stateful, EventBus[T], Generic[T]):
         self, hook: Handler, failures: _messages.Failures | None, out: list[Any] | None, batch: Batch
     ) -> Handler:
         return self._commitbus_actual._commitbus_choose(hook, failures, out, batch)
+
+    def _commitbus_finish(self, batch: Batch) -> None:
+        self._commitbus_actual._commitbus_finish(batch)
 
     def _commitbus_surrounded(self, hook: Any, stack: tuple[Middleware, ...]) -> Any:
         return self._commitbus_actual._commitbus_surrounded(hook, stack)

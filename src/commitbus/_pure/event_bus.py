@@ -354,8 +354,8 @@ class AbstractEventBus(Source, Shown, _state.Stateful, EventBus[T], Generic[T]):
         Returns
         -------
         Savepoint
-            It is open, and keeps a reference to the bus until it ends. While it is open, the bus cannot be
-            applied, collected or discarded.
+            It is open, and keeps a reference to the bus until it ends. While it is open, applying, collecting or
+            discarding what is in the bus is a `RuntimeError`.
         """
         return Savepoint(self)
 

@@ -18,6 +18,7 @@ from commitbus._pure.batch import (
     carry_out_in_rounds,
     drop,
     drop_others,
+    event_of,
     is_method,
     new_batch,
     put_back,
@@ -32,6 +33,7 @@ from commitbus.savepoint import refuse_open
 if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
+    from typing import Self
 
     from commitbus._pure.batch import Batch
     from commitbus.middleware import Middleware
@@ -62,9 +64,17 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
 
     __module__ = "commitbus.multi_event_bus"
 
-    __slots__ = ("__dict__",)
+    # _batches: of buses, that applies have taken and not finished
+    __slots__ = ("__dict__", "_commitbus_batches")
+    _commitbus_batches: list[Batch]
     _commitbus_plain = False
     _commitbus_multi = True
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Make an empty bus; a subclass's ``__init__`` takes the arguments."""
+        self = super().__new__(cls, *args, **kwargs)
+        self._commitbus_batches = []
+        return self
 
     def wrap(self, event_bus: AbstractEventBus[T]) -> DelayedEventBus[T]:
         """Delay a bus and register it.
@@ -269,8 +279,9 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
         hook: Handler,
         failures: _messages.Failures | None,
         out: list[Any] | None,
-        batch: Batch,  # noqa: ARG002
+        batch: Batch,
     ) -> Handler:
+        self._commitbus_batches.append(batch)
         if is_method(hook, MultiEventBus._apply_event, self):
             turn = self._commitbus_turn
             ref: weakref.ref[Any] = weakref.ref(self)
@@ -324,6 +335,17 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
         drop_others(self, batch, delayeds)
         for delayed in delayeds:
             delayed._commitbus_hold()
+
+    def _commitbus_finish(self, batch: Batch) -> None:
+        # By identity, and without a call of any event's.
+        for i, other in enumerate(self._commitbus_batches):
+            if other is batch:
+                del self._commitbus_batches[i]
+                break
+
+    def _commitbus_running(self) -> list[list[Any]]:
+        """Copy the batches of buses that applies have taken and not finished."""
+        return [list(map(event_of, batch[EVENTS])) for batch in self._commitbus_batches]
 
     def _commitbus_unregister(self, identities: set[int]) -> None:
         """Take buses out of what is registered, each given by its identity."""
@@ -410,7 +432,8 @@ def use_orchestrator_or_create_multi_event_bus(
         orchestrator: the caller owns the transaction, too.
     rollback_transaction : callable, optional
         Called without arguments where the transaction must not stay open: when an exception leaves the
-        block before the commit succeeded, when `commit_transaction` raises, and after a dry run. What was
+        block before the commit succeeded, when `commit_transaction` raises, after a dry run, and when the
+        block ends without a call of ``commit_and_execute_side_effects``. What was
         published in the block and not applied is dropped, with the data. What it raises itself becomes
         the last in the chain of the error that was there before. Not called with an orchestrator.
     robust : bool, default False

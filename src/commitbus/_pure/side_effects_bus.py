@@ -144,6 +144,9 @@ class SideEffectsBus(AbstractEventBus[Pair[T]], Generic[T]):
         ours = is_method(hook, SideEffectsBus._apply_event, self)
         return self._commitbus_wrapped()._commitbus_hook() if ours else (hook,)
 
+    def _commitbus_finish(self, batch: Batch) -> None:
+        self._commitbus_wraps._commitbus_finish(batch)
+
     def _commitbus_surrounded(self, hook: Any, stack: tuple[Middleware, ...]) -> Any:
         # A hook of its own, and pairs that stand for themselves: `_commitbus_choose` surrounds each.
         if type(hook) is tuple:
