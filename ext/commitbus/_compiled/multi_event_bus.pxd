@@ -3,8 +3,11 @@ from commitbus._compiled.event_bus cimport EventStore
 
 
 cdef class MultiStore(EventStore):
-    # The batches of buses that applies have taken and not finished: None while there was none.
+    # The batch of buses that an apply has taken and not finished, or None; and those of other applies at once.
     cdef list running
+    cdef list others
 
+    cdef int begin(self, list batch) except -1
+    cdef int finish(self, list batch) except -1
     # Gives 1 where the bus keeps what failed in it.
     cdef int turn(self, DelayedStore delayed, object ref, object commit, object failures, list out) except -1

@@ -104,9 +104,7 @@ cdef class MultiStore(EventStore):
             hook = hook.__get__(self)
         enter_level(" while applying the buses of a MultiEventBus")
         try:
-            if self.running is None:
-                self.running = []
-            self.running.append(batch)
+            self.begin(batch)
             while at.done < PyList_GET_SIZE(batch):
                 delayed = <object>PyList_GET_ITEM(batch, at.done)
                 if ours:
@@ -123,9 +121,31 @@ cdef class MultiStore(EventStore):
                 at.done += 1
         finally:
             leave_level()
-            forget(self.running, batch)
+            self.finish(batch)
             if not ours:
                 gathering.set(outer)
+        return 0
+
+    cdef int begin(self, list batch) except -1:
+        """Note that a batch runs, for a savepoint that a handler opens."""
+        if self.running is None:
+            self.running = batch
+        else:
+            if self.others is None:
+                self.others = []
+            self.others.append(batch)
+        return 0
+
+    cdef int finish(self, list batch) except -1:
+        """Note that a batch does not run any more."""
+        cdef Py_ssize_t i
+        if self.running is batch:
+            self.running = None
+        elif self.others is not None:
+            for i in range(PyList_GET_SIZE(self.others)):
+                if PyList_GET_ITEM(self.others, i) == <PyObject*>batch:
+                    del self.others[i]
+                    break
         return 0
 
     cdef int turn(self, DelayedStore delayed, object ref, object commit, object failures, list out) except -1:
@@ -215,7 +235,8 @@ cdef class MultiStore(EventStore):
 
     def _commitbus_running(self):
         """Copy the batches of buses that applies have taken and not finished."""
-        return [] if self.running is None else [events_of(batch) for batch in self.running]
+        batches = [*(self.others or ())] if self.running is None else [self.running, *(self.others or ())]
+        return [events_of(batch) for batch in batches]
 
     def _commitbus_unregister(self, identities):
         """Take buses out of what is registered, each given by its identity."""
@@ -259,16 +280,6 @@ cdef class MultiStore(EventStore):
         if not isinstance(event, DelayedStore):
             raise _messages.not_delayed(event)
         self.turn(event, PyWeakref_NewRef(self, None), commit, None, gathering_of(self))
-
-
-cdef int forget(list batches, list batch) except -1:
-    """Take a batch out of the list of those that run: the last one, mostly."""
-    cdef Py_ssize_t i
-    for i in range(PyList_GET_SIZE(batches) - 1, -1, -1):
-        if PyList_GET_ITEM(batches, i) == <PyObject*>batch:
-            del batches[i]
-            break
-    return 0
 
 
 cdef int drop_failed(list buses) except -1:

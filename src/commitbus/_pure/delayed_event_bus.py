@@ -109,16 +109,18 @@ class DelayedEventBus(Home, Shown, _state.Stateful, EventBus[T], Generic[T]):
         """Wrap a bus."""
         if not is_bus(actual_event_bus):
             raise _messages.not_a_bus(actual_event_bus)
-        collected: SideEffectsBus[T] | None = getattr(self, "_commitbus_side_effects", None)
+        collected: SideEffectsBus[T] | None = None
         before: AbstractEventBus[T] | None = getattr(self, "_commitbus_actual", None)
-        if before is not None and before._commitbus_marks is not None and covering(before, self):
-            check_open(before)
-        if collected is not None:
-            if self.collected_events():
-                raise _messages.still_collected(self)
+        if before is not None:
+            if before._commitbus_marks is not None and covering(before, self):
+                check_open(before)
+            collected = self._commitbus_side_effects
+            if collected is not None:
+                if self.collected_events():
+                    raise _messages.still_collected(self)
+                # Kept, since a handler may call this while what was collected is being applied.
+                collected._commitbus_wraps = actual_event_bus
             self._commitbus_hold()
-            # Kept, since a handler may call this while what was collected is being applied.
-            collected._commitbus_wraps = actual_event_bus
         self._commitbus_actual = actual_event_bus
         self._commitbus_left = self._commitbus_owner = None
         self._commitbus_side_effects = collected

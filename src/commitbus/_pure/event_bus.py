@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from typing import Protocol, Self
 
     from commitbus._interfaces import EventBusOrchestrator
+    from commitbus._pure.batch import Batch
     from commitbus.middleware import Middleware
 
     class CoroutineFunction(Protocol):
@@ -77,7 +78,9 @@ class AbstractEventBus(Source, Shown, _state.Stateful, EventBus[T], Generic[T]):
 
     # _owner, _wrapper: once a multi bus let go of this bus, that multi bus and the delayed bus around this
     #     one, weakly, as nobody else could apply them: the next event registers the one with the other
-    __slots__ = ("__weakref__", "_commitbus_owner", "_commitbus_wrapper")
+    # _batch: the one that an apply of a multi bus has taken and not finished
+    __slots__ = ("__weakref__", "_commitbus_batch", "_commitbus_owner", "_commitbus_wrapper")
+    _commitbus_batch: Batch | None
     _commitbus_owner: weakref.ref[Any] | None
     _commitbus_wrapper: weakref.ref[Any] | None
     _commitbus_plain = ATOMIC  # whether apply needs neither a lock nor a context nor middleware
@@ -90,7 +93,8 @@ class AbstractEventBus(Source, Shown, _state.Stateful, EventBus[T], Generic[T]):
             raise _messages.no_arguments(cls)
         self = object.__new__(cls)
         self._commitbus_pending = []
-        self._commitbus_left = self._commitbus_marks = self._commitbus_owner = self._commitbus_wrapper = None
+        self._commitbus_left = self._commitbus_marks = self._commitbus_batch = None
+        self._commitbus_owner = self._commitbus_wrapper = None
         return self
 
     def publish(self, event: T) -> None:
