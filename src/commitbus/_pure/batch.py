@@ -343,10 +343,12 @@ def carry_out(
             handler = home._commitbus_choose(hook, failures, out, batch)
             if failures is None:
                 for event in events:
-                    if (event := handler(event, commit)) is not None:
-                        _messages.refuse_coroutine(handler, event)
-                    # Not only there: on 3.14 and 3.15, a loop that ends with an `if` jumps back by an
+                    event = handler(event, commit)
+                    # Not `if event is not None`: on 3.14 and 3.15, a loop that ends with an `if` jumps back by an
                     # instruction that no `except` covers, and an interrupt there would lose the batch.
+                    if event is None:
+                        continue
+                    _messages.refuse_coroutine(handler, event)
                     event = None
             else:
                 before = known = len(failures.errors)

@@ -207,9 +207,11 @@ class AbstractEventBus(Source, Shown, _state.Stateful, EventBus[T], Generic[T]):
                 # finalizer can come between, and publish what would then be cleared.
                 events += pending; del pending[ALL]  # fmt: skip  # noqa: E702
                 for event in iterator:
-                    if (event := function(owner, event, commit)) is not None:
-                        _messages.refuse_coroutine(hook, event)
-                    event = None  # as in `carry_out`
+                    event = function(owner, event, commit)
+                    if event is None:
+                        continue  # as in `carry_out`
+                    _messages.refuse_coroutine(hook, event)
+                    event = None
             except BaseException:
                 # Put back first, and without a call, as in `carry_out`.
                 batch = [events, iterator, event, (), None, 0, 1, 1]
@@ -543,8 +545,9 @@ class BasicEventBus(AbstractEventBus[CommittableFunction]):
                         event = call._commitbus_function(*call._commitbus_args, **call._commitbus_kwargs, commit=commit)
                     else:
                         event = event(commit=commit)
-                    if event is not None:
-                        _messages.refuse_coroutine(events[-iterator.__length_hint__() - 1], event)
+                    if event is None:
+                        continue
+                    _messages.refuse_coroutine(events[-iterator.__length_hint__() - 1], event)
                     event = None
             except BaseException:
                 batch = [events, iterator, event, (), None, 0, 1, 1]
