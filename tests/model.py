@@ -217,11 +217,22 @@ class Savepoint:
         return dropped
 
     def let_go(self, delayed: Any, multi: Any) -> list[Any]:
+        if delayed in self.delayed:
+            return []
         if self in delayed.bus.marks:
             delayed.owner = multi
             pairs, delayed.collected = delayed.collected, []
             return [event for event, _ in pairs]
-        events: list[Any] = delayed.events()
+        events: list[Any] = []
+        if isinstance(delayed.bus, MultiBus):
+            pairs, delayed.collected = delayed.collected, []
+            inner = [event for event, _ in pairs if isinstance(event, DelayedBus)]
+            inner += delayed.bus.left + delayed.bus.pending
+            events += [event for event, _ in pairs if not isinstance(event, DelayedBus)]
+            for one in dict.fromkeys(inner):
+                events += self.let_go(one, delayed.bus)
+            delayed.bus.left = delayed.bus.pending = []
+        events += delayed.events()
         delayed.drop(multi)
         return events
 

@@ -620,6 +620,22 @@ def test_rule_22_a_new_multi_bus_around_a_bus_from_before(twin: Any, make: Any, 
     assert log.events == ["before"]
 
 
+def test_rule_22_a_bus_from_before_that_is_registered_elsewhere_too(twin: Any, make: Any, log: Log) -> None:
+    multi, inner = twin.MultiEventBus(), twin.MultiEventBus()
+    delayed = multi.wrap(make())
+    delayed.publish(1)
+    delayed.apply(True)
+    savepoint = multi.savepoint()
+    inner.publish(delayed)
+    multi.wrap(inner)
+    delayed.publish(2)
+    assert savepoint.rollback() == [2]
+    assert inner.pending_events() == ()
+    assert multi.pending_events() == (delayed,)
+    multi.apply(True)
+    assert log.events == [1]
+
+
 def test_rule_22_what_an_older_one_keeps_moves_with_what_a_newer_one_drops(twin: Any, make: Any) -> None:
     delayed: Any = None
     opened: list[Any] = []

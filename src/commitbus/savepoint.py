@@ -300,8 +300,10 @@ class Savepoint:
     def _let_go(self, delayed: Any, multi: Any) -> list[Any]:
         """Let go of a bus that was registered since, and drop all that is in it."""
         actual, collected = delayed._commitbus_parts()
+        if any(one is delayed for one in self._delayed):
+            return []  # it was in another multi bus before: that one sees to it
         if self._covers(delayed):
-            # What it wraps is in another bus, too, which was there before: that one sees to it.
+            # What it wraps is in another delayed bus, too, which was there before: that one sees to it.
             delayed._commitbus_remember(weakref.ref(multi))
             pairs: list[Any] = [] if collected is None else collected._commitbus_cut(0, ())
             return [event for event, _ in pairs]

@@ -85,6 +85,7 @@ cdef class DelayedStore(Source):
         """The bus of the pairs that were collected, each an event and the callable that applies it."""
         return self.collecting()
 
+    @cython.binding(True)  # as in `EventStore`
     def publish(self, event):
         """Publish on the wrapped bus."""
         cdef EventStore actual = self.actual
