@@ -17,24 +17,26 @@ ROOT = Path(__file__).parent.parent
 # Nanoseconds for one event, or bytes: by operation, size, and who.
 Results = dict[str, dict[int, dict[str, float]]]
 
-# The figures to reach, by operation: the size at which it is read, and how many times as fast as the
-# reference the compiled and the pure twin shall be. (4.0 for calls is 2.0 from Python 3.15 on.)
-FIGURES: dict[str, tuple[int, float, float]] = {
-    "publish": (1000, 1.7, 1.0),
-    "publish on a DelayedEventBus": (1000, 2.6, 1.3),
-    "apply, handlers in Python": (1000, 1.0, 1.0),
-    "BasicEventBus.apply, functions": (1000, 1.9, 1.0),
-    "apply, a SideEffectCall against a partial": (1000, 4.0, 1.0),
-    "collect": (1000, 5.0, 1.2),
-    "DelayedEventBus.apply": (1000, 100.0, 50.0),
-    "DelayedEventBus.apply_without_delay": (1000, 4.0, 2.0),
-    "MultiEventBus, 20 buses of 100 events": (2000, 8.0, 2.5),
-    "a web request, 3 buses of 2 events": (6, 5.0, 1.2),
-    "a BatchEventBus of 1,000 events against a handler for each": (1000, 8.0, 1.0),
+# The figures to reach, by operation: the size at which it is read; how many times as fast as the reference the compiled
+# twin shall be on 3.11, 3.12, 3.13, 3.14 and 3.15; and the pure twin. The design sets them, from what was measured
+# with the tricks that it allows; the pure twin's are below 1 where it pays for safety.
+FIGURES: dict[str, tuple[int, tuple[float, ...], float]] = {
+    "publish": (1000, (1.7, 1.8, 1.7, 1.4, 1.6), 0.9),
+    "publish on a BasicEventBus": (1000, (1.6, 1.6, 1.5, 1.3, 1.5), 0.75),
+    "publish on a DelayedEventBus": (1000, (2.6, 2.8, 2.8, 2.2, 2.5), 1.1),
+    "apply, handlers in Python": (1000, (1.1, 1.0, 1.1, 1.0, 1.0), 0.9),
+    "BasicEventBus.apply, functions": (1000, (2.1, 1.7, 1.9, 1.7, 1.9), 1.0),
+    "apply, a SideEffectCall against a partial": (1000, (6.0, 6.0, 5.0, 4.0, 2.4), 1.0),
+    "collect": (1000, (7.0, 6.5, 6.5, 6.5, 7.0), 1.2),
+    "DelayedEventBus.apply": (1000, (200.0, 200.0, 150.0, 150.0, 150.0), 50.0),
+    "DelayedEventBus.apply_without_delay": (1000, (6.0, 6.0, 6.0, 5.5, 5.5), 2.0),
+    "MultiEventBus, 20 buses of 100 events": (2000, (8.0, 8.5, 8.5, 7.3, 7.5), 2.5),
+    "a web request, 3 buses of 2 events": (6, (4.4, 4.0, 4.1, 3.7, 3.8), 0.95),
+    "a BatchEventBus of 1,000 events against a handler for each": (1000, (8.0,) * 5, 1.0),
 }
 CALLBACKS = "register N callbacks and run them"
 MEMORY = "memory of a delayed event, in bytes"
-SAFETY = 1 / 1.2  # what the pure twin may pay for it: never more than a fifth
+FIRST = 11  # the Python that the first of the figures is for, 3.11
 
 
 def read(path: Path) -> tuple[Results, str]:
@@ -74,38 +76,36 @@ def ratio(row: dict[str, float], who: str) -> float | None:
 
 
 def figures(results: Results, python: str) -> list[str]:
-    """Make the table of the figures to reach."""
-    minor = tuple(map(int, python.split(".")[:2]))
+    """Make the table of the figures to reach, and say in a sentence where they are not."""
+    minor = int(python.split(".")[1])
     lines = [
-        "| operation, 1,000 events where it takes a size | compiled | figure | reached | pure | figure | reached |",
-        "| --- | --: | --: | --- | --: | --: | --- |",
+        "| operation, 1,000 events where it takes a size | compiled | figure | pure | figure |",
+        "| --- | --: | --: | --: | --: |",
     ]
+    short: list[str] = []
 
-    def line(name: str, compiled: float | None, wanted: float, pure: float | None, wanted_pure: float) -> str:
-        # "As fast" is to be read with the rule beside the table: for its safety, the pure twin may pay a fifth.
-        allowed = SAFETY if wanted_pure == 1.0 else wanted_pure
+    def line(name: str, *pairs: tuple[float | None, float]) -> str:
         cells = [name]
-        for value, figure, limit in ((compiled, wanted, wanted), (pure, wanted_pure, allowed)):
-            reached = "" if value is None else "yes" if round(value, 2) >= round(limit, 2) else "**no**"
-            cells += [times(value), times(figure), reached]
+        for twin, (value, figure) in zip(("compiled", "pure"), pairs, strict=True):
+            cells += [times(value), times(figure)]
+            if value is not None and round(value, 2) < figure:
+                short.append(f"{name} ({twin}, {times(value)} of {times(figure)})")
         return f"| {' | '.join(cells)} |"
 
     for operation, (size, compiled, pure) in FIGURES.items():
-        wanted = compiled
-        if operation.startswith("apply, a SideEffectCall") and minor >= (3, 15):
-            wanted = 2.0
-        if operation == "apply, handlers in Python" and minor == (3, 11):
-            wanted = 1.1
         row = results[operation][size]
-        lines.append(line(operation, ratio(row, "compiled"), wanted, ratio(row, "pure"), pure))
+        figure = compiled[min(minor - FIRST, len(compiled) - 1)]
+        lines.append(line(operation, (ratio(row, "compiled"), figure), (ratio(row, "pure"), pure)))
     for size, row in sorted(results[CALLBACKS].items()):
         baseline = row["list of partials"]
         ratios = [
             baseline / row[name] if (name := f"commitbus, {twin}") in row else None for twin in ("compiled", "pure")
         ]
-        lines.append(line(f"{CALLBACKS}, N = {size:,}, against a list of partials", ratios[0], 2.0, ratios[1], 1.0))
+        name = f"{CALLBACKS}, N = {size:,}, against a list of partials"
+        lines.append(line(name, (ratios[0], 2.0), (ratios[1], 0.4)))
     ((_, row),) = results[MEMORY].items()
-    return [*lines, line(MEMORY, ratio(row, "compiled"), 10.0, ratio(row, "pure"), 10.0)]
+    lines.append(line(MEMORY, (ratio(row, "compiled"), 10.0), (ratio(row, "pure"), 10.0)))
+    return [*lines, "", f"Below its figure: {'; '.join(short) or 'none'}."]
 
 
 def operations(results: Results) -> list[str]:
@@ -237,8 +237,8 @@ def write(run: Path, name: str, command: str, into: Path, plots: bool) -> None:
         *picture("How many times as fast as the reference", "ratios"),
         "## The figures to reach",
         "",
-        "How many times as fast as the reference each twin is. For its safety, the pure twin may pay a fifth: "
-        "0.83x counts as 1x.",
+        "How many times as fast as the reference each twin is: 1x is as fast, and less is slower. The pure twin pays "
+        "for what the reference does not do: an interrupt, a tracer or another thread loses nothing in it.",
         "",
         *figures(results, python),
         "",
