@@ -6,13 +6,22 @@ and ``--turns N`` runs the whole suite N times in one process; the report keeps 
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
+from pytest_benchmark.logger import PytestBenchmarkWarning
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--turns", type=int, default=1, help="how many times each benchmark takes its turn (default: 1)")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Let pytest-benchmark warn: without a stored run, ``--benchmark-compare`` is told so, instead of failing."""
+    config.addinivalue_line("filterwarnings", "default::pytest_benchmark.logger.PytestBenchmarkWarning")
+    warnings.filterwarnings("default", category=PytestBenchmarkWarning)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
