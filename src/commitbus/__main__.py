@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import platform
 import sys
 import time
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import commitbus
-from commitbus import _select
+from commitbus import _against, _select
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,65 +26,121 @@ JOBS = {
 }
 
 
-def make_job(twin: Any, buses: int, events: int) -> Callable[[], None]:
+def make_job(candidate: Any, buses: int, events: int) -> Callable[[], object]:
     """Make one run of the main job: wrap, publish, apply."""
 
-    class Bus(twin.AbstractEventBus):
+    class Bus(candidate.AbstractEventBus):
         def _apply_event(self, event: object, commit: bool) -> None:
             pass
 
     published = [object() for _ in range(events)]
+    counts = hasattr(candidate.MultiEventBus, "apply_and_get_applied_events")
 
     def job() -> None:
-        multi = twin.MultiEventBus()
+        multi = candidate.MultiEventBus()
         for _ in range(buses):
             publish = multi.wrap(Bus()).publish
             for event in published:
                 publish(event)
-        if len(multi.apply_and_get_applied_events(commit=False)) != buses * events:
-            raise SystemExit("commitbus lost an event; please report this")
+        if not counts:
+            multi.apply(False)
+        elif len(multi.apply_and_get_applied_events(False)) != buses * events:
+            raise RuntimeError("an event was lost")
 
     return job
 
 
-def measure(twins: dict[str, Any], seconds: float) -> dict[str, dict[str, float]]:
-    """Time each job on each twin, in turns, and keep the best: nanoseconds per event."""
+def make_jobs(candidates: dict[str, Any], workload: Any) -> dict[str, tuple[dict[str, Callable[[], object]], int, int]]:
+    """Make the jobs, each with how often it runs in one timing, and how many events it has; try each once."""
+    jobs: dict[str, tuple[dict[str, Callable[[], object]], int, int]] = {}
+    rows = {"a call of the workload": (1, 1, 1)} if workload is not None else JOBS
+    for row, (buses, events, repeat) in rows.items():
+        runs: dict[str, Callable[[], object]] = {}
+        for name, candidate in candidates.items():
+            try:
+                run = partial(workload, candidate) if workload is not None else make_job(candidate, buses, events)
+                run()
+            except Exception as error:
+                print(f"{name}: skipped in {row!r}: {type(error).__name__}: {error}", file=sys.stderr)
+            else:
+                runs[name] = run
+        if runs:
+            jobs[row] = runs, repeat, buses * events
+    return jobs
+
+
+def measure(candidates: dict[str, Any], seconds: float, workload: Any = None) -> dict[str, dict[str, float]]:
+    """Time each job on each candidate, in turns, and keep the best: nanoseconds per event, or per call."""
     results: dict[str, dict[str, float]] = {}
     clock = time.perf_counter_ns
-    for name, (buses, events, repeat) in JOBS.items():
-        jobs = {twin: make_job(module, buses, events) for twin, module in twins.items()}
-        best = dict.fromkeys(jobs, float("inf"))
-        until = time.perf_counter() + seconds / len(JOBS)
-        while time.perf_counter() < until:
-            for twin, job in jobs.items():
+    jobs = make_jobs(candidates, workload)
+    shown = sys.stderr.isatty()
+    for number, (row, (runs, repeat, events)) in enumerate(jobs.items()):
+        best = dict.fromkeys(runs, float("inf"))
+        share = seconds / len(jobs)
+        begun = time.perf_counter()
+        while (passed := time.perf_counter() - begun) < share:
+            if shown:
+                done = (number + passed / share) / len(jobs)
+                print(f"\rmeasuring: {done:4.0%}", end="", file=sys.stderr, flush=True)
+            for name, run in runs.items():
                 start = clock()
                 for _ in range(repeat):
-                    job()
-                best[twin] = min(best[twin], (clock() - start) / (repeat * buses * events))
-        results[name] = best
+                    run()
+                best[name] = min(best[name], (clock() - start) / (repeat * events))
+        results[row] = best
+    if shown:
+        print("\r                \r", end="", file=sys.stderr, flush=True)
     return results
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command."""
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m commitbus", description="Say which twin of commitbus runs here, and measure the main job."
     )
+    parser.add_argument("--version", action="version", version=f"commitbus {commitbus.__version__}")
     parser.add_argument("--json", action="store_true", help="print one JSON object, for machines")
     parser.add_argument(
         "--seconds", type=positive, default=2.0, metavar="S", help="how long to measure (default: %(default)s)"
     )
-    options = parser.parse_args(arguments)
+    parser.add_argument(
+        "--against",
+        metavar="PATH_OR_MODULE",
+        help="measure your own implementation of the same names, too: a file, a folder with `shared/event_bus` in it "
+        "or that is the package, or a module",
+    )
+    parser.add_argument(
+        "--workload",
+        metavar="MODULE:FUNCTION",
+        help="measure this instead of the main job: it is called with each implementation, as an object that has "
+        "AbstractEventBus, MultiEventBus and so on",
+    )
+    return parser.parse_args(arguments)
 
-    twins: dict[str, Any] = {"pure": import_module("commitbus._pure")}
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command."""
+    options = parse(arguments)
+    candidates: dict[str, Any] = {}
+    workload: Any = None
     try:
-        twins["compiled"] = import_module("commitbus._compiled")
+        if options.against is not None:
+            candidates["yours"] = _against.load(options.against)
+        if options.workload is not None:
+            workload = _against.load_function(options.workload)
+    except _against.NotLoadedError as error:
+        print(f"python -m commitbus: {error}", file=sys.stderr)
+        return 2
+    candidates["pure"] = import_module("commitbus._pure")
+    try:
+        candidates["compiled"] = import_module("commitbus._compiled")
     except ModuleNotFoundError as error:
         if error.name != "commitbus._compiled.side_effects":  # as in _select
             raise
     gc.collect()
     gc.disable()
-    results = measure(twins, options.seconds)
+    results = measure(candidates, options.seconds, workload)
     python = f"{platform.python_implementation()} {platform.python_version()}"
     if options.json:
         report = {
@@ -97,11 +155,20 @@ def main(arguments: list[str] | None = None) -> int:
 
     why = f" ({_select.reason})" if _select.reason else ""
     print(f"commitbus {commitbus.__version__} on {python}: the {commitbus.implementation} twin{why}")
-    print(f"\n{'time per event, in ns':<34}{''.join(f'{twin:>10}' for twin in twins)}{'ratio':>8}")
-    for name, best in results.items():
-        ratio = f"{best['pure'] / best['compiled']:.1f}x" if "compiled" in best else "-"
-        print(f"{name:<34}{''.join(f'{best[twin]:>10.0f}' for twin in twins)}{ratio:>8}")
+    per = "time per event, in ns" if workload is None else "time per call, in ns"
+    print(f"\n{per:<34}{''.join(f'{name:>10}' for name in candidates)}{'ratio':>8}")
+    first, *_, last = [*candidates, *candidates]
+    for row, best in results.items():
+        ratio = f"{best[first] / best[last]:.1f}x" if first in best and last in best and first != last else "-"
+        print(f"{row:<34}{''.join(cell(best.get(name)) for name in candidates)}{ratio:>8}")
+    if "yours" in candidates:
+        print(f"\nThe ratio is that of {first} to {last}.")
     return 0
+
+
+def cell(value: float | None) -> str:
+    """Show a time."""
+    return f"{'-':>10}" if value is None else f"{value:>10.0f}"
 
 
 def positive(text: str) -> float:
@@ -112,5 +179,16 @@ def positive(text: str) -> float:
     return value
 
 
+def run() -> int:
+    """Run the command; somebody may stop reading what it prints."""
+    try:
+        status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to be flushed at the exit
+        return 1
+    return status
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())
