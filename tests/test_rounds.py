@@ -228,6 +228,18 @@ def test_rule_4d_a_context_manager_that_fails_when_it_is_left(twin: Any) -> None
     assert bus.pending_events() == ()
 
 
+def test_rule_4d_errors_stay_in_sight(twin: Any, make: Any, log: Log) -> None:
+    """A later round that cannot begin hides none of those before."""
+    bus = make()
+    log.on("bad", Boom("the real one"))
+    log.on("opens", lambda: [bus.publish("more"), bus.savepoint()])
+    bus.publish_all(["bad", "opens"])
+    with pytest.raises(RuntimeError, match="while <Savepoint") as caught:
+        bus.apply(True, robust=True, rounds=2)
+    group: Any = caught.value.__context__
+    assert [str(error) for error in group.exceptions] == ["the real one"]
+
+
 def test_rule_4d_an_apply_that_knows_neither_keyword(twin: Any, make: Any) -> None:
     class Bus(twin.MultiEventBus):
         def apply(self, commit: bool) -> list[Any]:

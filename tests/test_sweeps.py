@@ -179,7 +179,7 @@ def points(scene: Scene, number: int, install: Any, events: set[str], act: Any) 
         # Only a tracer or profiler can raise in these places, where no signal arrives: at a `try:`, which no handler
         # around it covers, and where a `with lock` has just acquired the lock or is about to release it.
         line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
-        if what in events and not line.startswith(("try:", "with lock:")):
+        if what in events and not line.startswith(("try:", "with lock:", "with _lock.lock:")):
             count += 1
             if count == number:
                 install(None)

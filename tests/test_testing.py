@@ -77,6 +77,16 @@ def test_record_what_was_applied_of_a_batch(twin: Any) -> None:
         bus.apply(True)
     assert side_effects.events == ["a", "c"]
 
+    class Wrong(twin.BatchEventBus):
+        def _apply_events(self, events: list[Any], commit: bool) -> None:
+            raise twin.PartlyApplied({7: Boom()})
+
+    wrong = Wrong()
+    wrong.publish_all("ab")
+    with record(block=False) as side_effects, pytest.raises(ValueError, match="has position 7"):
+        wrong.apply(True)
+    assert side_effects.events == []
+
 
 def test_record_in_threads_and_tasks(make: Any) -> None:
     def work(number: int) -> None:
@@ -234,6 +244,19 @@ def test_every_failure_of_what_a_handler_publishes(make: Any, log: Log) -> None:
     assert [failure.event for failure in every_failure(run)] == [1, 3, 2]
     log.on(1, lambda: [buses[-1].publish(2), buses[-1].apply(True)])
     assert [failure.event for failure in every_failure(run)] == [1, 2, 3]
+
+
+def test_every_failure_of_a_handler_that_fails_itself(twin: Any, make: Any, log: Log) -> None:
+    log.on("bad", Boom())
+
+    def run() -> None:
+        bus = make()
+        bus.publish_all(["bad", "b", "c"])
+        with pytest.raises(ExceptionGroup):
+            bus.apply(True, robust=True)
+
+    assert [failure.event for failure in every_failure(run)] == ["bad", "b", "c"]
+    assert [failure.event for failure in every_failure(run, after=True)] == ["b", "c"]
 
 
 def test_every_failure_of_a_run_that_swallows(make: Any) -> None:

@@ -301,6 +301,61 @@ def test_rule_19_what_an_apply_left_after_the_commit(
         assert seen == ["follow-up"]
 
 
+def test_rule_18b_what_belongs_to_an_earlier_commit_stays(
+    unit: Any, make: Any, log: Log, transaction: Transaction
+) -> None:
+    """A follow-up of the first call stays, and what the second one published goes with its data."""
+    mails = make()
+    with unit() as (bus, execute):
+        delayed = bus.wrap(mails)
+        log.on("order 1", lambda: mails.publish("follow-up"))
+        delayed.publish("order 1")
+        execute()
+        delayed.publish("order 2")
+        transaction.fail["commit"] = Boom()
+        with pytest.raises(Boom):
+            execute()
+        transaction.fail.clear()
+        delayed.publish("order 3")
+        assert execute() == ["follow-up", "order 3"]
+    assert transaction.calls == ["commit", "commit", "rollback", "commit"]
+    assert log.events == ["order 1", "follow-up", "order 3"]
+
+
+def test_rule_18b_savepoints_from_outside_stay(unit: Any, make: Any) -> None:
+    mails = make()
+    with mails.savepoint() as outside:
+        mails.publish("outside")
+        with pytest.raises(Boom) as caught, unit() as (bus, _):
+            bus.wrap(mails)
+            raise Boom
+        assert type(caught.value.__context__) is RuntimeError  # dropping was refused, and the first error stays
+        assert "LogBus" in repr(outside)
+    assert mails.pending_events() == ("outside",)
+
+
+def test_rule_18b_an_interrupt_while_it_drops(unit: Any, make: Any, transaction: Transaction) -> None:
+    class Interrupted(make):
+        def discard_pending_events(self) -> Any:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), unit() as (bus, _):
+        bus.wrap(Interrupted()).publish(1)
+        raise Boom
+    assert transaction.calls == ["rollback"]
+
+
+def test_rule_18_a_handler_that_calls_it_again(unit: Any, make: Any, log: Log, transaction: Transaction) -> None:
+    with pytest.raises(Boom) as caught, unit() as (bus, execute):
+        mails = bus.wrap(make())
+        log.on(1, execute)
+        log.on(2, Boom())
+        mails.publish_all([1, 2, 3])
+        execute()
+    assert transaction.calls == ["commit"]
+    assert notes(caught.value)[-1].endswith("the transaction was committed, but 2 events were not applied: int, int")
+
+
 def test_rule_18b_a_savepoint_on_one_of_its_buses(unit: Any, make: Any, transaction: Transaction) -> None:
     mails = make()
     with pytest.raises(Boom), unit() as (bus, _):

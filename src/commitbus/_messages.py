@@ -375,9 +375,10 @@ def partly_applied(
         When a position is not in the batch, of which all is taken to have failed.
     """
     failed, count = sorted(error.errors), len(events)
-    if failed[-1] >= count:
+    if not failed or failed[-1] >= count:
+        found = f"position {failed[-1]}" if failed else "no position"
         raise ValueError(
-            f"PartlyApplied has position {failed[-1]}, but the batch has {count} events, from 0 to {count - 1}; "
+            f"PartlyApplied has {found}, but the batch has {count} events, from 0 to {count - 1}; "
             "pass positions in the list that _apply_events() was given"
         ) from error
     for position in failed:

@@ -54,11 +54,15 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
 
     from commitbus.testing import pending
 
-    before = {id(bus): len(events) for bus, events in pending()}
+    before = {id(event) for _, events in pending() for event in events}
+
+    def new() -> list[Pending]:
+        return [found for found in pending() if not before.issuperset(map(id, found.events))]
+
     result = yield
-    if [found for found in pending() if len(found.events) > before.get(id(found.bus), 0)]:
+    if new():
         gc.collect()  # nobody could apply what is in a bus that nobody has
-        item.stash[_LEFT] = [found for found in pending() if len(found.events) > before.get(id(found.bus), 0)]
+        item.stash[_LEFT] = new()
     return result
 
 

@@ -67,6 +67,8 @@ def in_rounds(
     except BaseException as error:
         if scope is not None and not scope.over and scope.leave(error):
             return applied
+        if failures is not None:
+            failures.chain(error, bus)  # those of the rounds before stay in sight
         applied = batch = []  # the traceback keeps this frame, and must keep no event
         _messages.drop_own_frames(error)
         raise

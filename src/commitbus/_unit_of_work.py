@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from commitbus import _messages
 from commitbus._interfaces import EventBusOrchestrator, UnappliedEventsWarning
-from commitbus._looking import events_to_apply
+from commitbus._looking import events_to_apply, holds_buses, in_store
 from commitbus._rounds import check_rounds
-from commitbus.savepoint import refuse_open, roll_back_in
+from commitbus.savepoint import next_number, refuse_open, roll_back_in, stores_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -45,10 +45,15 @@ class Unit:
         self.called = False
         self.committed = False  # and not all applied since
         self.rolled_back = False  # and not called again since
-        self.kept = False  # whether an apply after a commit left events: they belong to what was committed
+        # What an apply after a commit left, by the bus that has it: it belongs to what was committed.
+        self.kept: list[tuple[Any, list[Any]]] = []
+        self.applying = False
+        self.begun = next_number()  # savepoints with a larger one were opened within it
 
     def commit_and_execute_side_effects(self) -> list[Any]:
         """Commit, apply, and return the events that were applied."""
+        if self.applying:  # a handler calls it again: the commit is done
+            return list(self.buses.apply_and_get_applied_events(self.commit, **self.options))
         # Before the commit, which an apply that is refused after it would separate from its side effects.
         refuse_open(self.buses)
         self.called = True
@@ -56,23 +61,31 @@ class Unit:
         if self.commit and not self.committed:
             try:
                 if self.commit_transaction is not None:
-                    _messages.refuse_coroutine(self.commit_transaction, self.commit_transaction())
+                    # One line: an interrupt comes before the commit, or finds it noted.
+                    result = self.commit_transaction(); self.committed = True  # fmt: skip  # noqa: E702
+                    if result is not None:
+                        self.committed = False
+                        _messages.refuse_coroutine(self.commit_transaction, result)
             except BaseException as error:
-                self.roll_back(error)
+                if not self.committed:
+                    self.roll_back(error)
                 raise
             self.committed = True
         try:
+            self.applying = True
             applied: list[Any] = self.buses.apply_and_get_applied_events(self.commit, **self.options)
         except BaseException as error:
             if not self.commit:
                 self.roll_back(error)
             _messages.drop_own_frames(error)
             raise
+        finally:
+            self.applying = False
         self.committed = False
         if not self.commit:
             self.roll_back(None)
         else:
-            self.kept = bool(events_to_apply(self.buses))
+            self.kept = [(store, list(in_store(store))) for store in stores_in(self.buses) if not holds_buses(store)]
         return applied
 
     def roll_back(self, error: BaseException | None) -> None:
@@ -81,9 +94,13 @@ class Unit:
             return
         self.rolled_back = True
         seconds: list[Exception] = []
-        for step in (self.drop, self.end_transaction):
+        try:
+            self.drop()
+        except Exception as raised:
+            seconds.append(raised)
+        finally:  # whatever came: the transaction must not stay open
             try:
-                step()
+                self.end_transaction()
             except Exception as raised:
                 seconds.append(raised)
         first = error
@@ -96,10 +113,16 @@ class Unit:
             raise first
 
     def drop(self) -> None:
-        """Drop what was published and not applied."""
-        roll_back_in(self.buses)  # savepoints that were opened by hand, and not ended
-        if not self.kept:
-            self.buses.discard_pending_events()
+        """Drop what was published and not applied, but for what belongs to an earlier commit."""
+        roll_back_in(self.buses, self.begun)  # savepoints that were opened by hand, and not ended
+        again: list[tuple[Any, list[Any]]] = []
+        for store, events in self.kept:
+            kept = set(map(id, events))
+            again.append((store, [event for event in in_store(store) if id(event) in kept]))
+        self.buses.discard_pending_events()
+        for store, events in again:
+            if events:
+                store._commitbus_put(events)
 
     def end_transaction(self) -> None:
         """Call what ends the transaction."""
@@ -110,7 +133,7 @@ class Unit:
         """See to what was not applied when the block is left, by an error or not."""
         if error is not None and not self.committed:
             self.roll_back(error)
-            if not self.kept:
+            if not any(events for _, events in self.kept):
                 return
         try:
             self.tell(error)

@@ -123,8 +123,9 @@ class Savepoint:
             self._check()
             for multi, known in list(self._registered.values()):
                 self._check_new(delayed for delayed in multi._commitbus_get() if id(delayed) not in known)
-        self._begun = True
+        # In this order: one that was begun and runs in no thread is taken for one that an interrupt has stopped.
         self._thread = get_ident()
+        self._begun = True
         try:
             # Without the lock: what a class overrides, and finalizers, may run here.
             dropped = self._drop(self._bus, set())
@@ -193,15 +194,19 @@ class Savepoint:
         elif holds_buses(bus):
             self._cover_buses(bus, [])
         else:
-            self._mark(bus, None, bus._commitbus_mark()[0], 0)
+            self._mark(bus, None)
+            self._place(bus, bus._commitbus_mark()[0], 0)
 
     def _cover_delayed(self, delayed: Any) -> None:
         actual, collected = delayed._commitbus_parts()
         if any(mark.savepoint is self and mark.delayed is delayed for mark in actual._commitbus_marks or ()):
             return
         self._delayed.append(delayed)
+        self._mark(actual, delayed)
+        # Only now, as what another thread applies or collects from here on waits, or is refused.
+        _, collected = delayed._commitbus_parts()
         start = 0 if collected is None else collected._commitbus_mark()[0]
-        self._mark(actual, delayed, actual._commitbus_mark()[0], start)
+        self._place(actual, actual._commitbus_mark()[0], start)
         if collected is not None:
             collected._commitbus_marks = (*(collected._commitbus_marks or ()), Mark(self, None, 0, 0, ()))
         if holds_buses(actual):
@@ -211,7 +216,7 @@ class Savepoint:
         """Mark the buses that are registered with a multi bus, or were collected from it."""
         if id(multi) not in self._registered:
             self._registered[id(multi)] = (multi, {})
-            self._mark(multi, None, 0, 0)
+            self._mark(multi, None)
         _, known = self._registered[id(multi)]
         # Also those of an apply that is under way, whose turn may be still to come.
         running = [delayed for batch in multi._commitbus_running() for delayed in batch]
@@ -221,9 +226,14 @@ class Savepoint:
                 known[id(delayed)] = delayed
                 self._cover_delayed(delayed)
 
-    def _mark(self, store: Any, delayed: Any, start: int, collected: int) -> None:
-        store._commitbus_marks = (*(store._commitbus_marks or ()), Mark(self, delayed, start, collected, ()))
+    def _mark(self, store: Any, delayed: Any) -> None:
+        store._commitbus_marks = (*(store._commitbus_marks or ()), Mark(self, delayed, 0, 0, ()))
         self._stores.append(store)
+
+    def _place(self, store: Any, start: int, collected: int) -> None:
+        """Say where the mark is that was made last."""
+        *others, last = store._commitbus_marks
+        store._commitbus_marks = (*others, last._replace(start=start, collected=collected))
 
     def _check(self) -> None:
         if self._bus is None:
@@ -262,22 +272,25 @@ class Savepoint:
         return cast("list[Any]", bus._commitbus_cut(mark.start, ()))
 
     def _drop_delayed(self, delayed: Any, done: set[int]) -> list[Any]:
-        actual, collected = delayed._commitbus_parts()
-        (mark,) = (one for one in actual._commitbus_marks if one.savepoint is self and one.delayed is delayed)
+        actual, _ = delayed._commitbus_parts()
+        pairs: list[Any] = []
         dropped: list[Any] = []
-        if collected is not None:
-            with _lock.lock:
+        with _lock.lock:  # a thread that collects moves events, and the marks with them
+            _, collected = delayed._commitbus_parts()
+            marks = open_marks(actual) or ()
+            (mark,) = (one for one in marks if one.savepoint is self and one.delayed is delayed)
+            if collected is not None:
                 pairs = collected._commitbus_cut(mark.collected, mark.kept)
                 # What older savepoints keep of it has moved to the front.
                 actual._commitbus_marks = tuple(
-                    one._replace(kept=_shifted(one.kept, mark)) if one.delayed is delayed else one
-                    for one in open_marks(actual) or ()
+                    one._replace(kept=_shifted(one.kept, mark)) if one.delayed is delayed else one for one in marks
                 )
-            for event, _ in pairs:
-                dropped += self._let_go(event, actual) if is_delayed(event) else [event]
+            newer: list[Any] = [] if holds_buses(actual) else actual._commitbus_cut(mark.start, ())
+        for event, _ in pairs:
+            dropped += self._let_go(event, actual) if is_delayed(event) else [event]
         if holds_buses(actual):
             return dropped + self._drop_buses(actual, done)
-        return dropped + cast("list[Any]", actual._commitbus_cut(mark.start, ()))
+        return dropped + newer
 
     def _drop_buses(self, multi: Any, done: set[int]) -> list[Any]:
         if id(multi) in done:
@@ -378,6 +391,7 @@ def check_open(bus: Any) -> None:
     """
     while (marks := open_marks(bus)) is not None:
         if _collecting.get(id(bus)) == get_ident():
+            del _collecting[id(bus)]  # once: what a class overrides may not apply in place of collecting
             return  # a delayed bus that the savepoints cover collects
         savepoint = marks[-1].savepoint
         if not savepoint._begun or savepoint._thread is not None:
@@ -401,11 +415,20 @@ def refuse_open(bus: Any) -> None:
             check_open(store)
 
 
-def roll_back_in(bus: Any) -> None:
-    """Roll back every savepoint that covers a bus, or one that is in it."""
-    stores = [bus, *(_stores_in(bus._commitbus_get()) if holds_buses(bus) else ())]
-    for store in stores:
-        while (marks := open_marks(store)) is not None:
+def next_number() -> int:
+    """Give a number that every savepoint that is opened from now on exceeds."""
+    return next(_numbers)
+
+
+def stores_in(bus: Any) -> list[Any]:
+    """List a multi bus, and what is in it."""
+    return [bus, *_stores_in(bus._commitbus_get())]
+
+
+def roll_back_in(bus: Any, number: int) -> None:
+    """Roll back the savepoints that were opened since, on a multi bus or one that is in it."""
+    for store in stores_in(bus):
+        while marks := [mark for mark in open_marks(store) or () if mark.savepoint._number > number]:
             marks[0].savepoint._roll_back_all()
 
 
@@ -435,6 +458,18 @@ def moved(bus: Any, delayed: Any, position: int, left: int) -> tuple[Mark, ...] 
         When the delayed bus is not covered by one of the savepoints.
     """
     return _moved(bus, delayed, lambda mark: ((position, left + mark.start),) if left + mark.start else ())
+
+
+def note_older(bus: Any, delayed: Any, position: int, count: int) -> None:
+    """Note that what a delayed bus has collected at a position is older than the savepoints, which came meanwhile."""
+    if bus._commitbus_marks is not None:
+        bus._commitbus_marks = (
+            tuple(
+                mark._replace(kept=(*mark.kept, (position, count))) if mark.delayed is delayed else mark
+                for mark in open_marks(bus) or ()
+            )
+            or None
+        )
 
 
 def _moved(bus: Any, delayed: Any, kept: Callable[[Mark], tuple[tuple[int, int], ...]]) -> tuple[Mark, ...] | None:

@@ -130,14 +130,16 @@ _removes: list[Callable[[], None]] = []
 
 def _note(call: Callable[[], None], bus: Any, event: Any, commit: Any) -> None:
     recordings = [recording for recording, _ in _recordings]
+    batch = type(event) is list and hasattr(bus, "_apply_events")
+    events: list[Any] = cast("Any", event) if batch else [event]
     failed: PartlyApplied | None = None
     if not any(block for _, block in _recordings):
         try:
             call()  # first: what raises was not applied
         except PartlyApplied as error:
+            if not batch or max(error.errors) >= len(events):
+                raise
             failed = error
-    batch = type(event) is list and hasattr(bus, "_apply_events")
-    events: list[Any] = cast("Any", event) if batch else [event]
     done = [one for position, one in enumerate(events) if failed is None or position not in failed.errors]
     for recording in recordings:
         recording.applied.extend([Applied(bus, one, commit) for one in done])
@@ -314,14 +316,15 @@ def every_failure(run: Callable[[], object], *, after: bool = False) -> Generato
     number = 0
     while True:
         number += 1
-        failure = _run_once(run, number, after)
-        if failure is None:
+        failure, reached = _run_once(run, number, after)
+        if failure is not None:
+            yield failure
+        elif not reached:
             return
-        yield failure
 
 
-def _run_once(run: Callable[[], object], number: int, after: bool) -> Failure | None:
-    """Run with the side effect of a number failing; None if there are fewer."""
+def _run_once(run: Callable[[], object], number: int, after: bool) -> tuple[Failure | None, bool]:
+    """Run with the side effect of a number failing, if it does not fail by itself; tell whether there are as many."""
     lock = Lock()
     seen = 0
     failures: list[Failure] = []
@@ -351,7 +354,7 @@ def _run_once(run: Callable[[], object], number: int, after: bool) -> Failure | 
             failures[0].result = result
     finally:
         remove()
-    return failures[0] if failures else None
+    return failures[0] if failures else None, seen >= number
 
 
 def describe_pending(found: list[Pending]) -> str:

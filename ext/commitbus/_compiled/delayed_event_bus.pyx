@@ -28,7 +28,7 @@ from commitbus._compiled.side_effects_bus import SideEffectsBus
 from commitbus._context import gathering_of
 from commitbus._interfaces import EventBus, T, iterate
 from commitbus._looking import Shown
-from commitbus.savepoint import Savepoint, collect_within, covering, check_open, moved
+from commitbus.savepoint import Savepoint, collect_within, covering, check_open, moved, note_older
 
 
 cdef extern from "Python.h":
@@ -209,7 +209,12 @@ cdef class DelayedStore(Source):
         if events:
             copied = events_of(events)
             store.mixed = True
-            store.append_all(events)
+            if actual._commitbus_marks is not None:  # a savepoint was opened meanwhile
+                with _lock.lock:
+                    note_older(actual, self, store._commitbus_mark()[0], len(events))
+                    store.append_all(events)
+            else:
+                store.append_all(events)
             return copied
         return events
 

@@ -31,7 +31,7 @@ from commitbus._pure.batch import (
 )
 from commitbus._pure.event_bus import AbstractEventBus, Pair, collects_plainly, is_bus
 from commitbus._pure.side_effects_bus import SideEffectsBus
-from commitbus.savepoint import Savepoint, check_open, collect_within, covering, moved
+from commitbus.savepoint import Savepoint, check_open, collect_within, covering, moved, note_older
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -362,14 +362,28 @@ class DelayedEventBus(Home, Shown, _state.Stateful, EventBus[T], Generic[T]):
     def _commitbus_collect(self, commit: bool) -> list[T]:
         actual = self._commitbus_wrapped()
         collected = self._commitbus_collected()
+        if collects_plainly(actual):
+            with _lock.lock:  # no savepoint is opened meanwhile
+                events = None if actual._commitbus_marks is not None else self._commitbus_move(actual, collected)
+            if events is None:
+                return self._commitbus_collect_within_savepoint(commit)
+            if events:
+                collected._commitbus_register()
+            return events
         if actual._commitbus_marks is not None:
             return self._commitbus_collect_within_savepoint(commit)
-        if not collects_plainly(actual):
-            items = [Explicit((event, function)) for event, function in actual.collect(commit)]
-            if items:
-                collected._commitbus_mixed = True
-                collected._commitbus_append(items)
-            return list(map(event_of, items))
+        items: list[Any] = [Explicit((event, function)) for event, function in actual.collect(commit)]
+        if items:
+            collected._commitbus_mixed = True
+            with _lock.lock:
+                # A savepoint may have been opened meanwhile.
+                note_older(actual, self, len(collected._commitbus_pending), len(items))
+                collected._commitbus_pending.extend(items)
+            collected._commitbus_register()
+        return list(map(event_of, items))
+
+    def _commitbus_move(self, actual: AbstractEventBus[T], collected: SideEffectsBus[T]) -> list[T]:
+        """Move what is pending to what was collected."""
         kept: list[Any] = collected._commitbus_pending
         batch: Any = new_batch()
         try:
@@ -384,8 +398,6 @@ class DelayedEventBus(Home, Shown, _state.Stateful, EventBus[T], Generic[T]):
                 else:
                     put_back(actual, batch)
             raise
-        if events:
-            collected._commitbus_register()
         return events
 
     def _commitbus_collect_within_savepoint(self, commit: bool) -> list[T]:

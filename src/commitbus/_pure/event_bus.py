@@ -375,6 +375,12 @@ class AbstractEventBus(Source, Shown, _state.Stateful, EventBus[T], Generic[T]):
         """Drop what is pending from a mark on, but for some spans, and give it."""
         return self._commitbus_look(cut(self._commitbus_pending, start, kept))
 
+    def _commitbus_put(self, events: list[T]) -> None:
+        """Append events that were pending before, whatever a subclass overrides."""
+        self._commitbus_pending.extend(events)
+        if self._commitbus_owner is not None:
+            self._commitbus_register()
+
     def _commitbus_bring_back(self, count: int) -> None:
         """Bring the last events that were put back to what is pending: collecting them failed within a savepoint."""
         tidy(self)
