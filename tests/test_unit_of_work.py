@@ -322,6 +322,40 @@ def test_rule_18b_what_belongs_to_an_earlier_commit_stays(
     assert log.events == ["order 1", "follow-up", "order 3"]
 
 
+@pytest.mark.parametrize("hook", [False, True])
+def test_rule_18b_what_was_collected_of_an_earlier_commit_stays(
+    unit: Any, make: Any, log: Log, transaction: Transaction, hook: bool
+) -> None:
+    class Bus(make):
+        if hook:
+
+            def _collect_event(self, event: Any, commit: bool) -> Any:
+                return lambda *, commit: log(event, commit)
+
+    with unit() as (bus, execute):
+        delayed = bus.wrap(Bus())
+
+        def follow_up() -> None:
+            delayed.publish("follow-up")
+            delayed.apply(True)
+
+        log.on("order 1", follow_up)
+        delayed.publish("order 1")
+        execute()
+        assert delayed.collected_events() == ("follow-up",)
+        delayed.publish("order 2")
+        delayed.apply(True)
+        delayed.publish("order 3")
+        transaction.fail["commit"] = Boom()
+        with pytest.raises(Boom):
+            execute()
+        transaction.fail.clear()
+        assert delayed.collected_events() == ("follow-up",)
+        assert delayed.pending_events() == ()
+        assert execute() == ["follow-up"]
+    assert log.events == ["order 1", "follow-up"]
+
+
 def test_rule_18b_savepoints_from_outside_stay(unit: Any, make: Any) -> None:
     mails = make()
     with mails.savepoint() as outside:

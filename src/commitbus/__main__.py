@@ -157,7 +157,8 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"commitbus {commitbus.__version__} on {python}: the {commitbus.implementation} twin{why}")
     per = "time per event, in ns" if workload is None else "time per call, in ns"
     print(f"\n{per:<34}{''.join(f'{name:>10}' for name in candidates)}{'ratio':>8}")
-    first, *_, last = [*candidates, *candidates]
+    names = list(candidates)
+    first, last = names[0], names[-1]
     for row, best in results.items():
         ratio = f"{best[first] / best[last]:.1f}x" if first in best and last in best and first != last else "-"
         print(f"{row:<34}{''.join(cell(best.get(name)) for name in candidates)}{ratio:>8}")

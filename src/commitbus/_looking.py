@@ -87,11 +87,10 @@ def headline(bus: Any) -> str:
 
 
 def _title(bus: Any) -> str:
-    cls = cast("Any", type(bus))
-    name = str.__str__(_name_of(cls))
+    name = str.__str__(_name_of(cast("Any", type(bus))))
     try:
         inner = bus._commitbus_parts()[0] if is_delayed(bus) else None
-        if hasattr(cls, "_commitbus_wrapped_bus"):  # on the class: a subclass may give anything for any name
+        if holds_pairs(bus):
             inner = bus._commitbus_wrapped_bus
     except TypeError:
         inner = None
@@ -167,6 +166,11 @@ def flatten(buses: tuple[Any, ...]) -> list[Any]:
 def holds_buses(bus: Any) -> bool:
     """Whether the events of a bus are buses."""
     return hasattr(cast("Any", type(bus)), "_commitbus_unregister")
+
+
+def holds_pairs(bus: Any) -> bool:
+    """Whether the events of a bus are pairs that a delayed bus collected."""
+    return hasattr(cast("Any", type(bus)), "_commitbus_wrapped_bus")  # a subclass may give anything for any name
 
 
 def in_store(bus: Any) -> list[Any]:

@@ -366,8 +366,10 @@ def checked_batch_size(bus: object, size: object) -> int:
 
 def partly_applied(
     bus: object, error: PartlyApplied, events: list[object]
-) -> tuple[ExceptionGroup[Exception], list[int]]:
-    """Make one error of those of a batch; give the positions that failed, too, in order.
+) -> tuple[ExceptionGroup[Exception], list[object], int]:
+    """Make one error of those of a batch.
+
+    Gives its events, too: those that are done, then those that failed, which are what is left; and how many failed.
 
     Raises
     ------
@@ -385,7 +387,9 @@ def partly_applied(
         what = f"event {position + 1} of a batch of {count}, {describe(events[position])},"
         _add_note(error.errors[position], f"{what} failed in {describe_bus(bus)}; it stays pending")
     text = f"{len(failed)} of {'1 event' if count == 1 else f'{count} events'} failed in a batch of {describe_bus(bus)}"
-    return ExceptionGroup(text, [error.errors[position] for position in failed]), failed
+    ordered = [event for position, event in enumerate(events) if position not in error.errors]
+    ordered += [events[position] for position in failed]
+    return ExceptionGroup(text, [error.errors[position] for position in failed]), ordered, len(failed)
 
 
 def not_a_callback(name: str, value: object) -> TypeError:

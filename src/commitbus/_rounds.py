@@ -47,17 +47,18 @@ def in_rounds(
         When `rounds` is below 1.
     """
     check_rounds(rounds)
-    failures = _messages.Failures(rounds=_messages.Rounds()) if robust else None
+    progress = _messages.Rounds()
+    failures = _messages.Failures(rounds=progress) if robust else None
     applied: list[Any] = []
     try:
         if scope is not None:
             scope.enter()
         for _ in range(rounds):
-            before = 0 if failures is None else cast("Any", failures).rounds.tried
+            before = progress.tried
             batch = apply_once(failures)
             applied += batch
             # A bus with failures is not among what was applied, but may have applied something.
-            if not batch and (failures is None or cast("Any", failures).rounds.tried == before):
+            if not batch and progress.tried == before:
                 break
         if scope is not None and leave(scope, bus, failures, 0):
             cast("Any", failures).errors.clear()

@@ -8,13 +8,18 @@ from typing import TYPE_CHECKING, Any, cast
 
 from commitbus import _messages
 from commitbus._interfaces import EventBusOrchestrator, UnappliedEventsWarning
-from commitbus._looking import events_to_apply, holds_buses, in_store
+from commitbus._looking import events_to_apply, holds_buses, holds_pairs, in_store
 from commitbus._rounds import check_rounds
 from commitbus.savepoint import next_number, refuse_open, roll_back_in, stores_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
     from contextlib import AbstractContextManager
+
+
+def identity(store: Any, event: Any) -> int:
+    """Tell an event in a bus from others; a pair that was collected, which is made anew each time, by its event."""
+    return id(event[0] if holds_pairs(store) else event)
 
 
 class Yielded(tuple[EventBusOrchestrator, "Callable[[], list[Any]]"]):
@@ -45,8 +50,8 @@ class Unit:
         self.called = False
         self.committed = False  # and not all applied since
         self.rolled_back = False  # and not called again since
-        # What an apply after a commit left, by the bus that has it: it belongs to what was committed.
-        self.kept: list[tuple[Any, list[Any]]] = []
+        # What an apply after a commit left, by its identity and the bus that has it: it belongs to what was committed.
+        self.kept: list[tuple[Any, set[int]]] = []
         self.applying = False
         self.begun = next_number()  # savepoints with a larger one were opened within it
 
@@ -85,7 +90,8 @@ class Unit:
         if not self.commit:
             self.roll_back(None)
         else:
-            self.kept = [(store, list(in_store(store))) for store in stores_in(self.buses) if not holds_buses(store)]
+            stores = [store for store in stores_in(self.buses) if not holds_buses(store)]
+            self.kept = [(store, {identity(store, event) for event in in_store(store)}) for store in stores]
         return applied
 
     def roll_back(self, error: BaseException | None) -> None:
@@ -116,9 +122,8 @@ class Unit:
         """Drop what was published and not applied, but for what belongs to an earlier commit."""
         roll_back_in(self.buses, self.begun)  # savepoints that were opened by hand, and not ended
         again: list[tuple[Any, list[Any]]] = []
-        for store, events in self.kept:
-            kept = set(map(id, events))
-            again.append((store, [event for event in in_store(store) if id(event) in kept]))
+        for store, kept in self.kept:
+            again.append((store, [event for event in in_store(store) if identity(store, event) in kept]))
         self.buses.discard_pending_events()
         for store, events in again:
             if events:

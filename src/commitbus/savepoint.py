@@ -174,14 +174,10 @@ class Savepoint:
         for multi, known in self._registered.values():
             stores += _stores_in(one for one in multi._commitbus_get() if id(one) not in known)
         for store in stores:
-            last = cast("Any", open_marks(store) or self._marks)[-1].savepoint
-            if last._number > self._number:
-                return cast("Savepoint", last)
+            marks = open_marks(store)
+            if marks is not None and marks[-1].savepoint._number > self._number:
+                return marks[-1].savepoint
         return None
-
-    @property
-    def _marks(self) -> tuple[Mark, ...]:
-        return (Mark(self, None, 0, 0, ()),)
 
     def __repr__(self) -> str:
         """Name the bus."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from commitbus import _lock, _messages
 from commitbus._interfaces import PartlyApplied
-from commitbus._looking import Shown, collected_in, holds_buses, in_store
+from commitbus._looking import Shown, collected_in, holds_buses, holds_pairs, in_store
 from commitbus._naming import describe, describe_bus, is_delayed
 from commitbus.middleware import INNERMOST, OUTERMOST, add_at
 
@@ -238,7 +238,7 @@ def pending() -> list[Pending]:
                     events = collected_in(bus)
             except TypeError:  # one that wraps no bus
                 pass
-        elif not (holds_buses(bus) or hasattr(cast("Any", type(bus)), "_commitbus_wrapped_bus")):
+        elif not (holds_buses(bus) or holds_pairs(bus)):
             events = in_store(bus)
         if events:
             found.append(Pending(bus, tuple(events)))

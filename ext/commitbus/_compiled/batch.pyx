@@ -14,7 +14,7 @@ from cpython.ref cimport Py_DECREF
 from commitbus._compiled.side_effects cimport SideEffectCall
 
 from commitbus import _messages
-from commitbus._rounds import in_rounds
+from commitbus._rounds import in_rounds, leave
 from commitbus.middleware import tell_changes
 
 
@@ -286,16 +286,6 @@ cdef int run_robustly(
         except Exception:
             pass  # where there is no stack left, that costs a note
         at.width = at.span = 1
-
-
-cdef bint leave(object scope, object bus, object failures, Py_ssize_t before) except -1:
-    """Leave what surrounded the handlers, which have all run; true if that swallowed their errors."""
-    try:
-        failed = failures is not None and len(failures.errors) > before
-        return scope.leave(failures.group(bus) if failed else None) and failed
-    except BaseException as error:
-        _messages.note_left(error, bus)
-        raise
 
 
 cdef list stopped(

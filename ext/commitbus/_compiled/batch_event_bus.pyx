@@ -66,11 +66,9 @@ cdef class BatchStore(EventStore):
             try:
                 check(function, function(batch[at.done:end], commit))
             except PartlyApplied as error:
-                group, failed = _messages.partly_applied(self, error, batch[at.done:end])
-                # Those that are done go before those that failed: these are what is left.
-                batch[at.done:end] = in_order(batch[at.done:end], failed)
-                at.done = end - len(failed)
-                at.width = len(failed)
+                group, ordered, at.width = _messages.partly_applied(self, error, batch[at.done:end])
+                batch[at.done:end] = ordered
+                at.done = end - at.width
                 raise group from None
             at.done = end
             at.width = at.span = 1
@@ -82,11 +80,6 @@ cdef class BatchStore(EventStore):
             check(self._apply_events, self._apply_events([event], commit))
         except PartlyApplied as error:
             raise _messages.partly_applied(self, error, [event])[0] from None
-
-
-cdef list in_order(list events, object failed):
-    positions = set(failed)
-    return [events[i] for i in range(len(events)) if i not in positions] + [events[i] for i in failed]
 
 
 EXTENSION_TYPES.add(BatchStore)

@@ -209,12 +209,11 @@ cdef class DelayedStore(Source):
         if events:
             copied = events_of(events)
             store.mixed = True
-            if actual._commitbus_marks is not None:  # a savepoint was opened meanwhile
-                with _lock.lock:
-                    note_older(actual, self, store._commitbus_mark()[0], len(events))
-                    store.append_all(events)
-            else:
-                store.append_all(events)
+            with _lock.lock:
+                # A savepoint may have been opened meanwhile.
+                note_older(actual, self, store._commitbus_mark()[0], len(events))
+                store.extend(events)
+            store.register()
             return copied
         return events
 
@@ -232,7 +231,9 @@ cdef class DelayedStore(Source):
                 actual._commitbus_marks = mark_again(store._commitbus_mark()[0])
                 copied = list(events)
                 if events:
-                    store.append_all(events)
+                    store.extend(events)
+            if copied:
+                store.register()
             return events_of(copied)
         with _lock.lock:
             places = None
@@ -245,7 +246,8 @@ cdef class DelayedStore(Source):
             events = events[head:]
             actual._commitbus_marks = marks
             copied = list(events)
-            store.append_all(events)
+            store.extend(events)
+        store.register()
         return copied
 
     # A turn in a multi bus: it takes from the wrapped bus, and puts back into what was collected.

@@ -26,6 +26,7 @@ cdef class EventStore(Source):
     cdef int append(self, object event) except -1
     cdef int append_first(self, object event) except -1
     cdef int append_all(self, list events) except -1
+    cdef int extend(self, list events) except -1
     cdef int add_all(self, object events) except -1
     cdef list remove(self, Py_ssize_t* head)
     cdef int forget_again(self, list tried) except -1

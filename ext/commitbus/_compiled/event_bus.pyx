@@ -203,12 +203,17 @@ cdef class EventStore(Source):
 
     cdef int append_all(self, list events) except -1:
         """Append events in a list that nobody else has."""
+        self.extend(events)
+        return self.register()
+
+    cdef int extend(self, list events) except -1:
+        """Append events, without any Python code: registering may run some."""
         with cython.critical_section(self):
             if self.pending is None:
                 self.pending = events
             else:
                 self.pending.extend(events)
-        return self.register()
+        return 0
 
     cdef int add_all(self, object events) except -1:
         """Append one by one; what nobody can see happen, at once."""
@@ -389,7 +394,7 @@ cdef class EventStore(Source):
     def _commitbus_put(self, events):
         """Append events that were pending before, whatever a subclass overrides."""
         for event in events:
-            self.append(event)
+            self.add(event)
 
     def _commitbus_bring_back(self, Py_ssize_t count):
         """Bring the last events that were put back to what is pending: collecting them failed within a savepoint."""

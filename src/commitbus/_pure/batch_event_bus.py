@@ -139,12 +139,10 @@ class BatchEventBus(AbstractEventBus[T], Generic[T]):
                     _messages.refuse_coroutine(function, result)
                     skip(iterator, end)
             except PartlyApplied as error:
-                group, failed = _messages.partly_applied(self, error, some)
-                positions = set(failed)
-                ordered = [event for i, event in enumerate(some) if i not in positions] + [some[i] for i in failed]
-                first, span = end - len(failed), slice(start, end)
-                # Those that are done go before those that failed, which are what is left.
-                events[span] = ordered; skip(iterator, first + 1); batch[WIDTH] = len(failed)  # fmt: skip  # noqa: E702
+                group, ordered, failed = _messages.partly_applied(self, error, some)
+                first, span = end - failed, slice(start, end)
+                # One line: those that failed are what is left, or the whole batch is.
+                events[span] = ordered; skip(iterator, first + 1); batch[WIDTH] = failed  # fmt: skip  # noqa: E702
                 raise group from None
             batch[WIDTH] = batch[SPAN] = 1
             return None
