@@ -332,19 +332,22 @@ def savepoint_not_last(savepoint: object, last: object) -> RuntimeError:
     return RuntimeError(f"{savepoint!r} cannot end before {last!r}: the last on a bus ends first; end that one")
 
 
+def _not_a_number(name: str, kinds: str, least: int, value: object, advice: str) -> Exception:
+    """Refuse what is no int, or too small a one."""
+    if not isinstance(value, int):
+        return TypeError(f"{name} must be {kinds}, not {type_name(type(value))}; {advice}")
+    return ValueError(f"{name} must be {least} or more, not {value}; {advice}")
+
+
 def not_rounds(value: object) -> Exception:
     """Refuse a number of rounds that is none."""
-    if not isinstance(value, int):
-        return TypeError(f"rounds must be an int, not {type_name(type(value))}; pass how often to apply at most")
-    return ValueError(f"rounds must be 1 or more, not {value}; pass how often to apply at most")
+    return _not_a_number("rounds", "an int", 1, value, "pass how often to apply at most")
 
 
 def not_a_batch_size(bus: object, value: object) -> Exception:
     """Refuse the batch_size of a bus."""
     advice = f"set batch_size of {describe_bus(bus)} to how many events it takes at most, or None for all"
-    if not isinstance(value, int):
-        return TypeError(f"batch_size must be an int or None, not {type_name(type(value))}; {advice}")
-    return ValueError(f"batch_size must be 1 or more, not {value}; {advice}")
+    return _not_a_number("batch_size", "an int or None", 1, value, advice)
 
 
 def checked_batch_size(bus: object, size: object) -> int:
@@ -457,9 +460,7 @@ def not_a_tree(value: object) -> TypeError:
 
 def not_a_most(value: object) -> Exception:
     """Refuse a number of lines that is none."""
-    if not isinstance(value, int):
-        return TypeError(f"most must be an int, not {type_name(type(value))}; pass how many lines a bus has at most")
-    return ValueError(f"most must be 0 or more, not {value}; pass how many lines a bus has at most")
+    return _not_a_number("most", "an int", 0, value, "pass how many lines a bus has at most")
 
 
 def pending_after_test(count: int) -> str:
