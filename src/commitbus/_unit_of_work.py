@@ -121,9 +121,9 @@ class Unit:
     def drop(self) -> None:
         """Drop what was published and not applied, but for what belongs to an earlier commit."""
         roll_back_in(self.buses, self.begun)  # savepoints that were opened by hand, and not ended
-        again: list[tuple[Any, list[Any]]] = []
-        for store, kept in self.kept:
-            again.append((store, [event for event in in_store(store) if identity(store, event) in kept]))
+        again = [
+            (store, [event for event in in_store(store) if identity(store, event) in kept]) for store, kept in self.kept
+        ]
         self.buses.discard_pending_events()
         for store, events in again:
             if events:

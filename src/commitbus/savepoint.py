@@ -194,7 +194,7 @@ class Savepoint:
             self._place(bus, bus._commitbus_mark()[0], 0)
 
     def _cover_delayed(self, delayed: Any) -> None:
-        actual, collected = delayed._commitbus_parts()
+        actual, _ = delayed._commitbus_parts()
         if any(mark.savepoint is self and mark.delayed is delayed for mark in actual._commitbus_marks or ()):
             return
         self._delayed.append(delayed)
