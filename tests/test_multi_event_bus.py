@@ -163,6 +163,29 @@ def test_rule_17b_a_basic_bus_registers_itself_again(twin: Any, multi: Any) -> N
         event.assert_called_once_with(commit=False)
 
 
+@pytest.mark.parametrize("who", ["a weak reference", "its delayed bus", "what a handler kept"])
+def test_rule_17b_a_bus_that_only_its_delayed_bus_holds(twin: Any, multi: Any, who: str) -> None:
+    kept: list[Any] = []
+    applied: list[object] = []
+
+    class Bus(twin.AbstractEventBus):
+        def _apply_event(self, event: object, commit: bool) -> None:
+            applied.append(event)
+            if who == "what a handler kept" and not kept:
+                kept.append(self)
+
+    delayed = multi.wrap(Bus())
+    ref = weakref.ref(delayed.actual_event_bus) if who == "a weak reference" else None
+    delayed.publish(1)
+    multi.apply(True)
+    bus = ref() if ref is not None else kept[0] if kept else delayed.actual_event_bus
+    bus.publish(2)
+    del bus
+    assert multi.pending_events() == (delayed,)
+    multi.apply(True)
+    assert applied == [1, 2]
+
+
 def test_rule_17b_registering_by_hand_after_an_apply(multi: Any, make: Any) -> None:
     bus = multi.wrap(make())
     multi.apply(True)

@@ -27,6 +27,7 @@ cdef class DelayedStore(Source):
     # Gives 1 where what failed in it is left.
     cdef int turn(self, object ref, object commit, object failures, list out) except -1
     cdef int let_go(self, object owner) except -1
+    cdef bint is_shared(self) noexcept
     cdef int after_turn(self) except -1
     cdef int link(self) except -1
     cdef int hold(self) except -1

@@ -33,6 +33,8 @@ from commitbus.savepoint import Savepoint, collect_within, covering, check_open,
 
 cdef extern from "Python.h":
     Py_ssize_t Py_REFCNT(PyObject* instance)
+    # Where the first of the weak references to an instance is; NULL in it without any.
+    PyObject** PyObject_GET_WEAKREFS_LISTPTR(PyObject* instance)
 
 cdef extern from *:
     """
@@ -283,12 +285,15 @@ cdef class DelayedStore(Source):
 
     cdef int turn(self, object ref, object commit, object failures, list out) except -1:
         """Collect what is pending, and carry it out, let go of by the multi bus to which `ref` refers."""
-        cdef EventStore actual = self.wrapped()
+        if self.actual is None:
+            raise _messages.not_wrapping()
+        # No reference of its own: `let_go` sees by their number whether anybody else has the wrapped bus.
+        cdef bint multi = self.actual.is_multi()
         cdef PairStore store
         cdef list applied
-        if actual._commitbus_marks is not None:
-            check_open(actual)
-        if self.collected is None and collects_plainly(actual):
+        if self.actual._commitbus_marks is not None:
+            check_open(self.actual)
+        if self.collected is None and collects_plainly(self.actual):
             # The direct path: nobody can have seen what was never collected. From now on an event registers
             # this bus again; what is pending is taken after that.
             self.let_go(ref)
@@ -300,7 +305,7 @@ cdef class DelayedStore(Source):
             applied = carry_out(store, self, commit, failures, out)
             if store.mixed:
                 applied = events_of(applied)
-        if out is not None and not actual.is_multi():
+        if out is not None and not multi:
             out.extend(applied)
         return failures is not None and len(failures.positions) > 0
 
@@ -315,11 +320,16 @@ cdef class DelayedStore(Source):
         """Have the next event register this bus with `owner`, a weak reference to a multi bus."""
         self.owner = owner
         self.linked = False
-        # Whoever has the wrapped bus may publish on it directly. Mostly nobody has: then the weak reference
-        # that this takes, a tenth of a request for three buses, can be saved.
-        if not WITH_GIL or Py_REFCNT(<PyObject*>self.actual) > 1 or self.actual.owner is not None:
+        # Mostly nobody else has the wrapped bus: the weak reference that this takes can be saved, which is a twentieth
+        # of a request for three buses.
+        if self.is_shared() or self.actual.owner is not None:
             self.link()
         return 0
+
+    cdef bint is_shared(self) noexcept:
+        """Whether anybody else has the wrapped bus, and may publish on it directly."""
+        cdef PyObject* actual = <PyObject*>self.actual
+        return not WITH_GIL or Py_REFCNT(actual) > 1 or PyObject_GET_WEAKREFS_LISTPTR(actual)[0] is not NULL
 
     cdef int after_turn(self) except -1:
         """See to what came onto this bus while its turn began, or may come onto the wrapped bus itself."""
@@ -327,7 +337,7 @@ cdef class DelayedStore(Source):
             return 0
         if self.actual.holds_any() or (self.collected is not None and self.collected.holds_any()):
             self.register()
-        elif not self.linked and (Py_REFCNT(<PyObject*>self.actual) > 1 or self.actual.is_multi()):
+        elif not self.linked and (self.is_shared() or self.actual.is_multi()):
             self.link()
         return 0
 

@@ -34,9 +34,11 @@ cdef extern from "Python.h":
         unsigned int tp_version_tag
         # Returns a new reference, or NULL with an exception set.
         newfunc tp_new
+        void* tp_init
     PyTypeObject* Py_TYPE(object instance)
     Py_ssize_t Py_REFCNT(PyObject* instance)
     Py_ssize_t PyList_GET_SIZE(object list)
+    Py_ssize_t PyTuple_GET_SIZE(object tuple)
 
 cdef extern from *:
     """
@@ -127,7 +129,6 @@ cdef bint is_extension_method(object cls, str name) except -1:
 
 
 # As many as CPython keeps of free tuples, the pairs that these are in: a fifth of the time of collect().
-@cython.final
 @cython.freelist(2000)
 cdef class Collected:
     """The default callable of a collected event."""
@@ -135,16 +136,6 @@ cdef class Collected:
     # Set once.
     cdef EventStore bus
     cdef readonly object event
-
-    def __dealloc__(self):
-        # One after another: thousands that are nested in each other would take all of the stack. (A trashcan
-        # would cost 12 % of collect().)
-        event = self.event
-        self.event = None
-        while type(event) is Collected and Py_REFCNT(<PyObject*>event) == 1:
-            inner = (<Collected>event).event
-            (<Collected>event).event = None
-            event = inner
 
     def __call__(self, *, commit):
         handler = self.bus._apply_event
@@ -154,8 +145,26 @@ cdef class Collected:
         return _state.collected, (self.bus, self.event)
 
 
+@cython.final
+cdef class CollectedAgain(Collected):
+    """That of an event which is such a callable itself. For the others, a __dealloc__ takes a seventh of collect()."""
+
+    def __dealloc__(self):
+        # One after another: thousands that are nested in each other would take all of the stack.
+        event = self.event
+        self.event = None
+        while type(event) is CollectedAgain and Py_REFCNT(<PyObject*>event) == 1:
+            inner = (<CollectedAgain>event).event
+            (<CollectedAgain>event).event = None
+            event = inner
+
+
 cdef object collected(EventStore bus, object event):
-    cdef Collected made = Collected.__new__(Collected)
+    cdef Collected made
+    if type(event) is Collected or type(event) is CollectedAgain:
+        made = CollectedAgain.__new__(CollectedAgain)
+    else:
+        made = Collected.__new__(Collected)
     made.bus = bus
     made.event = event
     return made
@@ -179,10 +188,6 @@ cdef inline bint is_default(object collect_event, bint method):
 
 
 cdef class EventStore(Source):
-    def __cinit__(self, *args, **kwargs):
-        if (args or kwargs) and type(self).__init__ is object.__init__:
-            raise _messages.no_arguments(type(self))
-
     cdef int add(self, object event) except -1:
         """Check an event, and append it."""
         return self.append(event)
@@ -474,6 +479,31 @@ cdef class CallableStore(EventStore):
         call_event(event, commit)
 
 
+# Making a bus refuses arguments that no __init__ takes. In `__cinit__(self, *args, **kwargs)`, that would make a dict for
+# each bus: a thirtieth of a request.
+cdef newfunc[2] unchecked
+
+
+cdef int check_arguments(PyTypeObject* cls, object args, PyObject* kwargs) except -1:
+    if (PyTuple_GET_SIZE(args) or (kwargs is not NULL and <dict>kwargs)) and cls.tp_init == (<PyTypeObject*>object).tp_init:
+        raise _messages.no_arguments(<object>cls)
+    return 0
+
+
+cdef object new_event_store(PyTypeObject* cls, object args, PyObject* kwargs):
+    check_arguments(cls, args, kwargs)
+    return unchecked[0](cls, args, kwargs)
+
+
+cdef object new_callable_store(PyTypeObject* cls, object args, PyObject* kwargs):
+    check_arguments(cls, args, kwargs)
+    return unchecked[1](cls, args, kwargs)
+
+
+unchecked[0] = (<PyTypeObject*>EventStore).tp_new
+unchecked[1] = (<PyTypeObject*>CallableStore).tp_new
+(<PyTypeObject*>EventStore).tp_new = new_event_store
+(<PyTypeObject*>CallableStore).tp_new = new_callable_store
 EXTENSION_TYPES.update((EventStore, CallableStore))
 cdef object COLLECT_EVENT = EventStore._collect_event
 cdef object CALL_EVENT = CallableStore._apply_event

@@ -66,6 +66,7 @@ cdef class MultiStore(EventStore):
     cdef bint is_multi(self) noexcept:
         return True
 
+    @cython.binding(True)  # as `publish` in `EventStore`
     def wrap(self, event_bus):
         """Delay a bus and register it."""
         if not isinstance(event_bus, EventStore):
@@ -211,6 +212,7 @@ cdef class MultiStore(EventStore):
             raise failures.end(self)
         return applied
 
+    @cython.binding(True)
     def apply_and_get_applied_events(self, commit, *, robust=False, rounds=1):
         """Apply the registered buses, and return the events instead."""
         cdef list out = []
