@@ -164,7 +164,7 @@ def use_middleware(stack):
 tell_changes(use_middleware)
 
 
-# Applying
+# Where a batch comes from
 
 
 cdef class Source:
@@ -190,6 +190,62 @@ cdef class Source:
 
     cdef object scope(self, object commit):
         return None
+
+
+# Making a bus or a delayed one
+
+
+cdef extern from "Python.h":
+    ctypedef struct PyTypeObject
+    ctypedef object (*newfunc)(PyTypeObject*, object, PyObject*)
+    ctypedef struct PyTypeObject:
+        # Returns a new reference, or NULL with an exception set.
+        newfunc tp_new
+        void* tp_init
+    Py_ssize_t PyTuple_GET_SIZE(object tuple)
+
+cdef extern from *:
+    """
+    #if PY_VERSION_HEX >= 0x030C0000 && PY_VERSION_HEX < 0x030D0000
+    /* 3.12 makes room for an instance's attributes in object.__new__ alone, which Cython passes over; without it, the
+       interpreter specialises no look-up on the instance. So the allocation, which comes first of all, is led there. */
+    static PyObject *allocate_as_object(PyTypeObject *cls, Py_ssize_t items) {
+        static PyObject *no_arguments = NULL;
+        cls->tp_alloc = PyType_GenericAlloc;
+        if (no_arguments == NULL && (no_arguments = PyTuple_New(0)) == NULL) return NULL;
+        return PyBaseObject_Type.tp_new(cls, no_arguments, NULL);
+    }
+    static PyObject *call_new(newfunc function, PyTypeObject *cls, PyObject *args, PyObject *kwargs) {
+        PyObject *made;
+        if (cls->tp_alloc == PyType_GenericAlloc) cls->tp_alloc = allocate_as_object;
+        made = function(cls, args, kwargs);
+        if (cls->tp_alloc == allocate_as_object) cls->tp_alloc = PyType_GenericAlloc;  /* an abstract class */
+        return made;
+    }
+    #else
+    #define call_new(function, cls, args, kwargs) function(cls, args, kwargs)
+    #endif
+    """
+    object call_new(newfunc function, PyTypeObject* cls, object args, PyObject* kwargs)
+
+
+cdef newfunc new_unchecked = (<PyTypeObject*>Source).tp_new
+
+
+cdef object new(PyTypeObject* cls, object args, PyObject* kwargs):
+    """Make an instance of a class below `Source`; refuse arguments that no __init__ takes.
+
+    Here, since ``__cinit__(self, *args, **kwargs)`` would make a dict for each bus: a thirtieth of a request.
+    """
+    if (PyTuple_GET_SIZE(args) or (kwargs is not NULL and <dict>kwargs)) and cls.tp_init == (<PyTypeObject*>object).tp_init:
+        raise _messages.no_arguments(<object>cls)
+    return call_new(new_unchecked, cls, args, kwargs)
+
+
+(<PyTypeObject*>Source).tp_new = new
+
+
+# Applying
 
 
 cdef list carry_out(Source source, object bus, object commit, object failures, list out):

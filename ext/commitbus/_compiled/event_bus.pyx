@@ -34,11 +34,9 @@ cdef extern from "Python.h":
         unsigned int tp_version_tag
         # Returns a new reference, or NULL with an exception set.
         newfunc tp_new
-        void* tp_init
     PyTypeObject* Py_TYPE(object instance)
     Py_ssize_t Py_REFCNT(PyObject* instance)
     Py_ssize_t PyList_GET_SIZE(object list)
-    Py_ssize_t PyTuple_GET_SIZE(object tuple)
 
 cdef extern from *:
     """
@@ -479,31 +477,6 @@ cdef class CallableStore(EventStore):
         call_event(event, commit)
 
 
-# Making a bus refuses arguments that no __init__ takes. In `__cinit__(self, *args, **kwargs)`, that would make a dict for
-# each bus: a thirtieth of a request.
-cdef newfunc[2] unchecked
-
-
-cdef int check_arguments(PyTypeObject* cls, object args, PyObject* kwargs) except -1:
-    if (PyTuple_GET_SIZE(args) or (kwargs is not NULL and <dict>kwargs)) and cls.tp_init == (<PyTypeObject*>object).tp_init:
-        raise _messages.no_arguments(<object>cls)
-    return 0
-
-
-cdef object new_event_store(PyTypeObject* cls, object args, PyObject* kwargs):
-    check_arguments(cls, args, kwargs)
-    return unchecked[0](cls, args, kwargs)
-
-
-cdef object new_callable_store(PyTypeObject* cls, object args, PyObject* kwargs):
-    check_arguments(cls, args, kwargs)
-    return unchecked[1](cls, args, kwargs)
-
-
-unchecked[0] = (<PyTypeObject*>EventStore).tp_new
-unchecked[1] = (<PyTypeObject*>CallableStore).tp_new
-(<PyTypeObject*>EventStore).tp_new = new_event_store
-(<PyTypeObject*>CallableStore).tp_new = new_callable_store
 EXTENSION_TYPES.update((EventStore, CallableStore))
 cdef object COLLECT_EVENT = EventStore._collect_event
 cdef object CALL_EVENT = CallableStore._apply_event
