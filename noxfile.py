@@ -106,21 +106,30 @@ def bench_once(session: nox.Session) -> None:
     """Run each benchmark once, without measuring: they still work."""
     install(session, "bench", "peers", "report")
     session.run("python", "-m", "pytest", "benchmarks", "-q", "--benchmark-disable")
+    session.run("python", "-m", "pytest", "tests/test_benchmarks.py", "-q")
 
 
 @nox.session(python=PYTHONS)
 def bench(session: nox.Session) -> None:
-    """Run the benchmarks, store the run in .benchmarks, and write the report into docs/benchmarks.
+    """Run the benchmarks, store the run in .benchmarks, and show the table of the figures (40 minutes).
 
-    ``nox -s bench-3.11 -- --benchmark-compare`` compares with the run before, too.
+    With ``-- --report`` the report in docs/benchmarks is written, too. Anything else goes to pytest: ``--turns=1``
+    takes a fifth of the time, ``-k "not 1000000"`` leaves the largest out, ``--against PATH`` has your own bus join,
+    and ``--benchmark-compare`` compares with the run before.
     """
     install(session, "bench", "peers", "report")
     version = str(session.python)
-    turns = ["--turns=5", "--benchmark-disable-gc", "-q", f"--benchmark-save={version}"]
-    session.run("python", "-m", "pytest", "benchmarks", *turns, *session.posargs)
-    # The plots of one Python are kept in the repository; those of the others would say the same.
-    plots = ["--plots", "--readme"] if version == "3.11" else []
-    session.run("python", "-m", "benchmarks.report", version, f"--command=nox -s bench-{version}", *plots)
+    options = [option for option in session.posargs if option != "--report"]
+    quiet = [] if any(option.startswith("--benchmark-compare") for option in options) else ["--benchmark-quiet"]
+    turns = ["--turns=5", "--benchmark-disable-gc", "-q", "--no-header", *quiet, f"--benchmark-save={version}"]
+    session.run("python", "-m", "pytest", "benchmarks", *turns, *options)
+    report = ["python", "-m", "benchmarks.report", version]
+    if "--report" in session.posargs:
+        words = [f"'{word}'" if " " in word else word for word in session.posargs]
+        report += ["--write", f"--command=nox -s bench-{version} -- {' '.join(words)}"]
+        # The plots of one Python are kept in the repository; those of the others would say the same.
+        report += ["--plots", "--readme"] if version == "3.11" else []
+    session.run(*report)
 
 
 @nox.session(python=PYTHONS)

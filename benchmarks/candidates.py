@@ -1,4 +1,4 @@
-"""What is compared: the reference and both twins."""
+"""What is compared: the reference, a user's own implementation where ``--against`` names one, and both twins."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
+
 from benchmarks import reference
+from commitbus import _against
 
 PURE_ONLY = os.environ.get("COMMITBUS_TEST_PURE_ONLY", "") not in {"", "0"}
+YOURS = "yours"
 
 
 @dataclass(frozen=True)
@@ -21,9 +25,20 @@ class Candidate:
     bus: Any
 
 
-def candidate(name: str) -> Candidate:
-    module: Any = reference if name == "reference" else importlib.import_module(f"commitbus._{name}")
+class Lacking:
+    """A user's implementation: a benchmark of what it has not is skipped, with a line that says so."""
 
+    def __init__(self, namespace: Any) -> None:
+        self._namespace = namespace
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return getattr(self._namespace, name)
+        except AttributeError:
+            pytest.skip(f"{YOURS} has no {name}")
+
+
+def candidate(name: str, module: Any) -> Candidate:
     class Bus(module.AbstractEventBus):
         def _apply_event(self, event: object, commit: bool) -> None:
             pass
@@ -31,4 +46,27 @@ def candidate(name: str) -> Candidate:
     return Candidate(name, module, Bus)
 
 
-CANDIDATES = {name: candidate(name) for name in ("reference", "pure", *(() if PURE_ONLY else ("compiled",)))}
+OURS = ("pure", *(() if PURE_ONLY else ("compiled",)))
+CANDIDATES = {
+    "reference": candidate("reference", reference),
+    **{name: candidate(name, importlib.import_module(f"commitbus._{name}")) for name in OURS},
+}
+
+
+def label(benchmark: Any, operation: str, who: str, size: int, events: int, **more: float) -> None:
+    """Put a benchmark into the group of its operation and size, and store what the report needs."""
+    benchmark.group = f"{operation} (N = {size:,})"
+    benchmark.extra_info.update(operation=operation, who=who, size=size, events=events, **more)
+
+
+def add(where: str) -> None:
+    """Let a user's implementation join, before the twins: to be called before the benchmarks are imported.
+
+    Raises
+    ------
+    commitbus._against.NotLoadedError
+        When it cannot be loaded; the text says why.
+    """
+    yours = candidate(YOURS, Lacking(_against.load(where)))
+    ours = {name: CANDIDATES.pop(name) for name in OURS}
+    CANDIDATES.update({YOURS: yours, **ours})

@@ -1,6 +1,9 @@
 """Register N callbacks with arguments while working, run them all at the end: commitbus and its peers.
 
-Each peer is used as its documentation says. None of them does all that commitbus does, and some do more.
+Each peer is used as its documentation says. None of them does all that commitbus does, and some do more. psygnal's
+wheel is compiled, by mypyc. Others that are compiled cannot do this job: fast-python-events calls handlers as it
+publishes, and its wheel is pure Python (its Cython part has to be built from a clone); PyEventEngine runs handlers in a
+thread of its own as events come, with no moment at which they run; why-too-fast-event-bus has no release on PyPI.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from benchmarks.candidates import CANDIDATES
+from benchmarks.candidates import CANDIDATES, YOURS, label
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -130,7 +133,7 @@ MAKERS: dict[str, tuple[str, Callable[[], Callable[[int], None]]]] = {
     "list of partials": ("functools", lambda: list_of_partials),
     "ExitStack": ("contextlib", lambda: exit_stack),
     **{
-        f"commitbus, {name}": ("commitbus", partial(partial, commitbus_calls, who.module))
+        name if name == YOURS else f"commitbus, {name}": ("commitbus", partial(partial, commitbus_calls, who.module))
         for name, who in CANDIDATES.items()
         if name != "reference"
     },
@@ -151,8 +154,7 @@ def test_callbacks(benchmark: Any, who: str, count: str) -> None:
     size = int(count)
     repeat = max(1, 1000 // size)
     run = maker()
-    benchmark.group = "register N callbacks and run them"
-    benchmark.extra_info.update(who=who, size=size, events=repeat * size)
+    label(benchmark, "register N callbacks and run them", who, size, repeat * size)
 
     def target() -> None:
         for _ in range(repeat):

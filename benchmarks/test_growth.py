@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from benchmarks.candidates import CANDIDATES, Candidate
+from benchmarks.candidates import CANDIDATES, Candidate, label
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -175,8 +175,7 @@ ROWS: dict[str, Callable[[Candidate, int], Any]] = {
 def test_growth(benchmark: Any, who: Candidate, size: int, row: str) -> None:
     if benchmark.disabled:  # only to see that it works
         size = min(size, 1000)
-    benchmark.group = f"growth: {row}"
-    benchmark.extra_info.update(who=who.name, size=size, events=size)
+    label(benchmark, f"growth: {row}", who.name, size, size)
 
     def setup() -> tuple[tuple[Any], dict[str, Any]]:
         return (ROWS[row](who, size),), {}

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.candidates import CANDIDATES
+from benchmarks.candidates import CANDIDATES, label
 
 EVENTS = [object() for _ in range(10_000)]
 
@@ -32,6 +32,5 @@ def test_memory(benchmark: Any, who: str) -> None:
         assert len(delayed.apply_without_delay(True)) == len(EVENTS)
         return (after - before) / len(EVENTS)
 
-    benchmark.group = "memory of a delayed event, in bytes"
     size = benchmark.pedantic(measure, rounds=1)
-    benchmark.extra_info.update(who=who, size=len(EVENTS), bytes=size)
+    label(benchmark, "memory of a delayed event, in bytes", who, len(EVENTS), len(EVENTS), bytes=size)

@@ -6,14 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from benchmarks.candidates import CANDIDATES
+from benchmarks.candidates import CANDIDATES, OURS
 from benchmarks.test_buses import EVENTS, filled, run
 from commitbus import add_middleware
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-OURS = [name for name in CANDIDATES if name != "reference"]
 
 
 @pytest.mark.parametrize("name", list(CANDIDATES))

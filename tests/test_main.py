@@ -118,6 +118,21 @@ def test_against_a_file_and_what_it_lacks(theirs: Path, tmp_path: Path) -> None:
     assert all(set(times) == set(TWINS) for times in report["ns_per_event"].values())
 
 
+def test_against_a_class_of_another_name(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(EVENT_BUS.replace("AbstractEventBus", "OurBus"))
+    (tmp_path / "work.py").write_text(
+        "def work(bus):\n"
+        "    class Mine(bus.AbstractEventBus):\n"
+        "        def _apply_event(self, event, commit): pass\n"
+        "    Mine().apply(True)\n"
+    )
+    options = ["--json", "--seconds", "0.1", "--workload", "work:work", "--against", f"{tmp_path / 'mine.py'}:OurBus"]
+    done = run(*options, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    (times,) = json.loads(done.stdout)["ns_per_event"].values()
+    assert set(times) == {"yours", *TWINS}
+
+
 def test_against_a_module_and_a_workload(theirs: Path, tmp_path: Path) -> None:
     (tmp_path / "work.py").write_text(
         "def work(bus):\n"
@@ -140,7 +155,7 @@ def test_against_a_module_and_a_workload(theirs: Path, tmp_path: Path) -> None:
     [
         (["--against", "nowhere/at/all"], "there is no file or folder nowhere/at/all"),
         (["--against", "nowhere_at_all"], "cannot import nowhere_at_all: ModuleNotFoundError: No module named"),
-        (["--against", "json"], "json has no AbstractEventBus; name the module or folder that has the buses"),
+        (["--against", "json"], "json has no class AbstractEventBus; name the module or folder that has the buses"),
         (["--workload", "json"], "json names no function; write MODULE:FUNCTION"),
         (["--workload", "json:nothing"], "cannot import json:nothing: AttributeError"),
         (["--workload", "json:__name__"], "json:__name__ is not a function"),

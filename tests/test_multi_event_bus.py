@@ -178,7 +178,7 @@ def test_rule_17b_a_bus_that_only_its_delayed_bus_holds(twin: Any, multi: Any, w
     ref = weakref.ref(delayed.actual_event_bus) if who == "a weak reference" else None
     delayed.publish(1)
     multi.apply(True)
-    bus = ref() if ref is not None else kept[0] if kept else delayed.actual_event_bus
+    bus: Any = ref() if ref is not None else kept[0] if kept else delayed.actual_event_bus
     bus.publish(2)
     del bus
     assert multi.pending_events() == (delayed,)

@@ -106,9 +106,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--against",
-        metavar="PATH_OR_MODULE",
+        metavar="PATH_OR_MODULE[:CLASS]",
         help="measure your own implementation of the same names, too: a file, a folder with `shared/event_bus` in it "
-        "or that is the package, or a module",
+        "or that is the package, or a module; CLASS is what it calls its AbstractEventBus",
     )
     parser.add_argument(
         "--workload",

@@ -38,7 +38,8 @@ def load(where: str) -> Any:
     Parameters
     ----------
     where : str
-        A file, a folder that is a package or has one named ``shared`` in it, or the name of a module.
+        A file, a folder that is a package or has one named ``shared`` in it, or the name of a module; and, where it
+        calls its `AbstractEventBus` otherwise, ``:`` and that name.
 
     Returns
     -------
@@ -50,7 +51,10 @@ def load(where: str) -> Any:
     NotLoadedError
         When there is no such thing, it cannot be imported, or has no `AbstractEventBus`.
     """
-    root, name = _locate(where)
+    place, colon, cls = where.rpartition(":")
+    if not colon or not cls.isidentifier():  # and not the drive of a path on Windows
+        place, cls = where, "AbstractEventBus"
+    root, name = _locate(place)
     top = name.partition(".")[0]
     ours = {key: sys.modules.pop(key) for key in list(sys.modules) if root and key.partition(".")[0] == top}
     if root:
@@ -58,18 +62,18 @@ def load(where: str) -> Any:
     importlib.invalidate_caches()
     try:
         module = importlib.import_module(name)
-        found = {key: value for one in _modules(module) for key, value in vars(one).items() if key in NAMES}
+        found = {key: value for one in _modules(module) for key, value in vars(one).items() if key in {*NAMES, cls}}
     except Exception as error:  # whatever the user's modules raise
-        raise NotLoadedError(f"cannot import {where}: {type(error).__name__}: {error}") from error
+        raise NotLoadedError(f"cannot import {place}: {type(error).__name__}: {error}") from error
     finally:
         if root:
             sys.path.remove(root)
             for key in [key for key in sys.modules if key.partition(".")[0] == top]:
                 del sys.modules[key]
             sys.modules.update(ours)
-    if "AbstractEventBus" not in found:
-        raise NotLoadedError(f"{where} has no AbstractEventBus; name the module or folder that has the buses")
-    return SimpleNamespace(**found)
+    if not isinstance(found.get(cls), type):
+        raise NotLoadedError(f"{place} has no class {cls}; name the module or folder that has the buses")
+    return SimpleNamespace(**{**found, "AbstractEventBus": found[cls]})
 
 
 def load_function(where: str) -> Any:

@@ -237,8 +237,9 @@ cdef object new(PyTypeObject* cls, object args, PyObject* kwargs):
 
     Here, since ``__cinit__(self, *args, **kwargs)`` would make a dict for each bus: a thirtieth of a request.
     """
-    if (PyTuple_GET_SIZE(args) or (kwargs is not NULL and <dict>kwargs)) and cls.tp_init == (<PyTypeObject*>object).tp_init:
-        raise _messages.no_arguments(<object>cls)
+    if PyTuple_GET_SIZE(args) or (kwargs is not NULL and <dict>kwargs):
+        if cls.tp_init == (<PyTypeObject*>object).tp_init:
+            raise _messages.no_arguments(<object>cls)
     return call_new(new_unchecked, cls, args, kwargs)
 
 
