@@ -111,7 +111,7 @@ def bench_once(session: nox.Session) -> None:
 
 @nox.session(python=PYTHONS)
 def bench(session: nox.Session) -> None:
-    """Run the benchmarks, store the run in .benchmarks, and show the table of the figures (40 minutes).
+    """Run the benchmarks, store the run in .benchmarks, and show the table of the figures (half an hour).
 
     With ``-- --report`` the report in docs/benchmarks is written, too. Anything else goes to pytest: ``--turns=1``
     takes a fifth of the time, ``-k "not 1000000"`` leaves the largest out, ``--against PATH`` has your own bus join,
