@@ -53,6 +53,11 @@ def _which(event: object, done: int, width: int, span: int, count: int) -> str:
     return several if width == span else f"{width} of {several}"
 
 
+def note_failed(error: BaseException, bus: object, event: object, done: int, count: int) -> None:
+    """Say which event failed, or was cancelled, of those that were under way at once."""
+    _add_note(error, f"{_which(event, done, 1, 1, count)} failed in {describe_bus(bus)}; it stays pending")
+
+
 def note_interrupted(error: BaseException, bus: object, done: int, count: int) -> None:
     """Say how far an apply came that was stopped between two events."""
     _add_note(error, f"stopped after event {done} of {count} in {describe_bus(bus)}; the others stay pending")
@@ -342,6 +347,19 @@ def _not_a_number(name: str, kinds: str, least: int, value: object, advice: str)
 def not_rounds(value: object) -> Exception:
     """Refuse a number of rounds that is none."""
     return _not_a_number("rounds", "an int", 1, value, "pass how often to apply at most")
+
+
+def not_a_concurrency(value: object) -> Exception:
+    """Refuse a number of handlers that is none."""
+    return _not_a_number("concurrency", "an int", 1, value, "pass how many handlers may be under way at once")
+
+
+def not_applied_async(bus: object) -> TypeError:
+    """Refuse to apply an asynchronous bus without awaiting it."""
+    return TypeError(
+        f"{describe_bus(bus)} is applied with 'await bus.apply_async(commit)', not with apply(); with several buses, "
+        "make an AsyncMultiEventBus, or use the unit of work of commitbus.aio"
+    )
 
 
 def not_a_batch_size(bus: object, value: object) -> Exception:

@@ -86,13 +86,17 @@ class Unit:
             raise
         finally:
             self.applying = False
-        self.committed = False
+        self.end_commit()
         if not self.commit:
             self.roll_back(None)
-        else:
+        return applied
+
+    def end_commit(self) -> None:
+        """Note that all was applied, and what of it handlers have published since: that belongs to this commit."""
+        self.committed = False
+        if self.commit:
             stores = [store for store in stores_in(self.buses) if not holds_buses(store)]
             self.kept = [(store, {identity(store, event) for event in in_store(store)}) for store in stores]
-        return applied
 
     def roll_back(self, error: BaseException | None) -> None:
         """End the transaction, and drop what was published in it; `error`, if there is one, stays the first."""
@@ -146,7 +150,7 @@ class Unit:
             if not self.called:
                 self.roll_back(error)  # nobody has committed: the next commit would keep what was written here
 
-    def tell(self, error: BaseException | None) -> None:
+    def tell(self, error: BaseException | None, stacklevel: int = 5) -> None:
         """Tell of the events that were not applied."""
         events = events_to_apply(self.buses)
         if not events:
@@ -162,7 +166,7 @@ class Unit:
             _messages.note_unapplied(error, events)
         else:
             # This method, `leave`, the generator, contextlib's __exit__, and the caller's `with`.
-            warnings.warn(_messages.unapplied(len(events)), UnappliedEventsWarning, stacklevel=5)
+            warnings.warn(_messages.unapplied(len(events)), UnappliedEventsWarning, stacklevel=stacklevel)
 
 
 def unit_of_work(

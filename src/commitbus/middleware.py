@@ -89,6 +89,12 @@ def add_at(rank: int, function: Middleware) -> Callable[[], None]:
     return remove
 
 
+def added() -> tuple[Middleware, ...] | None:
+    """Give what runs around events now: for the loops that are coroutines."""
+    with _lock.lock:
+        return tuple(function for _, function in sorted(_added.items(), key=_key)) or None
+
+
 def tell_changes(use: Callable[[tuple[Middleware, ...] | None], None]) -> None:
     """Have a twin told what to run around events: a tuple, or None where that is nothing."""
     with _lock.lock:
@@ -97,7 +103,7 @@ def tell_changes(use: Callable[[tuple[Middleware, ...] | None], None]) -> None:
 
 
 def _tell() -> None:
-    stack = tuple(function for _, function in sorted(_added.items(), key=_key)) or None
+    stack = added()
     for use in _twins:
         use(stack)
 

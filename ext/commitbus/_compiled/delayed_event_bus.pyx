@@ -316,6 +316,11 @@ cdef class DelayedStore(Source):
         self.owner = owner
         self.linked = True
 
+    def _commitbus_let_go(self, owner):
+        """Have the next event, here or on the wrapped bus, register this bus with `owner`, a multi bus."""
+        self.let_go(owner)
+        self.link()
+
     cdef int let_go(self, object owner) except -1:
         """Have the next event register this bus with `owner`, a weak reference to a multi bus."""
         self.owner = owner

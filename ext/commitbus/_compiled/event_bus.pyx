@@ -448,6 +448,27 @@ cdef class EventStore(Source):
         for event in kept:
             self.append(event)
 
+    # For `commitbus.aio`, whose loops are coroutines. Items are what the pending list has: see `look`.
+
+    def _commitbus_take_into(self, list items):
+        """Move all that is pending to the end of a list that the caller has, so that no interrupt loses it."""
+        cdef Py_ssize_t head = 0
+        cdef list taken = self.take(&head)
+        if taken is not None:
+            try:
+                items.extend(taken[head:])
+            except BaseException:
+                self.put_back(taken, head, 0)
+                raise
+
+    def _commitbus_put_back(self, list items, Py_ssize_t begun):
+        """Put items back before what is pending; the first `begun` of them were tried."""
+        self.put_back(items, 0, begun)
+
+    def _commitbus_look(self, list items):
+        """Give the events that items stand for."""
+        return self.look(items)
+
 
 cdef class CallableStore(EventStore):
     cdef int add(self, object event) except -1:

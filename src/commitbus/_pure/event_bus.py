@@ -402,6 +402,30 @@ class AbstractEventBus(Source, Shown, _state.Stateful, EventBus[T], Generic[T]):
     def _commitbus_set(self, kept: Any) -> None:
         self._commitbus_pending.extend(kept)
 
+    # For `commitbus.aio`, whose loops are coroutines. Items are what the pending list has: see `_commitbus_look`.
+
+    def _commitbus_take_into(self, items: list[Any]) -> None:
+        """Move all that is pending to the end of a list that the caller has, so that no interrupt loses it."""
+        if self._commitbus_marks is not None:
+            check_open(self)
+        batch: Any = new_batch()
+        try:
+            take(self, batch)
+            events = batch[EVENTS][batch[BEGIN] :]
+            # One line: they are in one list or the other.
+            items += events; batch = None  # fmt: skip  # noqa: E702
+        except BaseException:
+            if batch is not None:
+                put_back(self, batch)
+            raise
+
+    def _commitbus_put_back(self, items: list[Any], begun: int) -> None:
+        """Put items back before what is pending; the first `begun` of them were tried."""
+        batch = new_batch()
+        batch[EVENTS], tried = items, items[:begun]
+        put_back(self, batch)
+        self._commitbus_back(batch, tried)
+
     def _commitbus_holds_any(self) -> bool:
         tidy(self)
         return bool(self._commitbus_pending) or self._commitbus_left is not None

@@ -1,0 +1,786 @@
+"""Buses whose handlers are awaited, and their unit of work: only the standard library, and over both twins.
+
+An asynchronous bus is an `AbstractEventBus`: code that is not asynchronous wraps it and publishes on it as ever. Only
+applying it takes an ``await``. What is written here are the loops; what is pending, collected or registered is in the
+buses of the twin that runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from abc import abstractmethod
+from collections.abc import Awaitable, Callable
+from contextlib import asynccontextmanager, nullcontext, suppress
+from functools import partial
+from inspect import isawaitable
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
+
+from commitbus import _messages, _naming
+from commitbus._interfaces import EventBusOrchestrator
+from commitbus._looking import events_to_apply
+from commitbus._rounds import check_rounds
+from commitbus._unit_of_work import Unit, Yielded
+from commitbus.event_bus import AbstractEventBus
+from commitbus.middleware import Middleware, added
+from commitbus.multi_event_bus import MultiEventBus
+from commitbus.savepoint import refuse_open
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Coroutine
+    from contextlib import AbstractAsyncContextManager
+
+    from commitbus.delayed_event_bus import DelayedEventBus
+
+__all__ = [
+    "AsyncEventBus",
+    "AsyncMultiEventBus",
+    "BasicAsyncEventBus",
+    "use_orchestrator_or_create_multi_event_bus",
+]
+
+T = TypeVar("T")
+Handler: TypeAlias = "Callable[[Any], object]"  # of the commit: what it returns is awaited if it can be
+
+
+class AsyncEventBus(AbstractEventBus[T]):
+    """A bus whose handler is awaited: subclass it and implement ``_apply_event_async``.
+
+    Publish, wrap and look as on any other bus, and apply with ``await bus.apply_async(commit)``. Rules 1 to 10 of the
+    contract hold. Applying it without ``await`` is a `TypeError`, and its events stay.
+
+    Examples
+    --------
+    >>> import asyncio
+    >>> from commitbus.aio import AsyncEventBus
+    >>> class MailBus(AsyncEventBus[str]):
+    ...     async def _apply_event_async(self, event: str, commit: bool) -> None:
+    ...         await asyncio.sleep(0)
+    ...         print("sent to" if commit else "would send to", event)
+    >>> bus = MailBus()
+    >>> bus.publish_all(["ada@example.org", "grace@example.org"])
+    >>> asyncio.run(bus.apply_async(commit=True))
+    sent to ada@example.org
+    sent to grace@example.org
+    ['ada@example.org', 'grace@example.org']
+    """
+
+    __slots__ = ()
+
+    @abstractmethod
+    async def _apply_event_async(self, event: T, commit: bool) -> None:
+        """Carry one event out, or only pretend to.
+
+        Parameters
+        ----------
+        event : T
+            What was published.
+        commit : bool
+            What was passed to the apply: false for a dry run.
+        """
+
+    async def apply_async(
+        self, commit: bool, *, robust: bool = False, rounds: int = 1, concurrency: int = 1
+    ) -> list[T]:
+        """Apply the pending events in the order in which they were published, each awaited before the next.
+
+        Parameters
+        ----------
+        commit : bool
+            Handed to every handler: true to do it for real, false for a dry run.
+        robust : bool, default False
+            Try every event once, whatever the others raise.
+        rounds : int, default 1
+            How often to go on with what handlers published meanwhile, at most.
+        concurrency : int, default 1
+            How many handlers are under way at once. With 1, they run in the caller's task, with its context
+            variables; with more, each in a task of its own.
+
+        Returns
+        -------
+        list of T
+            What was applied, in the order in which it was published.
+
+        Raises
+        ------
+        BaseException
+            Whatever a handler raises, with a note that says which event it was; `asyncio.CancelledError` is a
+            failure, too. What was not finished stays pending, in order. With `concurrency`, the first failure
+            cancels the handlers that are under way; an `ExceptionGroup` where several fail at once.
+        ExceptionGroup
+            With `robust`, after the last event: every error. What failed stays pending.
+        TypeError
+            When `rounds` or `concurrency` is no int.
+        ValueError
+            When one of them is below 1.
+        RuntimeError
+            When a savepoint that covers this bus is open.
+        """
+        _check_concurrency(concurrency)
+
+        async def apply_once(failures: _messages.Failures | None) -> list[Any]:
+            handler = self._apply_event_async
+
+            def look(items: list[Any]) -> list[tuple[Any, Handler]]:
+                return [(event, partial(handler, event)) for event in items]
+
+            return await _carry_out(self, self, self, look, commit, failures, concurrency)
+
+        return await _in_rounds(self, rounds, robust, apply_once)
+
+    def _apply_event(self, event: T, commit: bool) -> None:  # noqa: ARG002
+        raise _messages.not_applied_async(self)
+
+    def _collect_event(self, event: T, commit: bool) -> Callable[..., Any]:  # noqa: ARG002
+        """Give a coroutine function that applies one event; whoever calls it awaits what it returns."""
+        return partial(_apply_collected, self, event)
+
+
+async def _apply_collected(bus: AsyncEventBus[T], event: T, /, *, commit: bool) -> None:
+    await _finish(partial(bus._apply_event_async, event), commit)
+
+
+class BasicAsyncEventBus(AsyncEventBus[Callable[..., object]]):
+    """A bus whose events are callables: each is called as ``event(commit=commit)``, and awaited where it can be.
+
+    What the event returns decides, not what it is: a coroutine function, a partial of one, an object with an
+    asynchronous ``__call__`` and a plain function all work.
+
+    Examples
+    --------
+    >>> import asyncio
+    >>> from functools import partial
+    >>> from commitbus.aio import BasicAsyncEventBus
+    >>> async def send(address: str, *, commit: bool) -> None:
+    ...     print("sent to" if commit else "would send to", address)
+    >>> bus = BasicAsyncEventBus()
+    >>> bus.publish(partial(send, "ada@example.org"))
+    >>> _ = asyncio.run(bus.apply_async(commit=True))
+    sent to ada@example.org
+    """
+
+    __slots__ = ()
+
+    def publish(self, event: Callable[..., object]) -> None:
+        """Add an event, in constant time; nothing happens to it until it is applied.
+
+        Parameters
+        ----------
+        event : callable
+            Called with the keyword ``commit``. The bus keeps a reference until it was applied or discarded.
+
+        Raises
+        ------
+        TypeError
+            When it cannot be called. The bus is as it was.
+        """
+        if not callable(event):
+            raise _messages.not_callable(event)
+        super().publish(event)
+
+    async def _apply_event_async(self, event: Callable[..., object], commit: bool) -> None:
+        await _finish(lambda commit: event(commit=commit), commit, event)
+
+
+class AsyncMultiEventBus(MultiEventBus):
+    """Runs many buses at once, asynchronous and other ones, in the order in which they were registered.
+
+    Those that are not asynchronous run where they stand, and block meanwhile. `apply` refuses what is
+    asynchronous.
+
+    Examples
+    --------
+    >>> import asyncio
+    >>> from commitbus import BasicEventBus
+    >>> from commitbus.aio import AsyncMultiEventBus, BasicAsyncEventBus
+    >>> async def send(*, commit: bool) -> None:
+    ...     print("sent")
+    >>> buses = AsyncMultiEventBus()
+    >>> buses.wrap(BasicEventBus()).publish(lambda *, commit: print("counted"))
+    >>> buses.wrap(BasicAsyncEventBus()).publish(send)
+    >>> events = asyncio.run(buses.apply_and_get_applied_events_async(commit=True))
+    counted
+    sent
+    """
+
+    async def apply_async(
+        self, commit: bool, *, robust: bool = False, rounds: int = 1, concurrency: int = 1
+    ) -> list[DelayedEventBus[Any]]:
+        """Apply the registered buses in the order in which they were registered.
+
+        Parameters
+        ----------
+        commit : bool
+            Handed to every handler of every bus.
+        robust : bool, default False
+            Try every event of every bus once.
+        rounds : int, default 1
+            How often to go on with what handlers published meanwhile, at most.
+        concurrency : int, default 1
+            How many handlers of one asynchronous bus are under way at once. The buses take their turns one after
+            another.
+
+        Returns
+        -------
+        list of DelayedEventBus
+            The buses, in that order.
+
+        Raises
+        ------
+        BaseException
+            As in `AsyncEventBus.apply_async`. The buses before are done; the one that failed and those after it
+            stay registered, with what is left in them.
+        """
+        return await self._apply_buses(commit, robust, rounds, concurrency, None)
+
+    async def apply_and_get_applied_events_async(
+        self, commit: bool, *, robust: bool = False, rounds: int = 1, concurrency: int = 1
+    ) -> list[Any]:
+        """Apply the registered buses, and return the events instead.
+
+        Parameters
+        ----------
+        commit, robust, rounds, concurrency
+            As in `apply_async`.
+
+        Returns
+        -------
+        list
+            The events of all buses, flat, in the order in which they were applied.
+
+        Raises
+        ------
+        BaseException
+            As in `apply_async`.
+        """
+        out: list[Any] = []
+        await self._apply_buses(commit, robust, rounds, concurrency, out)
+        return out
+
+    async def _apply_buses(
+        self, commit: bool, robust: bool, rounds: int, concurrency: int, out: list[Any] | None
+    ) -> list[DelayedEventBus[Any]]:
+        _check_concurrency(concurrency)
+
+        async def apply_once(failures: _messages.Failures | None) -> list[Any]:
+            def look(items: list[Any]) -> list[tuple[Any, Handler]]:
+                turns = [_Turn(self, delayed, failures, concurrency, out) for delayed in items]
+                return [(turn.delayed, turn) for turn in turns]
+
+            return await _carry_out(self, self, None, look, commit, failures, 1)
+
+        return await _in_rounds(self, rounds, robust, apply_once)
+
+
+class _Turn:
+    """One bus's turn in an `AsyncMultiEventBus`: collects what is pending in it, and applies it."""
+
+    __slots__ = ("again", "concurrency", "delayed", "failures", "multi", "out")
+
+    def __init__(
+        self,
+        multi: AsyncMultiEventBus,
+        delayed: Any,
+        failures: _messages.Failures | None,
+        concurrency: int,
+        out: list[Any] | None,
+    ) -> None:
+        self.multi, self.delayed, self.out = multi, delayed, [] if out is None else out
+        self.failures = None if failures is None else failures.inner()
+        self.concurrency = concurrency
+        self.again = False  # whether something failed in it, in a robust apply
+
+    async def __call__(self, commit: bool) -> None:
+        actual: Any = self.delayed.actual_event_bus
+        if isinstance(actual, AsyncEventBus):
+            await self._apply_events(cast("Any", actual), commit)
+        elif isinstance(actual, AsyncMultiEventBus):
+            await self._apply_inner(actual, commit)
+        else:
+            self._apply_plainly(commit)
+
+    async def _apply_events(self, actual: AsyncEventBus[Any], commit: bool) -> None:
+        delayed: Any = self.delayed
+        delayed.apply(commit)
+        # From now on an event registers it again; what was collected is taken after that.
+        delayed._commitbus_let_go(weakref.ref(self.multi))
+        store: Any = delayed.side_effects_bus
+
+        def look(items: list[Any]) -> list[tuple[Any, Handler]]:
+            pairs: list[tuple[Any, Any]] = store._commitbus_look(items)
+            return [(event, partial(_call, function)) for event, function in pairs]
+
+        self.out += await _carry_out(store, delayed, actual, look, commit, self.failures, self.concurrency)
+        self.again = self.failures is not None and bool(self.failures.positions)
+
+    async def _apply_inner(self, inner: AsyncMultiEventBus, commit: bool) -> None:
+        """Apply what is registered with a multi bus that is wrapped in this one."""
+        delayed: Any = self.delayed
+        _, collected = delayed._commitbus_parts()
+        if collected is not None:
+            for event, _ in collected.discard_pending_events():
+                inner.publish(event)
+        delayed._commitbus_let_go(weakref.ref(self.multi))
+
+        def look(items: list[Any]) -> list[tuple[Any, Handler]]:
+            turns = [_Turn(inner, one, self.failures, self.concurrency, self.out) for one in items]
+            return [(turn.delayed, turn) for turn in turns]
+
+        await _carry_out(inner, inner, None, look, commit, self.failures, 1)
+        self.again = self.failures is not None and bool(self.failures.positions)
+
+    def _apply_plainly(self, commit: bool) -> None:
+        """Apply a bus that is not asynchronous: a multi bus of its own takes its turn."""
+        delayed: Any = self.delayed
+        one: Any = MultiEventBus()
+        one.publish(delayed)
+        try:
+            self.out += one.apply_and_get_applied_events(commit, robust=self.failures is not None)
+        except ExceptionGroup as group:
+            if self.failures is None:
+                raise
+            self.failures.errors += group.exceptions
+            self.again = True
+        finally:
+            # What is left in it is registered with that one, and what comes later would be: with this one instead.
+            left = one._commitbus_get()
+            one._commitbus_unregister(set(map(id, left)))
+            delayed._commitbus_let_go(weakref.ref(self.multi))
+            for again in left:
+                self.multi.publish(again)
+
+
+async def _carry_out(
+    store: Any,
+    bus: Any,
+    published_on: Any,
+    look: Callable[[list[Any]], list[tuple[Any, Handler]]],
+    commit: bool,
+    failures: _messages.Failures | None,
+    concurrency: int,
+) -> list[Any]:
+    """Apply what is pending in a store: the one path behind every apply that is awaited.
+
+    `bus` is named in notes, and `published_on` is given to middleware: None where the events are buses. `look` gives
+    the event and the handler of each item. Returns the events that were applied.
+    """
+    stack = added() if published_on is not None else None
+    items: list[Any] = []
+    done: set[int] = set()
+    tried = 0
+    try:
+        store._commitbus_take_into(items)
+        if not items:
+            return []
+        pairs = look(items)
+        count = len(pairs)
+        skipped = 0 if failures is None else failures.start(bus, items, 0, pairs[0][0])
+        todo = iter(range(skipped, count))
+        tried = skipped
+
+        async def work() -> None:
+            nonlocal tried
+            for number in todo:  # shared by all workers: each event goes to one
+                tried = number + 1
+                event, handler = pairs[number]
+                try:
+                    if stack is None:
+                        await _finish(handler, commit, event)
+                    else:
+                        await _surround(stack, published_on, event, partial(_finish, handler, commit, event), commit)
+                except BaseException as error:
+                    if failures is None or not isinstance(error, Exception):
+                        _note_stopped(error, bus, event, number, count, concurrency)
+                        raise
+                    failures.positions.append(number)
+                    failures.errors.append(error)
+                    _messages.drop_own_frames(error)
+                    failures.note(len(failures.errors) - 1, bus, event, number, 1, 1)
+                else:
+                    if isinstance(handler, _Turn) and handler.again and failures is not None:
+                        failures.positions.append(number)
+                        failures.again.add(number)
+                    else:
+                        done.add(number)
+
+        if concurrency == 1 or count - skipped == 1:
+            await work()
+        else:
+            await _work_at_once(work, min(concurrency, count - skipped))
+        return [pairs[number][0] for number in sorted(done)]
+    except BaseException as error:
+        _messages.drop_own_frames(error)
+        if failures is not None and not isinstance(error, Exception):
+            failures.chain(error, bus)
+        raise
+    finally:
+        left = [item for number, item in enumerate(items) if number not in done]
+        if left:
+            begun = sum(number not in done for number in range(tried))
+            if failures is not None:
+                failures.positions.sort()
+                failures.set_aside(bus, items)
+            store._commitbus_put_back(left, begun)
+        items = left = pairs = []  # the traceback keeps this frame, and must keep no event
+
+
+async def _work_at_once(work: Callable[[], Coroutine[Any, Any, None]], workers: int) -> None:
+    """Run workers until the first fails, which cancels the others, and wait for all."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(workers):
+                group.create_task(work())
+    except BaseExceptionGroup as several:
+        if len(several.exceptions) == 1:
+            error = several.exceptions[0]
+            error.__cause__ = error.__context__ = None
+            raise error from None
+        raise
+
+
+def _call(function: Callable[..., object], commit: bool) -> object:
+    return function(commit=commit)
+
+
+async def _finish(handler: Handler, commit: bool, named: object = None) -> None:
+    """Call a handler, and await what it returned if that can be awaited: look at the result, never at the function."""
+    result = handler(commit)
+    if isawaitable(result):
+        result = await result
+    if result is not None:
+        _messages.refuse_coroutine(handler if named is None else named, result)
+
+
+async def _surround(
+    stack: tuple[Middleware, ...], bus: object, event: object, finish: Callable[[], Awaitable[None]], commit: bool
+) -> None:
+    """Run the middleware around an event; one that returns an awaitable is awaited, and then `call` gives one, too."""
+    if not stack:
+        await finish()
+        return
+    function: Any = stack[0]
+    step = _Step(lambda: _surround(stack[1:], bus, event, finish, commit))
+    try:
+        result: object = function(step, bus, event, commit)
+        if isawaitable(result):
+            result = await result
+        if result is not None and result is not step:
+            _messages.refuse_coroutine(function, result)
+            raise _messages.middleware_returned(function, result)
+        if step.called and not step.begun:
+            await step  # a plain function has only said that the event may go on
+    finally:
+        step.over = True
+
+
+class _Step:
+    """What a middleware is given to call: it goes on, once. What it gives may be awaited."""
+
+    __slots__ = ("begun", "called", "over", "run")
+
+    def __init__(self, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        self.run = run
+        self.called = self.begun = self.over = False
+
+    def __call__(self) -> _Step:
+        if self.called or self.over:
+            raise _messages.called_again()
+        self.called = True
+        return self
+
+    def __await__(self) -> Any:
+        if self.begun:
+            raise _messages.called_again()
+        self.begun = True
+        return self.run().__await__()
+
+
+async def _in_rounds(
+    bus: Any, rounds: int, robust: bool, apply_once: Callable[[_messages.Failures | None], Awaitable[list[Any]]]
+) -> list[Any]:
+    """Apply what is pending, then what handlers published meanwhile, and so on."""
+    check_rounds(rounds)
+    progress = _messages.Rounds()
+    failures = _messages.Failures(rounds=progress) if robust else None
+    applied: list[Any] = []
+    try:
+        for _ in range(rounds):
+            before = progress.tried
+            batch = await apply_once(failures)
+            applied += batch
+            if not batch and progress.tried == before:
+                break
+        if failures is not None and failures.errors:
+            raise failures.end(bus)
+        return applied
+    except BaseException as error:
+        if failures is not None:
+            failures.chain(error, bus)
+        applied = batch = []  # the traceback keeps this frame, and must keep no event
+        _messages.drop_own_frames(error)
+        raise
+
+
+def _note_stopped(error: BaseException, bus: Any, event: Any, done: int, count: int, concurrency: int) -> None:
+    with suppress(Exception):
+        if concurrency == 1:
+            _messages.note_stopped(error, bus, event, done, 1, 1, count, 0)
+        else:
+            _messages.note_failed(error, bus, event, done, count)
+
+
+def _check_concurrency(concurrency: object) -> None:
+    if not isinstance(concurrency, int) or concurrency < 1:
+        raise _messages.not_a_concurrency(concurrency)
+
+
+_naming.see_event_through(_apply_collected)
+
+
+# The unit of work
+
+
+async def _to_the_end(work: Coroutine[Any, Any, Any]) -> asyncio.CancelledError | None:
+    """Run to its end what must not be left in the middle, and give the cancellation that came meanwhile.
+
+    It runs in a task of its own: a cancellation of the caller's, by a timeout or a client that is gone, does not
+    reach it. Raises what it raises, with the cancellation as the context.
+    """
+    task = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None and not task.cancelled() and (failure := task.exception()) is not None:
+        raise cancelled from failure
+    task.result()
+    return cancelled
+
+
+class _AsyncUnit(Unit):
+    """One unit of work of a coroutine: its buses, and how far it came."""
+
+    async def commit_and_execute_side_effects_async(self) -> list[Any]:
+        """Commit, apply, and return the events that were applied."""
+        if self.applying:  # a handler calls it again: the commit is done
+            return await self._apply()
+        # Before the commit, which an apply that is refused after it would separate from its side effects.
+        refuse_open(self.buses)
+        self.called = True
+        self.rolled_back = False
+        cancelled: asyncio.CancelledError | None = None
+        if self.commit and not self.committed:
+            try:
+                if self.commit_transaction is None:
+                    self.committed = True
+                else:
+                    cancelled = await _to_the_end(self._commit(self.commit_transaction))
+            except BaseException as error:
+                if not self.committed:
+                    await self.roll_back_async(error)
+                raise
+        try:
+            self.applying = True
+            if cancelled is None:
+                applied = await self._apply()
+            else:
+                # Committed: what belongs to the commit is done first, where the cancellation does not reach it.
+                try:
+                    await _to_the_end(self._apply())
+                except BaseException as error:
+                    raise cancelled from error
+                raise cancelled
+        except BaseException as error:
+            if not self.commit:
+                await self.roll_back_async(error)
+            _messages.drop_own_frames(error)
+            raise
+        finally:
+            self.applying = False
+        self.end_commit()
+        if not self.commit:
+            await self.roll_back_async(None)
+        return applied
+
+    async def _commit(self, commit_transaction: Callable[[], object]) -> None:
+        result = commit_transaction()
+        if isawaitable(result):
+            result = await result
+        if result is not None:
+            _messages.refuse_coroutine(commit_transaction, result)
+        self.committed = True
+
+    async def _apply(self) -> list[Any]:
+        applied: list[Any] = await self.buses.apply_and_get_applied_events_async(self.commit, **self.options)
+        return applied
+
+    async def roll_back_async(self, error: BaseException | None) -> None:
+        """End the transaction, and drop what was published in it; `error`, if there is one, stays the first."""
+        if self.rollback_transaction is None or self.rolled_back:
+            return
+        self.rolled_back = True
+        seconds: list[BaseException] = []
+        try:
+            self.drop()
+        except Exception as raised:
+            seconds.append(raised)
+        try:
+            if (cancelled := await _to_the_end(self._roll_back(self.rollback_transaction))) is not None:
+                seconds.append(cancelled)
+        except BaseException as raised:
+            seconds.append(raised)
+        first = error
+        for second in seconds:
+            if first is None:
+                first = second
+            else:
+                _messages.chain(first, second)
+        if error is None and first is not None:
+            raise first
+
+    async def _roll_back(self, rollback_transaction: Callable[[], object]) -> None:
+        result = rollback_transaction()
+        if isawaitable(result):
+            result = await result
+        if result is not None:
+            _messages.refuse_coroutine(rollback_transaction, result)
+
+    async def leave_async(self, error: BaseException | None) -> None:
+        """See to what was not applied when the block is left, by an error or not."""
+        if error is not None and not self.committed:
+            await self.roll_back_async(error)
+            if not any(events for _, events in self.kept):
+                return
+        try:
+            await self.tell_async(error)
+        finally:
+            if not self.called:
+                await self.roll_back_async(error)
+
+    async def tell_async(self, error: BaseException | None) -> None:
+        """Tell of the events that were not applied; ``on_unapplied`` may be a coroutine function."""
+        if self.on_unapplied is None or not events_to_apply(self.buses):
+            self.tell(error, stacklevel=6)
+            return
+        try:
+            await _finish(lambda _: cast("Any", self.on_unapplied)(self.buses), self.commit, self.on_unapplied)
+        except Exception as second:
+            if error is None:
+                raise
+            _messages.chain(error, second)
+
+
+def use_orchestrator_or_create_multi_event_bus(
+    event_bus_orchestrator: EventBusOrchestrator | None,
+    commit: bool,
+    *,
+    commit_transaction: Callable[[], Awaitable[object]] | None = None,
+    rollback_transaction: Callable[[], Awaitable[object]] | None = None,
+    robust: bool = False,
+    rounds: int = 1,
+    concurrency: int = 1,
+    on_unapplied: Callable[[AsyncMultiEventBus], object] | None = None,
+) -> AbstractAsyncContextManager[tuple[EventBusOrchestrator, Callable[[], Awaitable[list[Any]]]], bool | None]:
+    """Run in the caller's unit of work or, without one, in a new one: `commitbus`'s own, for coroutines.
+
+    Parameters
+    ----------
+    event_bus_orchestrator : EventBusOrchestrator or None
+        The caller's, or None to create an `AsyncMultiEventBus`.
+    commit : bool
+        Handed to every handler: true to do it for real, false for a dry run.
+    commit_transaction : coroutine function, optional
+        Called and awaited before anything is applied, if `commit` is true: ``session.commit`` for example. Not
+        called with an orchestrator: the caller owns the transaction, too.
+    rollback_transaction : coroutine function, optional
+        Called and awaited where the transaction must not stay open, as in `commitbus`'s own.
+    robust : bool, default False
+        Try every event once, whatever the others raise.
+    rounds : int, default 1
+        How often to go on with what handlers published meanwhile, at most.
+    concurrency : int, default 1
+        How many handlers of one asynchronous bus are under way at once.
+    on_unapplied : callable, optional
+        A function or coroutine function that is called with the `AsyncMultiEventBus` when the block is left with
+        events that were never applied.
+
+    Returns
+    -------
+    asynchronous context manager of (EventBusOrchestrator, coroutine function)
+        It yields what to wrap buses with, asynchronous and other ones, and what commits, applies, and returns the
+        events that were applied. A task that is cancelled while the commit is under way waits for its outcome:
+        when it committed, the side effects are applied, then the cancellation goes on. Commit and rollback run in
+        a task of their own, and so do these side effects.
+
+    Raises
+    ------
+    TypeError
+        When `event_bus_orchestrator` is neither an orchestrator nor None, when one of the functions cannot be
+        called, or when `rounds` or `concurrency` is no int.
+    ValueError
+        When `rounds` or `concurrency` is below 1.
+
+    Warns
+    -----
+    UnappliedEventsWarning
+        When the block is left, not by an exception, with events that were never applied.
+
+    Examples
+    --------
+    >>> import asyncio
+    >>> from functools import partial
+    >>> from commitbus.aio import BasicAsyncEventBus, use_orchestrator_or_create_multi_event_bus
+    >>> async def send(address: str, *, commit: bool) -> None:
+    ...     print("sent to", address)
+    >>> async def commit_transaction() -> None:
+    ...     print("committed")
+    >>> async def sign_up(address: str, orchestrator=None) -> None:
+    ...     async with use_orchestrator_or_create_multi_event_bus(
+    ...         orchestrator, True, commit_transaction=commit_transaction
+    ...     ) as (event_bus, commit_and_execute_side_effects):
+    ...         event_bus.wrap(BasicAsyncEventBus()).publish(partial(send, address))
+    ...         await commit_and_execute_side_effects()
+    >>> asyncio.run(sign_up("ada@example.org"))
+    committed
+    sent to ada@example.org
+    """
+    functions: dict[str, Any] = {
+        "commit_transaction": commit_transaction,
+        "rollback_transaction": rollback_transaction,
+        "on_unapplied": on_unapplied,
+    }
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            if asyncio.iscoroutine(function):
+                function.close()  # by `session.commit()`: nobody will await it
+            raise _messages.not_a_callback(name, function)
+    check_rounds(rounds)
+    _check_concurrency(concurrency)
+    if event_bus_orchestrator is not None and not isinstance(cast("Any", event_bus_orchestrator), EventBusOrchestrator):
+        raise _messages.not_an_orchestrator(event_bus_orchestrator)
+    options = {"robust": robust, "rounds": rounds, "concurrency": concurrency}
+    if event_bus_orchestrator is not None:
+        return nullcontext(_pair(event_bus_orchestrator, _nothing))
+    return _in_unit(
+        _AsyncUnit(AsyncMultiEventBus(), commit, commit_transaction, rollback_transaction, options, on_unapplied)
+    )
+
+
+@asynccontextmanager
+async def _in_unit(unit: _AsyncUnit) -> AsyncGenerator[Any]:
+    try:
+        yield _pair(unit.buses, unit.commit_and_execute_side_effects_async)
+    except BaseException as error:
+        await unit.leave_async(error)
+        raise
+    await unit.leave_async(None)
+
+
+def _pair(orchestrator: EventBusOrchestrator, execute: Callable[[], Awaitable[list[Any]]]) -> Any:
+    return Yielded((orchestrator, cast("Any", execute)))
+
+
+async def _nothing() -> list[Any]:
+    return []

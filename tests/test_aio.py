@@ -1,0 +1,938 @@
+"""`commitbus.aio`: the rules of the contract, for handlers that are awaited."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import gc
+import os
+import subprocess
+import sys
+import weakref
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from conftest import notes
+
+import commitbus
+from commitbus import AbstractEventBus, BasicEventBus, DelayedEventBus, MultiEventBus, UnappliedEventsWarning, aio
+from commitbus.aio import AsyncEventBus, AsyncMultiEventBus, BasicAsyncEventBus
+from commitbus.testing import InjectedFailure, every_failure, record
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+unit_of_work = aio.use_orchestrator_or_create_multi_event_bus
+
+
+class Boom(Exception):
+    pass
+
+
+class Bus(AsyncEventBus[Any]):
+    """Logs what it applies; an event that is an exception is raised once, a function is called."""
+
+    def __init__(self) -> None:
+        self.log: list[Any] = []
+        self.raised: set[int] = set()
+
+    async def _apply_event_async(self, event: Any, commit: bool) -> None:
+        await asyncio.sleep(0)
+        if isinstance(event, BaseException) and id(event) not in self.raised:
+            self.raised.add(id(event))
+            raise event
+        if callable(event):
+            event()
+        self.log.append(event)
+        await asyncio.sleep(0)
+
+
+class Plain(AbstractEventBus[Any]):
+    def __init__(self, log: list[Any]) -> None:
+        self.log = log
+
+    def _apply_event(self, event: Any, commit: bool) -> None:
+        if isinstance(event, Exception):
+            raise event
+        self.log.append(event)
+
+
+def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    return asyncio.run(coroutine)
+
+
+def test_it_applies_in_order_and_hands_on_the_commit() -> None:
+    commit = object()
+    seen: list[Any] = []
+
+    class Mine(AsyncEventBus[int]):
+        async def _apply_event_async(self, event: int, commit: bool) -> None:
+            seen.append((event, commit))
+
+    bus = Mine()
+    bus.publish_all([1, 2])
+    bus.publish(3)
+    assert run(bus.apply_async(commit)) == [1, 2, 3]  # type: ignore[arg-type]
+    assert seen == [(1, commit), (2, commit), (3, commit)]
+    assert run(bus.apply_async(True)) == []
+    assert isinstance(bus, AbstractEventBus)
+
+
+@pytest.mark.parametrize("concurrency", [1, 3])
+def test_rule_3_what_a_handler_publishes_waits(concurrency: int) -> None:
+    bus = Bus()
+    more = lambda: bus.publish("more")  # noqa: E731
+    bus.publish_all([1, more, 2])
+    assert run(bus.apply_async(True, concurrency=concurrency)) == [1, more, 2]
+    assert bus.pending_events() == ("more",)
+    assert run(bus.apply_async(True)) == ["more"]
+
+
+@pytest.mark.parametrize("error", [Boom(), KeyboardInterrupt(), asyncio.CancelledError()])
+def test_rule_4_nothing_is_lost(error: BaseException) -> None:
+    bus = Bus()
+    bus.publish_all([1, error, 2])
+
+    async def main() -> None:
+        with pytest.raises(type(error)) as raised:
+            await bus.apply_async(True)
+        assert raised.value is error
+
+    run(main())
+    assert bus.log == [1]
+    assert bus.pending_events() == (error, 2)
+    assert any("event 2 of 3" in note and "it and the 1 after it stay pending" in note for note in notes(error))
+    run(bus.apply_async(True))
+    assert bus.log == [1, error, 2]
+
+
+def test_rule_4b_robust() -> None:
+    bus = Bus()
+    one, two = Boom("one"), Boom("two")
+    bus.publish_all([1, one, 2, two, lambda: bus.publish("more")])
+    with pytest.raises(ExceptionGroup, match=r"2 of 5 events failed in .*Bus and stay pending") as caught:
+        run(bus.apply_async(True, robust=True))
+    assert caught.value.exceptions == (one, two)
+    assert bus.pending_events() == (one, two, "more")
+    assert any("event 4 of 5" in note for note in notes(two))
+
+
+def test_rule_4b_robust_at_once() -> None:
+    bus = Bus()
+    one, two = Boom("one"), Boom("two")
+    bus.publish_all([1, one, 2, two, 3])
+    with pytest.raises(ExceptionGroup) as caught:
+        run(bus.apply_async(True, robust=True, concurrency=3))
+    assert set(caught.value.exceptions) == {one, two}
+    assert bus.pending_events() == (one, two)
+    assert sorted(bus.log) == [1, 2, 3]
+
+
+def test_rule_4d_rounds() -> None:
+    bus = Bus()
+    error = Boom()
+    bus.publish_all([error, lambda: bus.publish_all([lambda: bus.publish("third"), "second"])])
+    with pytest.raises(ExceptionGroup) as caught:
+        run(bus.apply_async(True, robust=True, rounds=3))
+    assert caught.value.exceptions == (error,), "it is not tried again"
+    assert bus.log[-2:] == ["second", "third"]
+    assert bus.pending_events() == (error,)
+    assert len(run(bus.apply_async(True, rounds=2))) == 1
+
+
+def test_rule_4c_what_the_awaited_gives() -> None:
+    async def inner() -> None: ...
+
+    async def forgotten(*, commit: bool) -> object:
+        return inner()
+
+    def generator(*, commit: bool) -> Any:
+        yield
+
+    for event in (forgotten, generator):
+        bus = BasicAsyncEventBus()
+        bus.publish(event)
+        with pytest.raises(TypeError, match=event.__name__):
+            run(bus.apply_async(True))
+        assert bus.pending_events() == (event,)
+
+
+def test_basic_looks_at_the_result() -> None:
+    log: list[str] = []
+
+    async def one(*, commit: bool) -> None:
+        log.append("coroutine")
+
+    class Two:
+        async def __call__(self, *, commit: bool) -> None:
+            log.append("object")
+
+    bus = BasicAsyncEventBus()
+    bus.publish_all(
+        [one, partial(one), Two(), lambda *, commit: log.append("function"), lambda *, commit: one(commit=commit)]
+    )
+    run(bus.apply_async(True))
+    assert log == ["coroutine", "coroutine", "object", "function", "coroutine"]
+    with pytest.raises(TypeError, match="int is not callable"):
+        bus.publish(1)  # type: ignore[arg-type]
+
+
+def test_rule_10_publish_all_checks() -> None:
+    bus = BasicAsyncEventBus()
+    with pytest.raises(TypeError):
+        bus.publish_all([print, 1])  # type: ignore[list-item]
+    assert bus.pending_events() == (print,)
+
+
+def test_handlers_run_in_the_task_of_the_caller() -> None:
+    variable: contextvars.ContextVar[int] = contextvars.ContextVar("variable", default=0)
+    tasks: set[Any] = set()
+
+    async def handler(*, commit: bool) -> None:
+        tasks.add(asyncio.current_task())
+        variable.set(variable.get() + 1)
+
+    async def main() -> None:
+        bus = BasicAsyncEventBus()
+        bus.publish_all([handler] * 3)
+        await bus.apply_async(True)
+        assert tasks == {asyncio.current_task()}
+        assert variable.get() == 3
+
+    run(main())
+
+
+def test_concurrency_is_how_many_are_under_way() -> None:
+    under_way: list[int] = [0]
+    most: list[int] = [0]
+
+    async def handler(*, commit: bool) -> None:
+        under_way[0] += 1
+        most[0] = max(most[0], under_way[0])
+        await asyncio.sleep(0.001)
+        under_way[0] -= 1
+
+    bus = BasicAsyncEventBus()
+    bus.publish_all([handler] * 10)
+    assert len(run(bus.apply_async(True, concurrency=4))) == 10
+    assert most == [4]
+
+
+def test_concurrency_the_first_failure_cancels_the_others() -> None:
+    finished: list[str] = []
+    error = Boom()
+
+    async def quick(*, commit: bool) -> None:
+        finished.append("quick")
+
+    async def slow(*, commit: bool) -> None:
+        await asyncio.sleep(10)
+        finished.append("slow")
+
+    async def fails(*, commit: bool) -> None:
+        await asyncio.sleep(0.001)
+        raise error
+
+    bus = BasicAsyncEventBus()
+    bus.publish_all([quick, slow, fails, quick, slow])
+    with pytest.raises(Boom) as caught:
+        run(bus.apply_async(True, concurrency=3))
+    assert caught.value is error
+    assert finished == ["quick", "quick"]
+    assert bus.pending_events() == (slow, fails, slow)
+    assert any("event 3 of 5" in note for note in notes(error))
+
+
+@pytest.mark.parametrize(
+    ("concurrency", "kind"), [(0, ValueError), (-1, ValueError), ("2", TypeError), (None, TypeError)]
+)
+def test_bad_concurrency(concurrency: Any, kind: type[Exception]) -> None:
+    bus, buses = Bus(), AsyncMultiEventBus()
+    bus.publish(1)
+    for apply in (bus.apply_async, buses.apply_async, buses.apply_and_get_applied_events_async):
+        with pytest.raises(kind, match="concurrency must be"):
+            run(apply(True, concurrency=concurrency))
+    with pytest.raises(kind, match="concurrency must be"):
+        unit_of_work(None, True, concurrency=concurrency)
+    assert bus.pending_events() == (1,)
+    with pytest.raises(ValueError, match="rounds must be"):
+        run(bus.apply_async(True, rounds=0))
+
+
+def test_applying_without_await_is_an_error_and_the_events_stay() -> None:
+    bus = Bus()
+    bus.publish(1)
+    with pytest.raises(TypeError, match="await bus.apply_async"):
+        bus.apply(True)
+    assert bus.pending_events() == (1,)
+    multi = MultiEventBus()
+    delayed = multi.wrap(bus)
+    with pytest.raises(TypeError, match=r"coroutine|await bus.apply_async"):
+        multi.apply(True)
+    assert multi.pending_events() == (delayed,)
+    assert multi.events_to_apply() == [1]
+    own = AsyncMultiEventBus()
+    own.publish(delayed)
+    assert run(own.apply_and_get_applied_events_async(True)) == [1]
+
+
+def test_rule_16_sync_and_async_buses_in_order() -> None:
+    log: list[Any] = []
+    bus = Bus()
+    bus.log = log
+    multi = AsyncMultiEventBus()
+    first, second, third = multi.wrap(Plain(log)), multi.wrap(bus), multi.wrap(Plain(log))
+    third.publish(3)
+    second.publish(2)
+    first.publish(1)
+    assert run(multi.apply_and_get_applied_events_async(True)) == [1, 2, 3]
+    assert log == [1, 2, 3]
+    assert multi.pending_events() == ()
+    for delayed in (second, first):
+        delayed.publish("again")
+    assert multi.pending_events() == (second, first), "they register themselves again"
+    assert run(multi.apply_async(True)) == [second, first]
+
+
+@pytest.mark.parametrize("failing", ["sync", "async"])
+@pytest.mark.parametrize("robust", [False, True])
+def test_rule_17_what_failed_stays_registered(failing: str, robust: bool) -> None:
+    log: list[Any] = []
+    error = Boom()
+    buses = [Plain(log), Bus(), Plain(log), Bus()]
+    multi = AsyncMultiEventBus()
+    delayeds: list[Any] = [multi.wrap(bus) for bus in buses]
+    for number, delayed in enumerate(delayeds):
+        delayed.publish(number)
+    position = 2 if failing == "sync" else 1
+    delayeds[position].publish(error)
+    delayeds[position].publish("after")
+    with pytest.raises(ExceptionGroup if robust else Boom) as caught:
+        run(multi.apply_async(True, robust=robust))
+    if robust:
+        assert caught.value.exceptions == (error,)  # type: ignore[attr-defined]
+        assert multi.pending_events() == (delayeds[position],)
+        assert multi.events_to_apply() == [error]
+    else:
+        assert multi.pending_events() == tuple(delayeds[position:])
+        assert multi.events_to_apply() == [error, "after", *range(position + 1, 4)]
+    assert len(notes(error)) == (1 if robust else 2)
+    if failing == "async":
+        run(multi.apply_async(True))
+        assert multi.events_to_apply() == []
+
+
+def test_rule_17b_events_published_meanwhile() -> None:
+    multi = AsyncMultiEventBus()
+    log: list[Any] = []
+    early, bus, late = multi.wrap(Plain(log)), multi.wrap(Bus()), multi.wrap(Plain(log))
+    early.publish("early")
+
+    def more() -> None:
+        late.publish("in this run")
+        early.publish("in the next")
+        bus.publish("in the next, too")
+
+    bus.publish(more)
+    late.publish("late")
+    assert run(multi.apply_and_get_applied_events_async(True)) == ["early", more, "late", "in this run"]
+    assert multi.events_to_apply() == ["in the next", "in the next, too"]
+    assert run(multi.apply_and_get_applied_events_async(True, rounds=2)) == ["in the next", "in the next, too"]
+
+
+def test_multi_buses_in_each_other() -> None:
+    inner, outer = AsyncMultiEventBus(), AsyncMultiEventBus()
+    plain = MultiEventBus()
+    log: list[Any] = []
+    bus = inner.wrap(Bus())
+    other = plain.wrap(Plain(log))
+    outer.wrap(inner)
+    outer.wrap(plain)
+    bus.publish(1)
+    other.publish(2)
+    assert run(outer.apply_and_get_applied_events_async(True)) == [1, 2]
+    bus.publish(3)
+    assert outer.events_to_apply() == [3]
+    error = Boom()
+    bus.publish(error)
+    with pytest.raises(Boom):
+        run(outer.apply_async(True))
+    assert outer.events_to_apply() == [error]
+    run(outer.apply_async(True))
+    assert outer.events_to_apply() == []
+
+
+def test_what_was_collected_is_applied() -> None:
+    multi = AsyncMultiEventBus()
+    bus = Bus()
+    delayed: Any = multi.wrap(bus)
+    delayed.publish(1)
+    delayed.apply(True)
+    delayed.publish(2)
+    assert delayed.collected_events() == (1,)
+    assert run(multi.apply_and_get_applied_events_async(True)) == [1, 2]
+    delayed.publish(3)
+    delayed.apply(True)
+    with pytest.raises(TypeError, match="coroutine"):
+        delayed.apply_without_delay(True)
+    assert delayed.collected_events() == (3,)
+
+
+def test_an_overridden_collect_event_is_honoured() -> None:
+    seen: list[Any] = []
+
+    class Mine(Bus):
+        def _collect_event(self, event: Any, commit: bool) -> Any:
+            async def apply(*, commit: bool) -> None:
+                seen.append((event, commit))
+
+            return apply
+
+    multi = AsyncMultiEventBus()
+    multi.wrap(Mine()).publish(1)
+    assert run(multi.apply_and_get_applied_events_async(False)) == [1]
+    assert seen == [(1, False)]
+
+
+def test_rule_22_savepoints() -> None:
+    multi = AsyncMultiEventBus()
+    bus = multi.wrap(Bus())
+    bus.publish(1)
+    savepoint = multi.savepoint()
+    bus.publish(2)
+    with pytest.raises(RuntimeError, match="savepoint"):
+        run(multi.apply_async(True))
+    assert savepoint.rollback() == [2]
+    assert run(multi.apply_and_get_applied_events_async(True)) == [1]
+
+
+@pytest.mark.parametrize("where", ["bus", "multi"])
+@pytest.mark.parametrize("concurrency", [1, 2])
+def test_cancelled_at_every_await(where: str, concurrency: int) -> None:
+    """However far it came: each event is done or pending, and none is both."""
+    for number in range(40):
+        bus = Bus()
+        multi = AsyncMultiEventBus()
+        delayed = multi.wrap(bus)
+        delayed.publish_all(range(5))
+
+        async def main(bus: Bus = bus, multi: AsyncMultiEventBus = multi, number: int = number) -> bool:
+            apply = bus.apply_async if where == "bus" else multi.apply_async
+            task = asyncio.ensure_future(apply(True, concurrency=concurrency))
+            for _ in range(number):
+                await asyncio.sleep(0)
+            task.cancel()
+            try:
+                await task
+            except asyncio.CancelledError:
+                return True
+            return False
+
+        cancelled = run(main())
+        left = multi.events_to_apply()
+        # The bus logs an event, and then awaits once more: that one may be tried again.
+        assert sorted({*bus.log, *left}) == [0, 1, 2, 3, 4]
+        assert left == sorted(left)
+        assert len(set(bus.log) & set(left)) <= concurrency
+        if not cancelled:
+            assert left == []
+            break
+        if left:
+            assert multi.pending_events() == (delayed,)
+            bus.log.clear()
+            run(multi.apply_async(True))
+            assert bus.log == left
+    else:
+        raise AssertionError("it was always cancelled")
+
+
+# Middleware
+
+
+def test_rule_24_a_plain_middleware_runs_before_the_handler_and_may_block() -> None:
+    seen: list[Any] = []
+
+    def middleware(call: Any, bus: Any, event: Any, commit: bool) -> None:
+        seen.append((type(bus).__name__, event, commit))
+        if event != 2:
+            call()
+
+    multi = AsyncMultiEventBus()
+    bus = Bus()
+    multi.wrap(bus).publish_all([1, 2, 3])
+    remove = commitbus.add_middleware(middleware)
+    try:
+        assert run(multi.apply_and_get_applied_events_async(True)) == [1, 2, 3]
+    finally:
+        remove()
+    assert seen == [("Bus", 1, True), ("Bus", 2, True), ("Bus", 3, True)]
+    assert bus.log == [1, 3]
+
+
+def test_rule_24_a_middleware_may_be_awaited() -> None:
+    seen: list[Any] = []
+
+    async def around(call: Any) -> None:
+        seen.append("before")
+        try:
+            await call()
+        except Boom:
+            seen.append("failed")
+            raise
+        finally:
+            seen.append("after")
+
+    def middleware(call: Any, bus: Any, event: Any, commit: bool) -> Any:
+        return around(call) if isinstance(bus, AsyncEventBus) else call()
+
+    bus, plain = Bus(), Plain([])
+    bus.publish_all([1, Boom()])
+    plain.publish(1)
+    remove = commitbus.add_middleware(middleware)
+    try:
+        with pytest.raises(Boom):
+            run(bus.apply_async(True))
+        plain.apply(True)
+    finally:
+        remove()
+    assert seen == ["before", "after", "before", "failed", "after"]
+
+
+@pytest.mark.parametrize("kind", ["twice", "returns", "later"])
+def test_rule_24_middleware_that_errs(kind: str) -> None:
+    kept: list[Any] = []
+
+    def middleware(call: Any, bus: Any, event: Any, commit: bool) -> Any:
+        kept.append(call)
+        call()
+        return call() if kind == "twice" else 1 if kind == "returns" else None
+
+    bus = Bus()
+    bus.publish(1)
+    remove = commitbus.add_middleware(middleware)
+    try:
+        if kind == "later":
+            run(bus.apply_async(True))
+            with pytest.raises(RuntimeError, match=r"call\(\)"):
+                kept[0]()
+            return
+        with pytest.raises(RuntimeError if kind == "twice" else TypeError):
+            run(bus.apply_async(True))
+    finally:
+        remove()
+    assert bus.pending_events() == (1,)
+    assert bus.log == []
+
+
+def test_record_and_every_failure_see_it() -> None:
+    bus = Bus()
+    bus.publish(1)
+    with record() as side_effects:
+        run(bus.apply_async(True))
+    assert [(one.event, one.commit) for one in side_effects.applied] == [(1, True)]
+    assert bus.log == []
+
+    def work() -> list[Any]:
+        multi = AsyncMultiEventBus()
+        multi.wrap(Bus()).publish_all([1, 2])
+        with suppress(InjectedFailure):
+            run(multi.apply_async(True))
+        return multi.events_to_apply()
+
+    assert [failure.result for failure in every_failure(work)] == [[1, 2], [2]]
+
+
+def test_rule_8b_nothing_is_kept() -> None:
+    class Event:
+        pass
+
+    bus = Bus()
+    event = Event()
+    ref = weakref.ref(event)
+    bus.publish_all([event, Boom()])
+    del event
+    with pytest.raises(Boom) as caught:
+        run(bus.apply_async(True))
+    bus.log.clear()
+    gc.collect()
+    assert ref() is None, caught.value
+
+
+# The unit of work
+
+
+class Transaction:
+    def __init__(self, log: list[Any], fails: BaseException | None = None) -> None:
+        self.log, self.fails = log, fails
+
+    async def commit(self) -> None:
+        await asyncio.sleep(0)
+        if self.fails is not None:
+            raise self.fails
+        self.log.append("committed")
+
+    async def rollback(self) -> None:
+        await asyncio.sleep(0)
+        self.log.append("rolled back")
+
+
+def test_rule_18_commits_then_applies() -> None:
+    log: list[Any] = []
+    transaction = Transaction(log)
+    bus = Bus()
+    bus.log = log
+
+    async def main() -> None:
+        async with unit_of_work(None, True, commit_transaction=transaction.commit) as (buses, execute):
+            assert isinstance(buses, AsyncMultiEventBus)
+            buses.wrap(bus).publish("awaited")
+            buses.wrap(Plain(log)).publish("plain")
+
+            async with unit_of_work(buses, True, commit_transaction=transaction.commit) as (inner, nothing):
+                assert inner is buses
+                assert await nothing() == []
+            assert await execute() == ["awaited", "plain"]
+
+    run(main())
+    assert log == ["committed", "awaited", "plain"]
+
+
+def test_rule_18_a_commit_that_fails_applies_nothing() -> None:
+    log: list[Any] = []
+    error = Boom()
+    transaction = Transaction(log, error)
+    bus = Bus()
+
+    async def main() -> None:
+        async with unit_of_work(
+            None, True, commit_transaction=transaction.commit, rollback_transaction=transaction.rollback
+        ) as (buses, execute):
+            buses.wrap(bus).publish(1)
+            await execute()
+
+    with pytest.raises(Boom) as caught:
+        run(main())
+    assert caught.value is error
+    assert log == ["rolled back"]
+    assert bus.log == []
+    assert bus.pending_events() == ()
+
+
+def test_rule_18_going_on_after_a_failure_does_not_commit_again() -> None:
+    log: list[Any] = []
+    transaction = Transaction(log)
+    bus = Bus()
+    bus.log = log
+    error = Boom()
+
+    async def main() -> None:
+        async with unit_of_work(None, True, commit_transaction=transaction.commit) as (buses, execute):
+            buses.wrap(bus).publish_all([1, error, 2])
+            with pytest.raises(Boom):
+                await execute()
+            assert await execute() == [error, 2]
+
+    run(main())
+    assert log == ["committed", 1, error, 2]
+
+
+def test_rule_18b_a_dry_run_rolls_back() -> None:
+    log: list[Any] = []
+    transaction = Transaction(log)
+
+    async def main() -> None:
+        async with unit_of_work(
+            None, False, commit_transaction=transaction.commit, rollback_transaction=transaction.rollback
+        ) as (buses, execute):
+            buses.wrap(BasicEventBus()).publish(lambda *, commit: log.append(commit))
+            await execute()
+
+    run(main())
+    assert log == [False, "rolled back"]
+
+
+def test_rule_18b_left_by_an_exception() -> None:
+    log: list[Any] = []
+    transaction = Transaction(log)
+    bus = Bus()
+
+    async def main() -> None:
+        async with unit_of_work(None, True, rollback_transaction=transaction.rollback) as (buses, _):
+            buses.wrap(bus).publish(1)
+            raise Boom
+
+    with pytest.raises(Boom):
+        run(main())
+    assert log == ["rolled back"]
+    assert bus.pending_events() == ()
+
+
+@pytest.mark.parametrize("how", ["warning", "note", "function", "coroutine"])
+def test_rule_19_events_that_nobody_applied(how: str) -> None:
+    seen: list[Any] = []
+
+    async def later(buses: Any) -> None:
+        seen.append(buses.events_to_apply())
+
+    on_unapplied: Any = {"function": lambda buses: seen.append(buses.events_to_apply()), "coroutine": later}.get(how)
+
+    async def main() -> None:
+        async with unit_of_work(None, True, on_unapplied=on_unapplied) as (buses, execute):
+            buses.wrap(Bus()).publish(Boom("x") if how == "note" else 1)
+            if how == "note":
+                await execute()
+
+    if how == "warning":
+        with pytest.warns(UnappliedEventsWarning, match="1 event was published but never applied") as caught:
+            run(main())
+        assert caught[0].filename == __file__
+    elif how == "note":
+        with pytest.raises(Boom) as raised:
+            run(main())
+        assert any("the transaction was committed, but 1 event was not applied" in note for note in notes(raised.value))
+    else:
+        run(main())
+        assert seen == [[1]]
+
+
+@pytest.mark.parametrize("name", ["commit_transaction", "rollback_transaction", "on_unapplied"])
+def test_bad_functions(name: str) -> None:
+    with pytest.raises(TypeError, match=f"{name} must be a function"):
+        unit_of_work(None, True, **{name: Transaction([]).commit()})  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="event_bus_orchestrator must be"):
+        unit_of_work(Bus(), True)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="rounds must be"):
+        unit_of_work(None, True, rounds=0)
+
+
+def sweep(cancel: Callable[[asyncio.Task[Any], int], Coroutine[Any, Any, None]]) -> None:
+    """Cancel a unit of work at every step: committed if and only if its side effects were applied."""
+    outcomes: set[tuple[bool, bool]] = set()
+    for number in range(1, 60):  # before 1, it has not begun
+        log: list[Any] = []
+        transaction = Transaction(log)
+        bus = Bus()
+        bus.log = log
+        left: list[Any] = []
+
+        async def work(
+            transaction: Transaction = transaction, bus: Bus = bus, left: list[Any] = left, log: list[Any] = log
+        ) -> None:
+            def keep(buses: Any) -> None:
+                left.extend(buses.events_to_apply())
+
+            async with unit_of_work(
+                None,
+                True,
+                commit_transaction=transaction.commit,
+                rollback_transaction=transaction.rollback,
+                on_unapplied=keep,
+            ) as (buses, execute):
+                buses.wrap(bus).publish_all([1, 2])
+                await asyncio.sleep(0)
+                await execute()
+                log.append("done")
+
+        async def main(work: Any = work, number: int = number) -> bool:
+            task = asyncio.ensure_future(work())
+            await cancel(task, number)
+            try:
+                await task
+            except asyncio.CancelledError:
+                return True
+            return False
+
+        cancelled = run(main())
+        committed = "committed" in log
+        assert committed != ("rolled back" in log)
+        if committed:
+            # Applied or told of. An event that is logged awaits once more, and may be told of, too.
+            assert {*log, *left} >= {1, 2}
+        else:
+            assert 1 not in log
+            assert not left
+        outcomes.add((cancelled, committed))
+        if not cancelled:
+            break
+    assert outcomes == {(True, False), (True, True), (False, True)}
+
+
+def test_cancelled_at_every_await_of_a_unit_of_work() -> None:
+    async def cancel(task: asyncio.Task[Any], number: int) -> None:
+        for _ in range(number):
+            await asyncio.sleep(0)
+        task.cancel()
+
+    sweep(cancel)
+
+
+def test_cancelled_again_and_again() -> None:
+    """As anyio does until the scope is left."""
+
+    async def cancel(task: asyncio.Task[Any], number: int) -> None:
+        for _ in range(number):
+            await asyncio.sleep(0)
+        while not task.done():
+            task.cancel()
+            await asyncio.sleep(0)
+
+    sweep(cancel)
+
+
+class Slow(Transaction):
+    def __init__(self, log: list[Any]) -> None:
+        super().__init__(log)
+        self.begun = asyncio.Event()
+        self.go_on = asyncio.Event()
+
+    async def commit(self) -> None:
+        self.begun.set()
+        await self.go_on.wait()
+        await super().commit()
+
+
+async def slow_work(transaction: Slow, bus: Any) -> None:
+    async with unit_of_work(
+        None, True, commit_transaction=transaction.commit, rollback_transaction=transaction.rollback
+    ) as (buses, execute):
+        buses.wrap(bus).publish(1)
+        await execute()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_cancelled_commit_waits_for_its_outcome(fails: bool) -> None:
+    log: list[Any] = []
+    bus = Bus()
+    bus.log = log
+
+    async def main() -> None:
+        transaction = Slow(log)
+        transaction.fails = Boom() if fails else None
+        task = asyncio.ensure_future(slow_work(transaction, bus))
+        await transaction.begun.wait()
+        task.cancel()
+        await asyncio.sleep(0.001)
+        assert not task.done()
+        transaction.go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert task.cancelled()
+
+    run(main())
+    assert log == (["rolled back"] if fails else ["committed", 1])
+
+
+def test_a_timeout_during_the_commit() -> None:
+    log: list[Any] = []
+    bus = Bus()
+    bus.log = log
+
+    async def main() -> None:
+        transaction = Slow(log)
+
+        async def release() -> None:
+            await asyncio.sleep(0.02)
+            transaction.go_on.set()
+
+        task = asyncio.ensure_future(release())
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.001):
+                await slow_work(transaction, bus)
+        await task
+
+    run(main())
+    assert log == ["committed", 1]
+
+
+def test_a_cancel_scope_of_anyio_during_the_commit() -> None:
+    anyio = pytest.importorskip("anyio", reason="anyio is not installed")
+    log: list[Any] = []
+    bus = Bus()
+    bus.log = log
+
+    async def main() -> None:
+        transaction = Slow(log)
+
+        async def release() -> None:
+            await asyncio.sleep(0.02)
+            transaction.go_on.set()
+
+        task = asyncio.ensure_future(release())
+        with anyio.move_on_after(0.001) as scope:
+            await slow_work(transaction, bus)
+        assert scope.cancelled_caught
+        await task
+
+    run(main())
+    assert log == ["committed", 1]
+
+
+def test_a_client_that_disconnects_during_the_commit() -> None:
+    pytest.importorskip("starlette", reason="Starlette is not installed")
+    from starlette.applications import Starlette
+    from starlette.middleware.base import BaseHTTPMiddleware
+    from starlette.responses import PlainTextResponse
+    from starlette.routing import Route
+
+    log: list[Any] = []
+    bus = Bus()
+    bus.log = log
+
+    async def main() -> None:
+        transaction = Slow(log)
+
+        async def endpoint(request: Any) -> Any:
+            await slow_work(transaction, bus)
+            return PlainTextResponse("done")
+
+        async def impatient(request: Any, call_next: Any) -> Any:
+            try:
+                async with asyncio.timeout(0.005):
+                    return await call_next(request)
+            except TimeoutError:
+                return PlainTextResponse("gone", status_code=504)
+
+        app = Starlette(routes=[Route("/", endpoint)])
+        app.add_middleware(BaseHTTPMiddleware, dispatch=impatient)
+        sent: list[Any] = []
+
+        async def receive() -> Any:
+            await transaction.begun.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        async def release() -> None:
+            await asyncio.sleep(0.03)
+            transaction.go_on.set()
+
+        task = asyncio.ensure_future(release())
+        scope = {
+            "type": "http", "method": "GET", "path": "/", "raw_path": b"/", "query_string": b"", "headers": [],
+            "http_version": "1.1", "scheme": "http", "server": ("x", 80), "client": ("y", 1), "root_path": "",
+        }  # fmt: skip
+        with suppress(Exception):  # whatever it makes of a client that is gone
+            await app(scope, receive, send)
+        await task
+        await asyncio.sleep(0.01)
+
+    run(main())
+    assert log == ["committed", 1]
+
+
+def test_both_twins() -> None:
+    """This file runs over the twin that was selected: run it over the other one, too."""
+    if commitbus.implementation == "pure":
+        pytest.skip("this is the other one")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    env = {**os.environ, "COMMITBUS_NO_EXTENSIONS": "1", "COMMITBUS_TEST_PURE_ONLY": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_the_types_are_what_they_say() -> None:
+    assert issubclass(AsyncMultiEventBus, MultiEventBus)
+    assert isinstance(AsyncMultiEventBus().wrap(Bus()), DelayedEventBus)
