@@ -362,6 +362,55 @@ def not_applied_async(bus: object) -> TypeError:
     )
 
 
+def not_installed(extra: str, error: ModuleNotFoundError) -> ModuleNotFoundError:
+    """Say what to install for an integration."""
+    return ModuleNotFoundError(
+        f"commitbus.integrations.{extra} needs a module that is not installed, {error.name}; "
+        f"install it with: pip install 'commitbus[{extra}]'",
+        name=error.name,
+    )
+
+
+def not_a_session(function: str, value: object) -> TypeError:
+    """Refuse a session that is none."""
+    return TypeError(
+        f"{function}() takes a Session, an AsyncSession or a scoped one of SQLAlchemy, not {type_name(type(value))}; "
+        "pass the session whose commit is to be waited for"
+    )
+
+
+SESSION_CLOSED = "this session was closed for good, so nothing can be applied after its commit; open another session"
+
+
+def session_left(count: int) -> str:
+    """Say that a session was closed with events that nobody applied."""
+    was = "1 event was" if count == 1 else f"{count} events were"
+    return (
+        f"{was} not applied after a commit of this session, which is closed now; "
+        "apply or discard what is in leftovers(session) first"
+    )
+
+
+def not_applied_in_commit(bus: object) -> TypeError:
+    """Refuse to commit where what is to be awaited afterwards could not be."""
+    return TypeError(
+        f"{describe_bus(bus)} has events that are awaited, but this commit is not: nothing is committed; "
+        "use an AsyncSession and 'await session.commit()', or a bus that is not asynchronous"
+    )
+
+
+def too_many_rounds(rounds: int) -> RuntimeError:
+    """Say that handlers have published again and again."""
+    return RuntimeError(f"handlers have published more in each of {rounds} rounds; the rest was not applied")
+
+
+def note_committed(error: BaseException, count: int, where: str) -> None:
+    """Say that the transaction was committed all the same, and where what was not applied is."""
+    was = "1 event was" if count == 1 else f"{count} events were"
+    rest = f"; {was} not applied: see {where}" if count else ""
+    _add_note(error, f"the transaction was committed: do not run it again{rest}")
+
+
 def not_a_batch_size(bus: object, value: object) -> Exception:
     """Refuse the batch_size of a bus."""
     advice = f"set batch_size of {describe_bus(bus)} to how many events it takes at most, or None for all"

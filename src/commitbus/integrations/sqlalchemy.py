@@ -1,0 +1,264 @@
+"""A session's own buses: applied after its outermost commit, dropped when it rolls back. Needs SQLAlchemy 2."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from typing import TYPE_CHECKING, Any, cast
+
+from commitbus import _messages
+from commitbus._interfaces import UnappliedEventsWarning
+from commitbus._looking import events_to_apply
+from commitbus._rounds import check_rounds
+from commitbus.aio import AsyncEventBus, AsyncMultiEventBus
+from commitbus.integrations import _leftovers
+from commitbus.savepoint import Savepoint, open_marks, roll_back_in, stores_in
+
+try:
+    from sqlalchemy import event
+    from sqlalchemy.exc import InvalidRequestError
+    from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
+    from sqlalchemy.orm import Session, SessionTransaction, scoped_session
+    from sqlalchemy.util import await_only
+    from sqlalchemy.util.concurrency import in_greenlet
+except ModuleNotFoundError as error:
+    raise _messages.not_installed("sqlalchemy", error) from error
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from commitbus._interfaces import EventBusOrchestrator
+
+__all__ = ["leftovers", "orchestrator"]
+
+
+def orchestrator(
+    session: Session | AsyncSession | scoped_session[Any] | async_scoped_session[Any],
+    *,
+    robust: bool | None = None,
+    rounds: int | None = None,
+) -> EventBusOrchestrator:
+    """Give the buses of a session: what is published on them is applied after its outermost commit.
+
+    Parameters
+    ----------
+    session : Session, AsyncSession, scoped_session or async_scoped_session
+        It keeps the buses for its whole life.
+    robust : bool, optional
+        Try every event once, whatever the others raise. As it was where it is not given; at first, false.
+    rounds : int, optional
+        How often to go on with what handlers published meanwhile, at most. As it was where it is not given; at
+        first, 100.
+
+    Returns
+    -------
+    EventBusOrchestrator
+        The same for the life of the session: wrap buses with it, or hand it to code that does. With an
+        `AsyncSession`, asynchronous buses as well, which are awaited within ``await session.commit()``.
+
+    Raises
+    ------
+    TypeError
+        When `session` is none, or `rounds` no int.
+    ValueError
+        When `rounds` is below 1.
+    sqlalchemy.exc.InvalidRequestError
+        When the session was closed for good.
+
+    Notes
+    -----
+    What is published in a transaction, or before one has begun, is applied when it was committed, and dropped when it
+    is rolled back or the session is closed; what is published in a savepoint is dropped with that.
+
+    A handler may use the session: read, write, commit, publish more. What handlers publish is applied in the next
+    round of the same commit, whatever becomes of a transaction that a handler begins itself. When one raises, the
+    exception comes out of ``commit()``, with a note that the transaction was committed; what was not applied is in
+    `leftovers`, and the session is usable.
+
+    Examples
+    --------
+    >>> from sqlalchemy import create_engine
+    >>> from sqlalchemy.orm import Session
+    >>> from commitbus import BasicEventBus, if_committed
+    >>> from commitbus.integrations.sqlalchemy import orchestrator
+    >>> with Session(create_engine("sqlite://")) as session:
+    ...     mails = orchestrator(session).wrap(BasicEventBus())
+    ...     mails.publish(if_committed(print, "sent"))
+    ...     print("not yet")
+    ...     session.commit()
+    not yet
+    sent
+    """
+    if rounds is not None:
+        check_rounds(rounds)
+    bound = _bound(session, "orchestrator")
+    if robust is not None:
+        bound.robust = robust
+    if rounds is not None:
+        bound.rounds = rounds
+    return bound.buses
+
+
+def leftovers(session: Session | AsyncSession | scoped_session[Any] | async_scoped_session[Any]) -> AsyncMultiEventBus:
+    """Give the bus of what was not applied after a commit of a session, since a handler raised.
+
+    Parameters
+    ----------
+    session : Session, AsyncSession, scoped_session or async_scoped_session
+        The session. It keeps the bus for its whole life.
+
+    Returns
+    -------
+    AsyncMultiEventBus
+        There for nothing else: apply it to go on, look at it, or discard what is in it. No commit applies it,
+        and no rollback drops it.
+
+    Raises
+    ------
+    TypeError
+        When `session` is none.
+    sqlalchemy.exc.InvalidRequestError
+        When the session was closed for good.
+    """
+    return _bound(session, "leftovers").left
+
+
+_all: weakref.WeakKeyDictionary[Session, _Bound] = weakref.WeakKeyDictionary()
+
+
+def _bound(session: object, function: str) -> _Bound:
+    if isinstance(session, (scoped_session, async_scoped_session)):
+        session = cast("Any", session)()
+    if isinstance(session, AsyncSession):
+        session = session.sync_session
+    if not isinstance(session, Session):
+        raise _messages.not_a_session(function, session)
+    bound = _all.get(session)
+    if bound is None:
+        if getattr(getattr(session, "_close_state", None), "name", None) == "CLOSED":
+            raise InvalidRequestError(_messages.SESSION_CLOSED)
+        bound = _all[session] = _Bound(session)
+    return bound
+
+
+class _Bound:
+    """What listens to one session, and applies its buses. Keeps no reference to it."""
+
+    def __init__(self, session: Session) -> None:
+        self.buses = AsyncMultiEventBus()
+        self.left = AsyncMultiEventBus()
+        self.robust, self.rounds = False, 100
+        self.applying = False
+        self.committed: set[SessionTransaction] = set()
+        self.savepoints: dict[SessionTransaction, Savepoint] = {}
+        nested: list[SessionTransaction] = []
+        one = session.get_nested_transaction()
+        while one is not None:
+            if one.nested:
+                nested.append(one)
+            one = one.parent
+        for transaction in reversed(nested):  # open already
+            self.savepoints[transaction] = self.buses.savepoint()
+        for name in ("after_transaction_create", "before_commit", "after_commit", "after_transaction_end"):
+            event.listen(session, name, getattr(self, name))
+        for name in ("rollback", "close", "reset", "invalidate"):
+            if hasattr(session, name):
+                setattr(session, name, self.ending(weakref.ref(session), name))
+
+    def ending(self, ref: weakref.ref[Session], name: str) -> Callable[..., Any]:
+        """Make a method that also drops what was published before any transaction had begun.
+
+        SQLAlchemy sends no event for the end of a transaction that has not begun.
+        """
+
+        def end(*args: Any, **kwargs: Any) -> Any:
+            session = cast("Session", ref())
+            begun = session.in_transaction()
+            result = getattr(type(session), name)(session, *args, **kwargs)
+            if not begun and not self.applying:
+                self.drop()
+            if name != "rollback" and (count := len(events_to_apply(self.left))):
+                warnings.warn(_messages.session_left(count), UnappliedEventsWarning, stacklevel=2)
+            return result
+
+        return end
+
+    def after_transaction_create(self, session: Session, transaction: SessionTransaction) -> None:  # noqa: ARG002
+        if transaction.nested:
+            self.savepoints[transaction] = self.buses.savepoint()
+
+    def before_commit(self, session: Session) -> None:
+        """Refuse, while nothing is done yet, what could not be applied after the commit."""
+        if session.in_nested_transaction() or self.applying:
+            return
+        for store in stores_in(self.buses):
+            for mark in open_marks(store) or ():
+                raise _messages.savepoint_is_open(self.buses, mark.savepoint)
+        if not in_greenlet() and (bus := self.asynchronous()) is not None:
+            raise _messages.not_applied_in_commit(bus)
+
+    def asynchronous(self) -> Any:
+        """Give an asynchronous bus that has something to apply, or None."""
+        for store in stores_in(self.buses):
+            if isinstance(store, AsyncEventBus) and store.pending_events():
+                return cast("Any", store)
+            wrapped = getattr(store, "_commitbus_wrapped_bus", None)
+            if isinstance(wrapped, AsyncEventBus) and store.pending_events():
+                return cast("Any", wrapped)
+        return None
+
+    def after_commit(self, session: Session) -> None:
+        # Sent for a savepoint, too; and the session may not be used here: wait for the end of the transaction.
+        ending = session.get_nested_transaction() or session.get_transaction()
+        if ending is not None:
+            self.committed.add(ending)
+
+    def after_transaction_end(self, session: Session, transaction: SessionTransaction) -> None:
+        # After a rollback, this comes before `after_soft_rollback`.
+        committed = transaction in self.committed
+        self.committed.discard(transaction)
+        if transaction.nested:
+            savepoint = self.savepoints.pop(transaction, None)
+            if savepoint is not None:
+                _end(savepoint, committed)
+        elif transaction.parent is None and not self.applying:  # else a handler's own
+            self.committed.clear()
+            if committed:
+                self.apply(session)
+            else:
+                self.drop()
+
+    def drop(self) -> None:
+        """Drop what was published in a transaction that is not to be."""
+        roll_back_in(self.buses, -1)  # savepoints that were opened by hand, and not ended
+        self.buses.discard_pending_events()
+
+    def apply(self, session: Any) -> None:
+        """Apply what was published in a transaction that was committed."""
+        # Within the block of ``session.begin()`` a handler could not use the session: the block has not ended yet.
+        block, session._trans_context_manager = session._trans_context_manager, None
+        self.applying = True
+        try:
+            if self.asynchronous() is None:
+                self.buses.apply(True, robust=self.robust, rounds=self.rounds)
+            else:
+                await_only(self.buses.apply_async(True, robust=self.robust, rounds=self.rounds))
+            if events_to_apply(self.buses):
+                raise _messages.too_many_rounds(self.rounds)
+        except BaseException as raised:
+            _messages.note_committed(raised, _leftovers.move(self.buses, self.left), "leftovers(session)")
+            _messages.drop_own_frames(raised)
+            raise
+        finally:
+            self.applying = False
+            session._trans_context_manager = block
+
+
+def _end(savepoint: Savepoint, keep: bool) -> None:
+    """End a savepoint with that of the database; those that were opened by hand since end with it."""
+    if not keep:
+        savepoint._roll_back_all()
+        return
+    while (later := savepoint._find_later()) is not None:
+        _end(later, keep)
+    savepoint.release()
