@@ -48,7 +48,8 @@ def install_flights(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run the suite over both twins."""
     # Not everything that the guides show has wheels for the newest Python; their tests are skipped without.
-    install(session, "test", *(["guides"] if session.python not in {PYTHONS[-1], "3.14t"} else []))
+    integrations = [] if session.python in {PYTHONS[-1], "3.14t"} else ["integrations"]
+    install(session, "test", *integrations)
     install_flights(session)
     session.run("python", "-m", "pytest", "-q", *session.posargs)
 
@@ -73,7 +74,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Check types, with both checkers, and the cases that must be errors."""
-    install(session, "types", "bench", "peers", "report")
+    install(session, "types", "bench", "integrations", "peers", "report")
     session.run("mypy")
     session.run("pyright")
     session.run("pyright", "--verifytypes", "commitbus", "--ignoreexternal")

@@ -399,6 +399,37 @@ def not_applied_in_commit(bus: object) -> TypeError:
     )
 
 
+def not_for_on_commit(value: object) -> TypeError:
+    """Refuse a bus that a hook of Django cannot apply."""
+    return TypeError(
+        f"OnCommitEventBus() takes the AbstractEventBus to apply, not {type_name(type(value))}; "
+        "one that is not asynchronous, since Django awaits no hook"
+    )
+
+
+def not_an_outside(value: object) -> ValueError:
+    """Refuse what is no way to treat events outside of a transaction."""
+    return ValueError(f'outside must be "apply" or "raise", not {value!r}')
+
+
+def outside_a_transaction(bus: object) -> str:
+    """Say that no transaction is open."""
+    return f"no transaction is open that could apply what is published on {describe_bus(bus)}; use transaction.atomic()"
+
+
+def applied_by_the_transaction(bus: object) -> TypeError:
+    """Refuse to apply by hand what a transaction applies."""
+    return TypeError(
+        f"{describe_bus(bus)} is applied by the transaction's commit; to apply by hand, publish on a bus of your own; "
+        "for a dry run, roll the transaction back"
+    )
+
+
+def failed_on_commit(count: int) -> str:
+    """Say that events failed in the hooks of a commit."""
+    return f"{count} {'event' if count == 1 else 'events'} failed after the commit"
+
+
 def too_many_rounds(rounds: int) -> RuntimeError:
     """Say that handlers have published again and again."""
     return RuntimeError(f"handlers have published more in each of {rounds} rounds; the rest was not applied")

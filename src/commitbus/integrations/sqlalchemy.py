@@ -200,11 +200,9 @@ class _Bound:
     def asynchronous(self) -> Any:
         """Give an asynchronous bus that has something to apply, or None."""
         for store in stores_in(self.buses):
-            if isinstance(store, AsyncEventBus) and store.pending_events():
-                return cast("Any", store)
-            wrapped = getattr(store, "_commitbus_wrapped_bus", None)
-            if isinstance(wrapped, AsyncEventBus) and store.pending_events():
-                return cast("Any", wrapped)
+            bus = getattr(store, "_commitbus_wrapped_bus", None) or store
+            if isinstance(bus, AsyncEventBus) and store._commitbus_events():
+                return cast("Any", bus)
         return None
 
     def after_commit(self, session: Session) -> None:

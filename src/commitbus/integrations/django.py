@@ -1,0 +1,324 @@
+"""Buses that Django's transactions apply: at the commit, with everybody else's `on_commit` hooks. Needs Django 5.2."""
+
+from __future__ import annotations
+
+import weakref
+from copy import copy
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
+
+from commitbus import _messages, _naming
+from commitbus._interfaces import EventBus, EventBusOrchestrator, iterate
+from commitbus._looking import events_to_apply
+from commitbus.aio import AsyncEventBus
+from commitbus.delayed_event_bus import DelayedEventBus
+from commitbus.event_bus import AbstractEventBus
+from commitbus.multi_event_bus import MultiEventBus
+
+try:
+    import django.db as _django
+    from django.db import transaction
+except ModuleNotFoundError as error:
+    raise _messages.not_installed("django", error) from error
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = ["OnCommitEventBus", "leftovers", "orchestrator"]
+
+T = TypeVar("T")
+# Django's own code has no annotations.
+DEFAULT: str = cast("Any", _django).DEFAULT_DB_ALIAS
+connections: Any = cast("Any", _django).connections
+ROUNDS = 100  # how often to go on with what handlers publish on their own bus
+
+
+class OnCommitEventBus(EventBus[T], Generic[T]):
+    """A bus whose events are applied when the transaction commits in which they were published.
+
+    Events take their turn among all `on_commit` hooks, in the order of registration; Django drops them with the
+    savepoint that they were published in. Make one for each bus and keep it, at the level of a module for example: what
+    is pending is in the connection, so that threads and requests share nothing.
+
+    Parameters
+    ----------
+    event_bus : AbstractEventBus
+        Its handler applies the events. A shallow copy of it is made for each run of events; what is pending in
+        it itself is never applied. A reference is kept.
+    using : str, optional
+        The alias of the database, as in `django.db.transaction.on_commit`.
+    robust : bool, default False
+        Try every event once, whatever the others raise; at the end of the hooks, one `ExceptionGroup` is raised.
+    outside : {"apply", "raise"}, default "apply"
+        What to do with what is published outside of a transaction: apply it at once, as Django does, or raise.
+
+    Raises
+    ------
+    TypeError
+        When `event_bus` is no `AbstractEventBus`, or is asynchronous.
+    ValueError
+        When `outside` is neither.
+    django.utils.connection.ConnectionDoesNotExist
+        When there is no database of that alias.
+
+    Notes
+    -----
+    When a handler raises, the exception comes out of the ``atomic`` block, with a note that the transaction was
+    committed. What was not applied, of all buses of that commit, is in `leftovers`; nothing is dropped, even where
+    the hook of somebody else raised. What a handler publishes is applied in the same commit.
+    """
+
+    def __init__(
+        self,
+        event_bus: AbstractEventBus[T],
+        using: str | None = None,
+        robust: bool = False,
+        outside: Literal["apply", "raise"] = "apply",
+    ) -> None:
+        if not isinstance(cast("Any", event_bus), AbstractEventBus) or isinstance(event_bus, AsyncEventBus):
+            raise _messages.not_for_on_commit(event_bus)
+        if outside not in {"apply", "raise"}:
+            raise _messages.not_an_outside(outside)
+        connections[using or DEFAULT]
+        self._event_bus, self._using, self._robust, self._outside = event_bus, using, robust, outside
+
+    def publish(self, event: T) -> None:
+        """Add an event: it is applied when the outermost ``atomic`` block commits.
+
+        Parameters
+        ----------
+        event : T
+            The connection keeps a reference until it was applied or rolled back.
+
+        Raises
+        ------
+        TypeError
+            When the bus refuses the event.
+        django.db.transaction.TransactionManagementError
+            Outside of a transaction, where the bus was made with ``outside="raise"``, or autocommit is off.
+        BaseException
+            Outside of a transaction, whatever the handler raises.
+        """
+        connection: Any = connections[self._using or DEFAULT]
+        hooks: list[Any] = connection.run_on_commit
+        if connection.in_atomic_block and hooks:
+            savepoints, hook, _ = hooks[-1]
+            # The run of events goes on where nothing came between, in the very same savepoints.
+            if type(hook) is _Run and hook.owner is self and hook.open and savepoints == set(connection.savepoint_ids):
+                hook.bus.publish(event)
+                return
+        self._begin(connection, (event,))
+
+    def publish_all(self, events: Iterable[T]) -> None:
+        """Publish one by one.
+
+        Parameters
+        ----------
+        events : iterable of T
+            When it raises, what it gave so far stays published.
+
+        Raises
+        ------
+        BaseException
+            As in `publish`.
+        """
+        for event in iterate(events):
+            self.publish(event)
+
+    def apply(self, commit: bool) -> list[T]:  # noqa: ARG002
+        """Refuse: the transaction applies what was published.
+
+        Raises
+        ------
+        TypeError
+            Always. A dry run is a transaction that is rolled back.
+        """
+        raise _messages.applied_by_the_transaction(self)
+
+    def pending_events(self) -> tuple[T, ...]:
+        """Return what was published in the transaction that is open, and not rolled back.
+
+        Returns
+        -------
+        tuple of T
+            A snapshot, in the order in which it will be applied.
+        """
+        connection: Any = connections[self._using or DEFAULT]
+        runs = [hook for _, hook, _ in connection.run_on_commit if type(hook) is _Run and hook.owner is self]
+        return tuple(event for run in runs for event in run.bus.pending_events())
+
+    def __repr__(self) -> str:
+        """Name the bus, and say how many events the open transaction has."""
+        return f"<{type(self).__name__} of {type(self._event_bus).__name__}: {len(self.pending_events())} pending>"
+
+    def _begin(self, connection: Any, events: Iterable[T]) -> None:
+        """Begin a run of events: a hook of its own."""
+        if not connection.in_atomic_block and self._outside == "raise":
+            raise transaction.TransactionManagementError(_messages.outside_a_transaction(self._event_bus))
+        bus = copy(self._event_bus)
+        bus.discard_pending_events()
+        bus.publish_all(events)
+        state = _state(connection)
+        # Tests capture hooks by their number: there, each event has its own.
+        merges = not any(getattr(block, "_from_testcase", False) for block in connection.atomic_blocks)
+        connection.on_commit(_Run(self, bus, state, merges))
+
+
+class _Run:
+    """A hook: a run of events that were published on one bus, with nothing in between."""
+
+    __slots__ = ("bus", "open", "owner", "state")
+
+    def __init__(self, owner: OnCommitEventBus[Any], bus: Any, state: _State, merges: bool) -> None:
+        self.owner, self.bus, self.state, self.open = owner, bus, state, merges
+
+    def __call__(self) -> None:
+        self.open = False
+        try:
+            self.bus.apply(True, robust=self.owner._robust, rounds=ROUNDS)
+            if self.bus.pending_events():
+                raise _messages.too_many_rounds(ROUNDS)
+        except BaseException as error:
+            self.state.keep(self)
+            _messages.drop_own_frames(error)
+            if self.state.errors is not None and self.owner._robust and isinstance(error, ExceptionGroup):
+                self.state.errors += error.exceptions  # raised after the last hook
+                return
+            if self.state.errors is None:
+                self.state.note(error)  # no commit of Django's runs this: a test does, or no transaction is open
+            raise
+
+
+class _State:
+    """What is kept for one connection: what was not applied, and how far its commit came."""
+
+    def __init__(self, connection: Any) -> None:
+        self.left = MultiEventBus()
+        self.errors: list[Exception] | None = None  # of robust buses, while Django runs the hooks of a commit
+        self.alias: str = connection.alias
+        self.connection = weakref.ref(connection)
+        connection.run_and_clear_commit_hooks = self.run_hooks
+
+    def run_hooks(self) -> None:
+        """Run the hooks of a commit as Django does, and keep what it would drop when one of them raises."""
+        connection: Any = self.connection()
+        run = cast("Any", type(connection)).run_and_clear_commit_hooks
+        runs = [hook for _, hook, _ in connection.run_on_commit if type(hook) is _Run]
+        if not runs or self.errors is not None:
+            run(connection)
+            return
+        connection.validate_no_atomic_block()  # what Django does first of all: nothing is committed yet
+        errors: list[Exception] = []
+        self.errors = errors
+        try:
+            run(connection)
+        except BaseException as error:
+            for one in runs:
+                self.keep(one)
+            self.note(error)
+            raise
+        finally:
+            self.errors = None
+        if errors:
+            group = ExceptionGroup(_messages.failed_on_commit(len(errors)), errors)
+            self.note(group)
+            raise group
+
+    def keep(self, run: _Run) -> None:
+        """Keep what a run has not applied."""
+        if run.open or run.bus.pending_events():
+            run.open = False
+            if run.bus.pending_events() and run.bus not in [one.actual_event_bus for one in self.left.pending_events()]:
+                self.left.wrap(run.bus)
+
+    def note(self, error: BaseException) -> None:
+        """Say where what was not applied is."""
+        where = "leftovers()" if self.alias == DEFAULT else f"leftovers({self.alias!r})"
+        _messages.note_committed(error, len(events_to_apply(self.left)), where)
+
+
+_states: weakref.WeakKeyDictionary[Any, _State] = weakref.WeakKeyDictionary()
+
+
+def _state(connection: Any) -> _State:
+    state = _states.get(connection)
+    if state is None:
+        state = _states[connection] = _State(connection)
+    return state
+
+
+def leftovers(using: str | None = None) -> MultiEventBus:
+    """Give the bus of what was not applied after a commit, since a handler or somebody else's hook raised.
+
+    Parameters
+    ----------
+    using : str, optional
+        The alias of the database.
+
+    Returns
+    -------
+    MultiEventBus
+        That of this thread's connection, which keeps it. There for nothing else: apply it to go on, look at it, or
+        discard what is in it. No commit applies it.
+
+    Raises
+    ------
+    django.utils.connection.ConnectionDoesNotExist
+        When there is no database of that alias.
+    """
+    return _state(connections[using or DEFAULT]).left
+
+
+class _OnCommitDelayedEventBus(DelayedEventBus[T]):
+    """What an orchestrator hands out: publishes for the commit; there is nothing to apply by hand."""
+
+    def __init__(self, event_bus: AbstractEventBus[T], on_commit: OnCommitEventBus[T]) -> None:
+        super().__init__(event_bus)
+        self._on_commit = on_commit
+
+    def publish(self, event: T) -> None:
+        self._on_commit.publish(event)
+
+    def publish_all(self, events: Iterable[T]) -> None:
+        self._on_commit.publish_all(events)
+
+    def pending_events(self) -> tuple[T, ...]:
+        return self._on_commit.pending_events()
+
+
+class _Orchestrator(EventBusOrchestrator):
+    def __init__(self, using: str | None, robust: bool) -> None:
+        connections[using or DEFAULT]
+        self._using, self._robust = using, robust
+
+    def wrap(self, event_bus: AbstractEventBus[T]) -> DelayedEventBus[T]:
+        on_commit = OnCommitEventBus(event_bus, self._using, self._robust)
+        delayed = _OnCommitDelayedEventBus(event_bus, on_commit)
+        on_commit.publish_all(event_bus.discard_pending_events())
+        return delayed
+
+
+def orchestrator(using: str | None = None, *, robust: bool = False) -> EventBusOrchestrator:
+    """Give an orchestrator whose buses Django applies when the outermost ``atomic`` block commits.
+
+    Parameters
+    ----------
+    using : str, optional
+        The alias of the database, as in `django.db.transaction.on_commit`.
+    robust : bool, default False
+        Try every event once, whatever the others raise.
+
+    Returns
+    -------
+    EventBusOrchestrator
+        Hand it to code that wraps buses and publishes. What is published on them is applied as by
+        `OnCommitEventBus`. It has no savepoints of its own: use ``atomic``.
+
+    Raises
+    ------
+    django.utils.connection.ConnectionDoesNotExist
+        When there is no database of that alias.
+    """
+    return _Orchestrator(using, robust)
+
+
+_naming.see_bus_through(OnCommitEventBus, lambda bus: bus._event_bus)

@@ -1,0 +1,522 @@
+"""`commitbus.integrations.django`: what Django's transactions do, and what happens to the events."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+pytest.importorskip("django", reason="Django is not installed")
+
+import django
+from django.conf import settings
+
+if not settings.configured:
+    settings.configure(
+        DATABASES={
+            "default": {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"},
+            "other": {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"},
+        },
+        SECRET_KEY="test",
+        ALLOWED_HOSTS=["*"],
+        ROOT_URLCONF=__name__,
+    )
+    django.setup()
+
+from conftest import notes
+from django.db import connections, transaction
+from django.http import HttpResponse
+from django.test import Client, TestCase, TransactionTestCase
+from django.utils.connection import ConnectionDoesNotExist
+
+import commitbus
+from commitbus import (
+    AbstractEventBus,
+    BasicEventBus,
+    BatchEventBus,
+    DelayedEventBus,
+    use_orchestrator_or_create_multi_event_bus,
+)
+from commitbus.aio import BasicAsyncEventBus
+from commitbus.integrations.django import OnCommitEventBus, leftovers, orchestrator
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+atomic: Any = transaction.atomic
+
+
+class Boom(Exception):
+    pass
+
+
+class Bus(AbstractEventBus[Any]):
+    def __init__(self, log: list[Any]) -> None:
+        self.log = log
+        self.raised: list[Any] = []
+
+    def _apply_event(self, event: Any, commit: bool) -> None:
+        assert commit is True
+        if isinstance(event, BaseException) and event not in self.raised:
+            self.raised.append(event)
+            raise event
+        if callable(event):
+            event()
+        self.log.append(event)
+
+
+@pytest.fixture
+def log() -> Iterator[list[Any]]:
+    yield []
+    assert leftovers().discard_pending_events() == [], "a test leaves nothing"
+    assert connections["default"].run_on_commit == []
+
+
+@pytest.fixture(params=["OnCommitEventBus", "orchestrator"])
+def bus(request: pytest.FixtureRequest, log: list[Any]) -> Any:
+    return OnCommitEventBus(Bus(log)) if request.param == "OnCommitEventBus" else orchestrator().wrap(Bus(log))
+
+
+def test_applied_at_the_commit(bus: Any, log: list[Any]) -> None:
+    with atomic():
+        bus.publish(1)
+        with atomic():
+            bus.publish(2)
+        with atomic(savepoint=False):
+            bus.publish_all([3, 4])
+        assert log == []
+        assert bus.pending_events() == (1, 2, 3, 4)
+    assert log == [1, 2, 3, 4]
+    assert bus.pending_events() == ()
+
+
+def test_dropped_with_the_transaction(bus: Any, log: list[Any]) -> None:
+    with suppress(Boom), atomic():
+        bus.publish(1)
+        raise Boom
+    with atomic():
+        bus.publish(2)
+        transaction.set_rollback(True)
+    assert log == []
+    with atomic():
+        bus.publish(3)
+    assert log == [3]
+
+
+@pytest.mark.parametrize("outer", [True, False])
+@pytest.mark.parametrize("inner", [True, False])
+def test_dropped_with_the_savepoint(bus: Any, log: list[Any], outer: bool, inner: bool) -> None:
+    with atomic():
+        bus.publish("root")
+        with suppress(Boom), atomic():
+            bus.publish("outer")
+            with suppress(Boom), atomic():
+                bus.publish("inner")
+                if not inner:
+                    raise Boom
+            bus.publish("outer again")
+            if not outer:
+                raise Boom
+        bus.publish("root again")
+    within = ["outer", *(["inner"] if inner else []), "outer again"]
+    assert log == ["root", *(within if outer else []), "root again"]
+
+
+def test_savepoints_by_hand_are_as_for_any_hook(bus: Any, log: list[Any]) -> None:
+    """Django drops hooks with the savepoints of atomic blocks alone."""
+    with atomic():
+        savepoint: Any = transaction.savepoint()
+        bus.publish("ours")
+        transaction.on_commit(partial(log.append, "Django's"))
+        transaction.savepoint_rollback(savepoint)
+    assert log == ["ours", "Django's"]
+
+
+def test_in_one_order_with_other_hooks(bus: Any, log: list[Any]) -> None:
+    with atomic():
+        bus.publish(1)
+        transaction.on_commit(partial(log.append, "hook"))
+        bus.publish(2)
+    assert log == [1, "hook", 2]
+
+
+def test_two_buses_in_the_order_of_publishing(log: list[Any]) -> None:
+    one, two = OnCommitEventBus(Bus(log)), OnCommitEventBus(Bus(log))
+    with atomic():
+        for number in range(4):
+            (two if number % 2 else one).publish(number)
+    assert log == [0, 1, 2, 3]
+
+
+def test_durable(bus: Any, log: list[Any]) -> None:
+    with atomic(durable=True):
+        bus.publish(1)
+    assert log == [1]
+
+
+def test_outside_of_a_transaction(log: list[Any]) -> None:
+    bus = OnCommitEventBus(Bus(log))
+    bus.publish(1)
+    assert log == [1]
+    strict = OnCommitEventBus(Bus(log), outside="raise")
+    with pytest.raises(transaction.TransactionManagementError, match="no transaction is open"):
+        strict.publish(2)
+    with atomic():
+        strict.publish(3)
+    assert log == [1, 3]
+    with pytest.raises(ValueError, match="outside must be"):
+        OnCommitEventBus(Bus(log), outside="what")  # type: ignore[arg-type]
+
+
+def test_without_autocommit(bus: Any, log: list[Any]) -> None:
+    transaction.set_autocommit(False)
+    try:
+        with pytest.raises(transaction.TransactionManagementError):
+            bus.publish(1)
+    finally:
+        transaction.rollback()
+        transaction.set_autocommit(True)
+
+
+def test_what_a_handler_publishes(log: list[Any]) -> None:
+    bus = OnCommitEventBus(Bus(log))
+    other = OnCommitEventBus(Bus(log))
+
+    def handler() -> None:
+        other.publish("at once, as Django does")
+        with atomic():
+            other.publish("at its own commit")
+
+    with atomic():
+        bus.publish_all([handler, "after"])
+    assert log == ["at once, as Django does", "at its own commit", handler, "after"]
+
+
+def test_what_a_handler_publishes_on_itself(log: list[Any]) -> None:
+    class Mine(Bus):
+        def _apply_event(self, event: Any, commit: bool) -> None:
+            super()._apply_event(event, commit)
+            if event < 3:
+                self.publish(event + 1)
+
+    with atomic():
+        OnCommitEventBus(Mine(log)).publish(1)
+    assert log == [1, 2, 3]
+
+
+def test_for_ever(log: list[Any]) -> None:
+    class Mine(Bus):
+        def _apply_event(self, event: Any, commit: bool) -> None:
+            self.publish(event)
+
+    with pytest.raises(RuntimeError, match="in each of 100 rounds"), atomic():
+        OnCommitEventBus(Mine(log)).publish(1)
+    assert leftovers().events_to_apply() == [1]
+    leftovers().discard_pending_events()
+
+
+def test_a_handler_that_raises(log: list[Any]) -> None:
+    error = Boom()
+    bus, other = OnCommitEventBus(Bus(log)), OnCommitEventBus(Bus(log))
+    with pytest.raises(Boom) as caught, atomic():
+        bus.publish_all([1, error, 2])
+        other.publish(3)
+    assert caught.value is error
+    assert log == [1]
+    assert any("3 events were not applied: see leftovers()" in note for note in notes(error))
+    assert any("event 2 of 3" in note for note in notes(error))
+    # Neither a commit nor a rollback touches what is left.
+    with atomic():
+        bus.publish("next")
+    with suppress(Boom), atomic():
+        bus.publish("dropped")
+        raise Boom
+    assert log == [1, "next"]
+    assert leftovers().events_to_apply() == [error, 2, 3]
+    assert leftovers().apply_and_get_applied_events(True) == [error, 2, 3]
+    assert log == [1, "next", error, 2, 3]
+    assert leftovers().events_to_apply() == []
+
+
+def test_somebody_else_s_hook_that_raises(bus: Any, log: list[Any]) -> None:
+    def hook() -> None:
+        raise Boom
+
+    with pytest.raises(Boom) as caught, atomic():
+        bus.publish(1)
+        transaction.on_commit(hook)
+        bus.publish(2)
+        with suppress(KeyError), atomic():
+            bus.publish("dropped with its savepoint")
+            raise KeyError
+    assert log == [1]
+    assert leftovers().events_to_apply() == [2]
+    assert any("1 event was not applied" in note for note in notes(caught.value))
+    leftovers().apply(True)
+    assert log == [1, 2]
+
+
+def test_robust(log: list[Any]) -> None:
+    one, two = Boom(), Boom()
+    bus, other = OnCommitEventBus(Bus(log), robust=True), OnCommitEventBus(Bus(log))
+    with pytest.raises(ExceptionGroup, match="2 events failed after the commit") as caught, atomic():
+        bus.publish_all([1, one, 2])
+        other.publish(3)
+        bus.publish_all([two, 4])
+    assert caught.value.exceptions == (one, two)
+    assert log == [1, 2, 3, 4], "every event and hook had its turn"
+    assert leftovers().events_to_apply() == [one, two]
+    leftovers().discard_pending_events()
+
+
+def test_a_batch(log: list[Any]) -> None:
+    class Batch(BatchEventBus[int]):
+        def _apply_events(self, events: list[int], commit: bool) -> None:
+            log.append(list(events))
+
+    bus = OnCommitEventBus(Batch())
+    with atomic():
+        for number in range(5):
+            bus.publish(number)
+    assert log == [[0, 1, 2, 3, 4]]
+
+
+def test_another_database(log: list[Any]) -> None:
+    bus = OnCommitEventBus(Bus(log), using="other")
+    with atomic():
+        with atomic(using="other"):
+            bus.publish(1)
+            assert log == []
+        assert log == [1], "at the commit of its own database"
+    error = Boom()
+    with pytest.raises(Boom), atomic(using="other"):
+        bus.publish(error)
+    assert any("see leftovers('other')" in note for note in notes(error))
+    assert leftovers("other").discard_pending_events()
+    for function in (leftovers, orchestrator, partial(OnCommitEventBus, Bus(log))):
+        with pytest.raises(ConnectionDoesNotExist):
+            function("nowhere")
+
+
+def test_bad_events_and_buses(log: list[Any]) -> None:
+    bus = OnCommitEventBus(BasicEventBus())
+    with atomic():
+        with pytest.raises(TypeError, match="not callable"):
+            bus.publish(1)  # type: ignore[arg-type]
+        bus.publish(lambda *, commit: log.append("ok"))
+        with pytest.raises(TypeError, match="not callable"):
+            bus.publish(2)  # type: ignore[arg-type]
+    assert log == ["ok"]
+    for value in (None, BasicAsyncEventBus(), DelayedEventBus(BasicEventBus())):
+        with pytest.raises(TypeError, match=r"OnCommitEventBus\(\) takes"):
+            OnCommitEventBus(value)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="applied by the transaction"):
+        bus.apply(False)
+    with pytest.raises(NotImplementedError):
+        orchestrator().savepoint()
+
+
+def test_what_was_pending_when_it_was_wrapped(log: list[Any]) -> None:
+    with atomic():
+        mine = Bus(log)
+        mine.publish(1)
+        delayed = orchestrator().wrap(mine)
+        delayed.publish(2)
+        assert isinstance(delayed, DelayedEventBus)
+    assert log == [1, 2]
+
+
+def test_a_callee_with_a_unit_of_work(log: list[Any]) -> None:
+    def callee(event_bus_orchestrator: Any = None) -> None:
+        with use_orchestrator_or_create_multi_event_bus(event_bus_orchestrator, True) as (event_bus, execute):
+            event_bus.wrap(Bus(log)).publish(1)
+            assert execute() == []
+
+    with atomic():
+        callee(orchestrator())
+        assert log == []
+    assert log == [1]
+
+
+def test_threads_share_nothing(log: list[Any]) -> None:
+    bus = OnCommitEventBus(Bus(log))
+
+    def work() -> None:
+        with suppress(Boom), atomic():
+            bus.publish("dropped")
+            raise Boom
+        connections.close_all()
+
+    with atomic():
+        bus.publish(1)
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert log == [1]
+
+
+def test_its_repr(log: list[Any]) -> None:
+    bus = OnCommitEventBus(Bus(log))
+    with atomic():
+        bus.publish(1)
+        assert repr(bus) == "<OnCommitEventBus of Bus: 1 pending>"
+
+
+# Django's own tests
+
+
+def run_case(case: type[Any]) -> None:
+    import unittest
+
+    result = unittest.TestResult()
+    unittest.defaultTestLoader.loadTestsFromTestCase(case).run(result)
+    assert result.testsRun
+    assert not result.errors, result.errors[0][1]
+    assert not result.failures, result.failures[0][1]
+
+
+def test_a_test_case(log: list[Any]) -> None:
+    bus = OnCommitEventBus(Bus(log))
+    error = Boom()
+
+    class Case(TestCase):
+        databases = {"default"}  # noqa: RUF012
+
+        def test_captured(self) -> None:
+            with self.captureOnCommitCallbacks() as callbacks:
+                bus.publish(1)
+                bus.publish(2)
+            assert len(callbacks) == 2
+            assert log == []
+            with self.captureOnCommitCallbacks(execute=True) as callbacks:
+                bus.publish(3)
+                with suppress(Boom), atomic():
+                    bus.publish("dropped")
+                    raise Boom
+            assert len(callbacks) == 1
+            assert log == [3]
+            with pytest.raises(Boom), self.captureOnCommitCallbacks(execute=True):
+                bus.publish(error)
+            assert any("see leftovers()" in note for note in notes(error))
+            assert leftovers().discard_pending_events()
+
+    run_case(Case)
+
+
+def test_a_transaction_test_case(log: list[Any]) -> None:
+    bus = OnCommitEventBus(Bus(log))
+
+    class Case(TransactionTestCase):
+        databases = {"default"}  # noqa: RUF012
+        available_apps: list[str] = []  # noqa: RUF012
+
+        def test_committed(self) -> None:
+            with atomic():
+                bus.publish(1)
+            assert log == [1]
+
+    run_case(Case)
+
+
+requests: list[Any] = []
+
+
+def view(request: Any) -> HttpResponse:
+    OnCommitEventBus(Bus(requests)).publish(request.path)
+    assert request.path not in requests
+    if "fail" in request.path:
+        raise Boom
+    return HttpResponse(b"ok")
+
+
+async def async_view(request: Any) -> HttpResponse:
+    from asgiref.sync import sync_to_async
+
+    def work() -> None:
+        with atomic():
+            OnCommitEventBus(Bus(requests)).publish(request.path)
+
+    await sync_to_async(work)()
+    return HttpResponse(b"ok")
+
+
+def urlpatterns_of() -> list[Any]:
+    from django.urls import path
+
+    return [path("ok", view), path("fail", view), path("async", async_view)]
+
+
+urlpatterns = urlpatterns_of()
+
+
+def test_atomic_requests(log: list[Any]) -> None:
+    settings.ROOT_URLCONF = __name__
+    connections["default"].settings_dict["ATOMIC_REQUESTS"] = True
+    try:
+        requests.clear()
+        client: Any = Client(raise_request_exception=False)
+        assert client.get("/ok").status_code == 200
+        assert client.get("/fail").status_code == 500
+    finally:
+        connections["default"].settings_dict["ATOMIC_REQUESTS"] = False
+    assert requests == ["/ok"]
+
+
+def test_an_async_view(log: list[Any]) -> None:
+    from django.test import AsyncClient
+
+    settings.ROOT_URLCONF = __name__
+    requests.clear()
+
+    async def main() -> Any:
+        return (await AsyncClient().get("/async")).status_code
+
+    assert asyncio.run(main()) == 200
+    assert requests == ["/async"]
+
+
+def test_pytest_django(tmp_path: Any) -> None:
+    pytest.importorskip("pytest_django", reason="pytest-django is not installed")
+    (tmp_path / "test_it.py").write_text(
+        "import pytest\n"
+        "from commitbus import BasicEventBus\n"
+        "from commitbus.integrations.django import OnCommitEventBus\n"
+        "log = []\n"
+        "bus = OnCommitEventBus(BasicEventBus())\n"
+        "@pytest.mark.django_db\n"
+        "def test_captured(django_capture_on_commit_callbacks):\n"
+        "    with django_capture_on_commit_callbacks(execute=True) as callbacks:\n"
+        "        bus.publish(lambda *, commit: log.append(1))\n"
+        "    assert len(callbacks) == 1 and log == [1]\n"
+        "@pytest.mark.django_db(transaction=True)\n"
+        "def test_committed():\n"
+        "    from django.db import transaction\n"
+        "    with transaction.atomic():\n"
+        "        bus.publish(lambda *, commit: log.append(2))\n"
+        "    assert log[-1] == 2\n"
+    )
+    (tmp_path / "mysettings.py").write_text(
+        'DATABASES = {"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"}}\nSECRET_KEY = "x"\n'
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--ds", "mysettings", str(tmp_path)]
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    env.pop("PYTEST_DISABLE_PLUGIN_AUTOLOAD", None)
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "2 passed" in done.stdout, done.stdout + done.stderr
+
+
+def test_both_twins() -> None:
+    """This file runs over the twin that was selected: run it over the other one, too."""
+    if commitbus.implementation == "pure":
+        pytest.skip("this is the other one")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x", __file__]
+    env = {**os.environ, "COMMITBUS_NO_EXTENSIONS": "1", "COMMITBUS_TEST_PURE_ONLY": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
