@@ -55,6 +55,26 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def django(session: nox.Session) -> None:
+    """Run Django's own tests of `on_commit` with our bus in its place: those of the Django that is installed."""
+    install(session)
+    session.install("pip", "django>=5.2")
+    version = str(session.run("python", "-c", "import django; print(django.__version__)", silent=True)).strip()
+    tmp = Path(session.create_tmp()).absolute()
+    shutil.rmtree(tmp)
+    tmp.mkdir()
+    session.run("python", "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:", f"django=={version}",
+                "-d", str(tmp))  # fmt: skip
+    (source,) = tmp.glob("*.tar.gz")
+    shutil.unpack_archive(source, tmp, filter="data")
+    (tests,) = tmp.glob("*/tests")
+    env = {"PYTHONPATH": f"{Path('tests').absolute()}:{tests.parent}"}
+    with session.chdir(tests):
+        run = ["python", "runtests.py", "--settings=django_hooks", "--parallel=1", "transaction_hooks"]
+        session.run(*run, env=env)
+
+
+@nox.session
 def pure(session: nox.Session) -> None:
     """Run the suite over the pure package, as it is where nothing can be compiled."""
     install(session, "test", env={"COMMITBUS_NO_EXTENSIONS": "1"})

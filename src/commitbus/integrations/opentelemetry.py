@@ -1,0 +1,110 @@
+"""A span and a duration for each event that is applied. Needs the OpenTelemetry API."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from commitbus import _messages
+from commitbus._naming import describe, describe_bus
+from commitbus.aio import AsyncEventBus
+from commitbus.middleware import add_middleware
+
+try:
+    from opentelemetry import metrics, trace
+    from opentelemetry.trace import SpanKind, Status, StatusCode
+except ModuleNotFoundError as error:
+    raise _messages.not_installed("opentelemetry", error) from error
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+
+__all__ = ["instrument"]
+
+
+def instrument(
+    tracer_provider: trace.TracerProvider | None = None, meter_provider: metrics.MeterProvider | None = None
+) -> Callable[[], None]:
+    """Record every event that is applied from now on, on every bus of the process.
+
+    Parameters
+    ----------
+    tracer_provider : opentelemetry.trace.TracerProvider, optional
+        The global one where it is not given.
+    meter_provider : opentelemetry.metrics.MeterProvider, optional
+        The global one where it is not given.
+
+    Returns
+    -------
+    callable
+        Ends it; calling it once more does nothing.
+
+    Notes
+    -----
+    Each event has a span under the current one, named ``apply`` and the event's name, and a point in the histogram
+    ``commitbus.event.duration``, in seconds. Both have the attributes ``commitbus.bus``, ``commitbus.event`` and
+    ``commitbus.commit``; after a failure ``error.type``, too, and the span has the exception. A batch of a
+    `BatchEventBus` is one, with the name of its first event and ``commitbus.batch.size``. Names are those of types and
+    functions: what is in an event, and its arguments, are never recorded. A message of an exception is, in the span.
+
+    For an asynchronous bus, the span is current while the handler is awaited.
+
+    Examples
+    --------
+    >>> from commitbus.integrations.opentelemetry import instrument
+    >>> stop = instrument()
+    >>> stop()
+    """
+    tracer = trace.get_tracer("commitbus", tracer_provider=tracer_provider)
+    duration = metrics.get_meter("commitbus", meter_provider=meter_provider).create_histogram(
+        "commitbus.event.duration", unit="s", description="How long the handler of an event took."
+    )
+
+    def middleware(call: Any, bus: Any, event: Any, commit: bool) -> Any:
+        recorded = _Recorded(tracer, duration, bus, event, commit)
+        if isinstance(bus, AsyncEventBus):
+            return _awaited(call, recorded)
+        with recorded:
+            call()
+        return None
+
+    return add_middleware(middleware)
+
+
+async def _awaited(call: Any, recorded: _Recorded) -> None:
+    with recorded:
+        await call()
+
+
+class _Recorded:
+    """One event: its span, and its duration."""
+
+    def __init__(self, tracer: trace.Tracer, duration: metrics.Histogram, bus: Any, event: Any, commit: Any) -> None:
+        self.duration = duration
+        self.attributes: dict[str, str | bool | int] = {"commitbus.bus": describe_bus(bus)}
+        if hasattr(bus, "_apply_events") and isinstance(event, list):
+            batch: list[object] = event
+            self.attributes["commitbus.batch.size"] = len(batch)
+            event = batch[0] if batch else None
+        self.attributes["commitbus.event"] = name = describe(event)
+        self.attributes["commitbus.commit"] = bool(commit)
+        self.span: Any = tracer.start_as_current_span(
+            f"apply {name}", kind=SpanKind.INTERNAL, attributes=self.attributes, set_status_on_exception=False
+        )
+
+    def __enter__(self) -> None:
+        self.begun = time.perf_counter()
+        self.current: trace.Span = self.span.__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        attributes = self.attributes
+        attributes.pop("commitbus.batch.size", None)  # as a number of its own it would make a series for each size
+        if error is not None:
+            attributes["error.type"] = type(error).__qualname__
+            self.current.set_attribute("error.type", type(error).__qualname__)
+            self.current.set_status(Status(StatusCode.ERROR, type(error).__qualname__))
+        self.duration.record(time.perf_counter() - self.begun, attributes)
+        self.span.__exit__(kind, error, traceback)
