@@ -14,7 +14,7 @@ nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.download_python = "never"
 nox.options.error_on_missing_interpreters = False
 nox.options.reuse_existing_virtualenvs = True
-nox.options.sessions = ["lint", "types", "docs", "example", "bench_once", "tests-3.11"]
+nox.options.sessions = ["lint", "types", "docs", "example", "bench_once", "django", "tests-3.11"]
 
 PYTHONS = ["3.11", "3.12", "3.13", "3.14", "3.15"]
 COMPILED = {"COMMITBUS_REQUIRE_EXTENSIONS": "1"}

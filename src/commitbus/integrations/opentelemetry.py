@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from commitbus import _messages
 from commitbus._naming import describe, describe_bus
@@ -84,7 +84,7 @@ class _Recorded:
         self.duration = duration
         self.attributes: dict[str, str | bool | int] = {"commitbus.bus": describe_bus(bus)}
         if hasattr(bus, "_apply_events") and isinstance(event, list):
-            batch: list[object] = event
+            batch = cast("list[object]", event)
             self.attributes["commitbus.batch.size"] = len(batch)
             event = batch[0] if batch else None
         self.attributes["commitbus.event"] = name = describe(event)
