@@ -55,6 +55,11 @@ def read(path: Path) -> tuple[Results, str]:
     return results, run["machine_info"]["python_version"]
 
 
+def turns_of(path: Path) -> int:
+    """Count the turns that each benchmark of a run took."""
+    return len({one["params"]["turn"] for one in json.loads(path.read_text())["benchmarks"]})
+
+
 def spread(path: Path) -> list[str]:
     """Make the table of how much the turns of a run differ: of each turn, how many times as fast as the reference."""
     turns: dict[str, dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
@@ -323,7 +328,7 @@ def write(run: Path, name: str, command: str, into: Path, plots: bool) -> None:
     page = [
         f"# Benchmarks on Python {python}",
         "",
-        f"Made by `{command}`: best of all rounds of five turns in one process, garbage collection off. Times are "
+        f"Made by `{command}`: best of all rounds of {turns_of(run)} turns in one process, garbage collection off. Times are "
         "nanoseconds for one event. *Reference* is `benchmarks/reference.py`, the plainest reading of the contract "
         "without its guarantees; *limit* is what the interpreter allows.",
         "",
