@@ -328,9 +328,9 @@ def write(run: Path, name: str, command: str, into: Path, plots: bool) -> None:
     page = [
         f"# Benchmarks on Python {python}",
         "",
-        f"Made by `{command}`: best of all rounds of {turns_of(run)} turns in one process, garbage collection off. Times are "
-        "nanoseconds for one event. *Reference* is `benchmarks/reference.py`, the plainest reading of the contract "
-        "without its guarantees; *limit* is what the interpreter allows.",
+        f"Made by `{command}`: best of all rounds of {turns_of(run)} turns in one process, garbage collection off. "
+        "Times are nanoseconds for one event. *Reference* is `benchmarks/reference.py`, the plainest reading of the "
+        "contract without its guarantees; *limit* is what the interpreter allows.",
         "",
         *picture("How many times as fast as the reference", "ratios"),
         "## The figures to reach",

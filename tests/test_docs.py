@@ -75,7 +75,15 @@ def test_docstrings_are_complete(name: str) -> None:
 
 
 # What a page needs beyond commitbus: not in every environment that runs the suite. `.ci/run` has it all.
-NEEDS = {"sqlalchemy.md": ["sqlalchemy"], "django.md": ["django"], "fastapi.md": ["fastapi", "httpx", "sqlalchemy"]}
+NEEDS = {
+    "sqlalchemy.md": ["sqlalchemy"],
+    "sqlalchemy-events.md": ["sqlalchemy"],
+    "django.md": ["django"],
+    "fastapi.md": ["fastapi", "httpx", "sqlalchemy", "aiosqlite", "greenlet"],
+    "background-tasks.md": ["fastapi"],
+    "opentelemetry.md": ["opentelemetry.sdk"],
+    "blinker-pyee.md": ["blinker"],
+}
 PAGES = [
     page
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))

@@ -127,6 +127,11 @@ class OnCommitEventBus(EventBus[T], Generic[T]):
     def apply(self, commit: bool) -> list[T]:  # noqa: ARG002
         """Refuse: the transaction applies what was published.
 
+        Parameters
+        ----------
+        commit : bool
+            Not looked at.
+
         Raises
         ------
         TypeError
