@@ -49,17 +49,37 @@ def exit_stack(count: int) -> None:
             stack.callback(callback, 1, i, three=3, commit=True)
 
 
-def make_django() -> Callable[[int], None]:
+def set_up_django() -> Any:
+    """Give Django's module of transactions, with a database in memory."""
     import django
     from django.conf import settings
     from django.db import connection, transaction
-
-    atomic: Any = transaction.atomic
 
     if not settings.configured:
         settings.configure(DATABASES={"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"}})
         django.setup()
     connection.ensure_connection()
+    return transaction
+
+
+def make_django_bus() -> Callable[[int], None]:
+    atomic = set_up_django().atomic
+    from commitbus import BasicEventBus, SideEffectCall
+    from commitbus.integrations.django import OnCommitEventBus
+
+    bus = OnCommitEventBus(BasicEventBus())
+
+    def publish(count: int) -> None:
+        with atomic():
+            for i in range(count):
+                bus.publish(SideEffectCall(callback, 1, i, three=3))
+
+    return publish
+
+
+def make_django() -> Callable[[int], None]:
+    transaction = set_up_django()
+    atomic = transaction.atomic
 
     def on_commit(count: int) -> None:
         with atomic():
@@ -137,6 +157,7 @@ MAKERS: dict[str, tuple[str, Callable[[], Callable[[int], None]]]] = {
         for name, who in CANDIDATES.items()
         if name != "reference"
     },
+    "commitbus in Django": ("django", make_django_bus),
     "Django on_commit": ("django", make_django),
     "transaction": ("transaction", make_transaction),
     "psygnal": ("psygnal", make_psygnal),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from copy import copy
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
@@ -80,6 +81,9 @@ class OnCommitEventBus(EventBus[T], Generic[T]):
             raise _messages.not_an_outside(outside)
         connections[using or DEFAULT]
         self._event_bus, self._using, self._robust, self._outside = event_bus, using, robust, outside
+        # The run of events of each thread, by a weak reference, as Django may drop it; its connection is the thread's.
+        # To look that up for each event would take longer than all the rest.
+        self._last = threading.local()
 
     def publish(self, event: T) -> None:
         """Add an event: it is applied when the outermost ``atomic`` block commits.
@@ -98,15 +102,11 @@ class OnCommitEventBus(EventBus[T], Generic[T]):
         BaseException
             Outside of a transaction, whatever the handler raises.
         """
-        connection: Any = connections[self._using or DEFAULT]
-        hooks: list[Any] = connection.run_on_commit
-        if connection.in_atomic_block and hooks:
-            savepoints, hook, _ = hooks[-1]
-            # The run of events goes on where nothing came between, in the very same savepoints.
-            if type(hook) is _Run and hook.owner is self and hook.open and savepoints == set(connection.savepoint_ids):
-                hook.bus.publish(event)
-                return
-        self._begin(connection, (event,))
+        run: _Run | None = getattr(self._last, "run", _no_run)()
+        if run is not None and run.goes_on():
+            run.bus.publish(event)
+        else:
+            self._begin((event,))
 
     def publish_all(self, events: Iterable[T]) -> None:
         """Publish one by one.
@@ -155,8 +155,9 @@ class OnCommitEventBus(EventBus[T], Generic[T]):
         """Name the bus, and say how many events the open transaction has."""
         return f"<{type(self).__name__} of {type(self._event_bus).__name__}: {len(self.pending_events())} pending>"
 
-    def _begin(self, connection: Any, events: Iterable[T]) -> None:
+    def _begin(self, events: Iterable[T]) -> None:
         """Begin a run of events: a hook of its own."""
+        connection: Any = connections[self._using or DEFAULT]
         if not connection.in_atomic_block and self._outside == "raise":
             raise transaction.TransactionManagementError(_messages.outside_a_transaction(self._event_bus))
         bus = copy(self._event_bus)
@@ -165,16 +166,34 @@ class OnCommitEventBus(EventBus[T], Generic[T]):
         state = _state(connection)
         # Tests capture hooks by their number: there, each event has its own.
         merges = not any(getattr(block, "_from_testcase", False) for block in connection.atomic_blocks)
-        connection.on_commit(_Run(self, bus, state, merges))
+        run = _Run(self, bus, state, merges, connection)
+        if merges:
+            self._last.run = weakref.ref(run)
+        connection.on_commit(run)
+
+
+def _no_run() -> None:
+    return None
 
 
 class _Run:
     """A hook: a run of events that were published on one bus, with nothing in between."""
 
-    __slots__ = ("bus", "open", "owner", "state")
+    __slots__ = ("__weakref__", "bus", "connection", "open", "owner", "state")
 
-    def __init__(self, owner: OnCommitEventBus[Any], bus: Any, state: _State, merges: bool) -> None:
-        self.owner, self.bus, self.state, self.open = owner, bus, state, merges
+    def __init__(self, owner: OnCommitEventBus[Any], bus: Any, state: _State, merges: bool, connection: Any) -> None:
+        self.owner, self.bus, self.state, self.open, self.connection = owner, bus, state, merges, connection
+
+    def goes_on(self) -> bool:
+        """Whether nothing came between, in the very same savepoints."""
+        if not self.open:
+            return False
+        connection = self.connection
+        hooks: list[Any] = connection.run_on_commit
+        if not hooks or hooks[-1][1] is not self or not connection.in_atomic_block:
+            return False
+        savepoints, identities = hooks[-1][0], connection.savepoint_ids
+        return savepoints == set(identities) if savepoints or identities else True
 
     def __call__(self) -> None:
         self.open = False
