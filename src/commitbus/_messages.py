@@ -87,7 +87,10 @@ def drop_own_frames(error: BaseException) -> None:
 
 
 def _is_own(module: object) -> bool:
-    return type(module) is str and module.startswith(("commitbus._", "commitbus.middleware"))
+    return type(module) is str and module.startswith(_OWN)
+
+
+_OWN = ("commitbus._", "commitbus.aio", "commitbus.integrations", "commitbus.middleware")
 
 
 class Rounds:
@@ -354,6 +357,14 @@ def not_a_concurrency(value: object) -> Exception:
     return _not_a_number("concurrency", "an int", 1, value, "pass how many handlers may be under way at once")
 
 
+def not_awaitable(name: str, function: object) -> TypeError:
+    """Refuse what would block, and could not be awaited: the commit of a session that is not asynchronous."""
+    return TypeError(
+        f"{name} must be a coroutine function here, and {describe(function)} is none; pass that of an AsyncSession, or "
+        "use the unit of work of commitbus itself"
+    )
+
+
 def not_applied_async(bus: object) -> TypeError:
     """Refuse to apply an asynchronous bus without awaiting it."""
     return TypeError(
@@ -428,6 +439,22 @@ def applied_by_the_transaction(bus: object) -> TypeError:
 def failed_on_commit(count: int) -> str:
     """Say that events failed in the hooks of a commit."""
     return f"{count} {'event' if count == 1 else 'events'} failed after the commit"
+
+
+def not_awaited_in_commit(bus: object) -> TypeError:
+    """Say that what is to be awaited came too late to refuse the commit."""
+    return TypeError(
+        f"{describe_bus(bus)} has events that are awaited, but this commit is not; they came while it was under way; "
+        "apply them with 'await leftovers(session).apply_async(True)'"
+    )
+
+
+def bus_of_another_session(bus: object) -> RuntimeError:
+    """Refuse a bus that is at work in another session."""
+    return RuntimeError(
+        f"this {describe_bus(bus)} is at work in another session, which would apply or drop what is published here; "
+        "make a bus for each session, for example orchestrator(session).wrap(MailBus())"
+    )
 
 
 def too_many_rounds(rounds: int) -> RuntimeError:

@@ -13,7 +13,7 @@ from abc import abstractmethod
 from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager, nullcontext, suppress
 from functools import partial
-from inspect import isawaitable
+from inspect import isawaitable, iscoroutinefunction, ismethod
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 from commitbus import _messages, _naming
@@ -257,47 +257,47 @@ class AsyncMultiEventBus(MultiEventBus):
         await self._apply_buses(commit, robust, rounds, concurrency, out)
         return out
 
-    async def _apply_buses(
+    def _apply_buses(
         self, commit: bool, robust: bool, rounds: int, concurrency: int, out: list[Any] | None
-    ) -> list[DelayedEventBus[Any]]:
+    ) -> Coroutine[Any, Any, list[Any]]:
         _check_concurrency(concurrency)
 
         async def apply_once(failures: _messages.Failures | None) -> list[Any]:
-            def look(items: list[Any]) -> list[tuple[Any, Handler]]:
-                turns = [_Turn(self, delayed, failures, concurrency, out) for delayed in items]
-                return [(turn.delayed, turn) for turn in turns]
+            return await _take_turns(self, self, commit, failures, concurrency, [] if out is None else out)
 
-            return await _carry_out(self, self, None, look, commit, failures, 1)
+        return _in_rounds(self, rounds, robust, apply_once)
 
-        return await _in_rounds(self, rounds, robust, apply_once)
+    async def _run_plainly(self, function: Callable[[], None]) -> None:
+        """Run the turn of a bus that is not asynchronous."""
+        function()
 
 
 class _Turn:
     """One bus's turn in an `AsyncMultiEventBus`: collects what is pending in it, and applies it."""
 
-    __slots__ = ("again", "concurrency", "delayed", "failures", "multi", "out")
+    __slots__ = ("again", "concurrency", "delayed", "failures", "multi", "out", "root")
 
     def __init__(
         self,
-        multi: AsyncMultiEventBus,
+        root: AsyncMultiEventBus,
+        multi: Any,
         delayed: Any,
         failures: _messages.Failures | None,
         concurrency: int,
-        out: list[Any] | None,
+        out: list[Any],
     ) -> None:
-        self.multi, self.delayed, self.out = multi, delayed, [] if out is None else out
-        self.failures = None if failures is None else failures.inner()
-        self.concurrency = concurrency
+        self.root, self.multi, self.delayed, self.out = root, multi, delayed, out
+        self.failures, self.concurrency = failures, concurrency
         self.again = False  # whether something failed in it, in a robust apply
 
     async def __call__(self, commit: bool) -> None:
         actual: Any = self.delayed.actual_event_bus
         if isinstance(actual, AsyncEventBus):
             await self._apply_events(cast("Any", actual), commit)
-        elif isinstance(actual, AsyncMultiEventBus):
+        elif _is_plain_multi(actual):
             await self._apply_inner(actual, commit)
         else:
-            self._apply_plainly(commit)
+            await self.root._run_plainly(partial(self._apply_plainly, commit))
 
     async def _apply_events(self, actual: AsyncEventBus[Any], commit: bool) -> None:
         delayed: Any = self.delayed
@@ -305,15 +305,16 @@ class _Turn:
         # From now on an event registers it again; what was collected is taken after that.
         delayed._commitbus_let_go(weakref.ref(self.multi))
         store: Any = delayed.side_effects_bus
+        failures = None if self.failures is None else self.failures.inner()
 
         def look(items: list[Any]) -> list[tuple[Any, Handler]]:
             pairs: list[tuple[Any, Any]] = store._commitbus_look(items)
             return [(event, partial(_call, function)) for event, function in pairs]
 
-        self.out += await _carry_out(store, delayed, actual, look, commit, self.failures, self.concurrency)
-        self.again = self.failures is not None and bool(self.failures.positions)
+        self.out += await _carry_out(store, delayed, actual, look, commit, failures, self.concurrency)
+        self.again = failures is not None and bool(failures.positions)
 
-    async def _apply_inner(self, inner: AsyncMultiEventBus, commit: bool) -> None:
+    async def _apply_inner(self, inner: Any, commit: bool) -> None:
         """Apply what is registered with a multi bus that is wrapped in this one."""
         delayed: Any = self.delayed
         _, collected = delayed._commitbus_parts()
@@ -321,33 +322,49 @@ class _Turn:
             for event, _ in collected.discard_pending_events():
                 inner.publish(event)
         delayed._commitbus_let_go(weakref.ref(self.multi))
-
-        def look(items: list[Any]) -> list[tuple[Any, Handler]]:
-            turns = [_Turn(inner, one, self.failures, self.concurrency, self.out) for one in items]
-            return [(turn.delayed, turn) for turn in turns]
-
-        await _carry_out(inner, inner, None, look, commit, self.failures, 1)
-        self.again = self.failures is not None and bool(self.failures.positions)
+        failures = None if self.failures is None else self.failures.inner()
+        await _take_turns(self.root, inner, commit, failures, self.concurrency, self.out)
+        self.again = failures is not None and bool(failures.positions)
 
     def _apply_plainly(self, commit: bool) -> None:
-        """Apply a bus that is not asynchronous: a multi bus of its own takes its turn."""
-        delayed: Any = self.delayed
-        one: Any = MultiEventBus()
-        one.publish(delayed)
-        try:
-            self.out += one.apply_and_get_applied_events(commit, robust=self.failures is not None)
-        except ExceptionGroup as group:
-            if self.failures is None:
-                raise
-            self.failures.errors += group.exceptions
-            self.again = True
-        finally:
-            # What is left in it is registered with that one, and what comes later would be: with this one instead.
-            left = one._commitbus_get()
-            one._commitbus_unregister(set(map(id, left)))
-            delayed._commitbus_let_go(weakref.ref(self.multi))
-            for again in left:
-                self.multi.publish(again)
+        """Apply a bus that is not asynchronous."""
+        self.again = self.multi._commitbus_take_turn(self.delayed, commit, self.failures, self.out)
+
+
+def _is_plain_multi(bus: Any) -> bool:
+    """Whether a bus is a multi bus whose turns nobody has overridden, so that they can be taken one by one here."""
+    cls = cast("Any", type(bus))
+    base: Any = MultiEventBus
+    return (
+        isinstance(bus, MultiEventBus)
+        and cls._apply_event is base._apply_event
+        and cls.apply is base.apply
+        and "_apply_event" not in vars(bus)
+    )
+
+
+async def _take_turns(
+    root: AsyncMultiEventBus,
+    multi: Any,
+    commit: bool,
+    failures: _messages.Failures | None,
+    concurrency: int,
+    out: list[Any],
+) -> list[Any]:
+    """Apply the buses that are registered with a multi bus."""
+    turns: list[list[Any]] = []
+
+    def look(items: list[Any]) -> list[tuple[Any, Handler]]:
+        # A savepoint that a handler opens covers those whose turn is still to come.
+        multi._commitbus_begin(items)
+        turns.append(items)
+        return [(delayed, _Turn(root, multi, delayed, failures, concurrency, out)) for delayed in items]
+
+    try:
+        return await _carry_out(multi, multi, None, look, commit, failures, 1)
+    finally:
+        for items in turns:
+            multi._commitbus_end(items)
 
 
 async def _carry_out(
@@ -366,8 +383,10 @@ async def _carry_out(
     """
     stack = added() if published_on is not None else None
     items: list[Any] = []
+    pairs: list[tuple[Any, Any]] = []
     done: set[int] = set()
     tried = 0
+    stopped = False
     try:
         store._commitbus_take_into(items)
         if not items:
@@ -379,9 +398,11 @@ async def _carry_out(
         tried = skipped
 
         async def work() -> None:
-            nonlocal tried
+            nonlocal tried, stopped
             for number in todo:  # shared by all workers: each event goes to one
-                tried = number + 1
+                if stopped:
+                    return
+                tried = max(tried, number + 1)
                 event, handler = pairs[number]
                 try:
                     if stack is None:
@@ -390,7 +411,9 @@ async def _carry_out(
                         await _surround(stack, published_on, event, partial(_finish, handler, commit, event), commit)
                 except BaseException as error:
                     if failures is None or not isinstance(error, Exception):
+                        stopped = True
                         _note_stopped(error, bus, event, number, count, concurrency)
+                        event = handler = None  # the traceback keeps this frame, and must keep no event
                         raise
                     failures.positions.append(number)
                     failures.errors.append(error)
@@ -402,6 +425,7 @@ async def _carry_out(
                         failures.again.add(number)
                     else:
                         done.add(number)
+                event = handler = None
 
         if concurrency == 1 or count - skipped == 1:
             await work()
@@ -409,10 +433,10 @@ async def _carry_out(
             await _work_at_once(work, min(concurrency, count - skipped))
         return [pairs[number][0] for number in sorted(done)]
     except BaseException as error:
-        _messages.drop_own_frames(error)
         if failures is not None and not isinstance(error, Exception):
             failures.chain(error, bus)
-        raise
+        _messages.drop_own_frames(error)
+        raise error  # and not only `raise`, which would bring back the frames that were dropped
     finally:
         left = [item for number, item in enumerate(items) if number not in done]
         if left:
@@ -421,21 +445,34 @@ async def _carry_out(
                 failures.positions.sort()
                 failures.set_aside(bus, items)
             store._commitbus_put_back(left, begun)
-        items = left = pairs = []  # the traceback keeps this frame, and must keep no event
+        items, left, pairs = [], [], []  # the traceback keeps this frame, and must keep no event
+
+
+class _Cancelled(Exception):
+    """A handler's own `CancelledError`: a task group takes that of a task for the end of it, and not for a failure."""
 
 
 async def _work_at_once(work: Callable[[], Coroutine[Any, Any, None]], workers: int) -> None:
     """Run workers until the first fails, which cancels the others, and wait for all."""
+    error: BaseException | None = None
+
+    async def one() -> None:
+        try:
+            await work()
+        except asyncio.CancelledError as cancelled:
+            if cast("Any", asyncio.current_task()).cancelling():
+                raise
+            raise _Cancelled from cancelled
+
     try:
         async with asyncio.TaskGroup() as group:
             for _ in range(workers):
-                group.create_task(work())
+                group.create_task(one())
     except BaseExceptionGroup as several:
-        if len(several.exceptions) == 1:
-            error = several.exceptions[0]
-            error.__cause__ = error.__context__ = None
-            raise error from None
-        raise
+        errors = [found.__cause__ if isinstance(found, _Cancelled) else found for found in several.exceptions]
+        error = errors[0] if len(errors) == 1 else several
+    if error is not None:
+        raise error  # out here, where it is given no context that it had not
 
 
 def _call(function: Callable[..., object], commit: bool) -> object:
@@ -503,6 +540,7 @@ async def _in_rounds(
     progress = _messages.Rounds()
     failures = _messages.Failures(rounds=progress) if robust else None
     applied: list[Any] = []
+    batch: list[Any] = []
     try:
         for _ in range(rounds):
             before = progress.tried
@@ -518,7 +556,7 @@ async def _in_rounds(
             failures.chain(error, bus)
         applied = batch = []  # the traceback keeps this frame, and must keep no event
         _messages.drop_own_frames(error)
-        raise
+        raise error
 
 
 def _note_stopped(error: BaseException, bus: Any, event: Any, done: int, count: int, concurrency: int) -> None:
@@ -559,8 +597,25 @@ async def _to_the_end(work: Coroutine[Any, Any, Any]) -> asyncio.CancelledError 
     return cancelled
 
 
+def _of_this_task(function: Callable[[], object]) -> Callable[[], object]:
+    """Give the method of the session that a scoped one stands for in this task: it is called in another one."""
+    scoped = getattr(function, "__self__", None)
+    registry = getattr(scoped, "registry", None)
+    return getattr(registry(), cast("Any", function).__name__) if callable(registry) else function
+
+
+def _chained(first: BaseException | None, second: BaseException) -> BaseException:
+    """Make an error the last in the chain of another, if there is one; and give the first."""
+    if first is None:
+        return second
+    _messages.chain(first, second)
+    return first
+
+
 class _AsyncUnit(Unit):
     """One unit of work of a coroutine: its buses, and how far it came."""
+
+    finished: BaseException | None = None  # the cancellation that goes on after all was committed and applied
 
     async def commit_and_execute_side_effects_async(self) -> list[Any]:
         """Commit, apply, and return the events that were applied."""
@@ -576,7 +631,8 @@ class _AsyncUnit(Unit):
                 if self.commit_transaction is None:
                     self.committed = True
                 else:
-                    cancelled = await _to_the_end(self._commit(self.commit_transaction))
+                    await asyncio.sleep(0)  # one that was cancelled before does not begin to commit
+                    cancelled = await _to_the_end(self._commit(_of_this_task(self.commit_transaction)))
             except BaseException as error:
                 if not self.committed:
                     await self.roll_back_async(error)
@@ -591,6 +647,8 @@ class _AsyncUnit(Unit):
                     await _to_the_end(self._apply())
                 except BaseException as error:
                     raise cancelled from error
+                self.end_commit()
+                self.finished = cancelled
                 raise cancelled
         except BaseException as error:
             if not self.commit:
@@ -621,22 +679,20 @@ class _AsyncUnit(Unit):
         if self.rollback_transaction is None or self.rolled_back:
             return
         self.rolled_back = True
-        seconds: list[BaseException] = []
+        first = error
+        cancelled: asyncio.CancelledError | None = None
         try:
             self.drop()
         except Exception as raised:
-            seconds.append(raised)
+            first = _chained(first, raised)
         try:
-            if (cancelled := await _to_the_end(self._roll_back(self.rollback_transaction))) is not None:
-                seconds.append(cancelled)
-        except BaseException as raised:
-            seconds.append(raised)
-        first = error
-        for second in seconds:
-            if first is None:
-                first = second
-            else:
-                _messages.chain(first, second)
+            cancelled = await _to_the_end(self._roll_back(_of_this_task(self.rollback_transaction)))
+        except asyncio.CancelledError as raised:
+            cancelled = raised
+        except Exception as raised:
+            first = _chained(first, raised)
+        if cancelled is not None:
+            raise cancelled from first  # it came while this one was seen to, and goes on
         if error is None and first is not None:
             raise first
 
@@ -649,6 +705,8 @@ class _AsyncUnit(Unit):
 
     async def leave_async(self, error: BaseException | None) -> None:
         """See to what was not applied when the block is left, by an error or not."""
+        if error is not None and error is self.finished:
+            return
         if error is not None and not self.committed:
             await self.roll_back_async(error)
             if not any(events for _, events in self.kept):
@@ -718,7 +776,8 @@ def use_orchestrator_or_create_multi_event_bus(
     ------
     TypeError
         When `event_bus_orchestrator` is neither an orchestrator nor None, when one of the functions cannot be
-        called, or when `rounds` or `concurrency` is no int.
+        called, or is a method that is no coroutine function (that of a `Session` that is not asynchronous, for
+        example), or when `rounds` or `concurrency` is no int.
     ValueError
         When `rounds` or `concurrency` is below 1.
 
@@ -756,6 +815,8 @@ def use_orchestrator_or_create_multi_event_bus(
             if asyncio.iscoroutine(function):
                 function.close()  # by `session.commit()`: nobody will await it
             raise _messages.not_a_callback(name, function)
+        if name != "on_unapplied" and ismethod(function) and not iscoroutinefunction(function.__func__):
+            raise _messages.not_awaitable(name, function)
     check_rounds(rounds)
     _check_concurrency(concurrency)
     if event_bus_orchestrator is not None and not isinstance(cast("Any", event_bus_orchestrator), EventBusOrchestrator):

@@ -235,6 +235,20 @@ cdef class MultiStore(EventStore):
             gathering.set(outer)
         return out
 
+    # For `commitbus.aio`, whose loop is a coroutine.
+
+    def _commitbus_begin(self, list buses):
+        """Note that these buses have their turns, for a savepoint that a handler opens."""
+        self.begin(buses)
+
+    def _commitbus_end(self, list buses):
+        """Note that they have them no more."""
+        self.finish(buses)
+
+    def _commitbus_take_turn(self, delayed, commit, failures, out):
+        """Apply one bus; true where something failed in it, in a robust apply."""
+        return bool(self.turn(delayed, PyWeakref_NewRef(self, None), commit, failures, out))
+
     def _commitbus_running(self):
         """Copy the batches of buses that applies have taken and not finished."""
         batches = [*(self.others or ())] if self.running is None else [self.running, *(self.others or ())]

@@ -11,6 +11,7 @@ from commitbus._interfaces import EventBusOrchestrator, T
 from commitbus._looking import events_to_apply
 from commitbus._pure import batch as batches
 from commitbus._pure.batch import (
+    AGAIN,
     BEGIN,
     EVENTS,
     Handler,
@@ -343,6 +344,27 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
             if other is batch:
                 del OTHERS[i]
                 break
+
+    # For `commitbus.aio`, whose loop is a coroutine.
+
+    def _commitbus_begin(self, buses: list[Any]) -> None:
+        """Note that these buses have their turns, for a savepoint that a handler opens."""
+        batch = new_batch()
+        batch[EVENTS] = buses
+        OTHERS.append((self, batch))
+
+    def _commitbus_end(self, buses: list[Any]) -> None:
+        """Note that they have them no more."""
+        for i, (_, batch) in enumerate(OTHERS):
+            if batch[EVENTS] is buses:
+                del OTHERS[i]
+                break
+
+    def _commitbus_take_turn(
+        self, delayed: Any, commit: bool, failures: _messages.Failures | None, out: list[Any] | None
+    ) -> bool:
+        """Apply one bus; true where something failed in it, in a robust apply."""
+        return self._commitbus_turn(delayed, weakref.ref(self), commit, failures, out) is AGAIN
 
     def _commitbus_running(self) -> list[list[Any]]:
         """Copy the batches of buses that applies have taken and not finished."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from commitbus import _messages
 from commitbus._interfaces import UnappliedEventsWarning
@@ -19,7 +19,7 @@ try:
     from sqlalchemy.exc import InvalidRequestError
     from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
     from sqlalchemy.orm import Session, SessionTransaction, scoped_session
-    from sqlalchemy.util import await_only
+    from sqlalchemy.util import await_only, greenlet_spawn
     from sqlalchemy.util.concurrency import in_greenlet
 except ModuleNotFoundError as error:
     raise _messages.not_installed("sqlalchemy", error) from error
@@ -28,8 +28,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from commitbus._interfaces import EventBusOrchestrator
+    from commitbus.delayed_event_bus import DelayedEventBus
+    from commitbus.event_bus import AbstractEventBus
 
 __all__ = ["leftovers", "orchestrator"]
+
+T = TypeVar("T")
 
 
 def orchestrator(
@@ -53,7 +57,8 @@ def orchestrator(
     Returns
     -------
     EventBusOrchestrator
-        The same for the life of the session: wrap buses with it, or hand it to code that does. With an
+        The same for the life of the session: wrap buses with it, or hand it to code that does. Make a bus for each
+        session: one that is at work in another session is refused, with a `RuntimeError`. With an
         `AsyncSession`, asynchronous buses as well, which are awaited within ``await session.commit()``.
 
     Raises
@@ -123,9 +128,6 @@ def leftovers(session: Session | AsyncSession | scoped_session[Any] | async_scop
     return _bound(session, "leftovers").left
 
 
-_all: weakref.WeakKeyDictionary[Session, _Bound] = weakref.WeakKeyDictionary()
-
-
 def _bound(session: object, function: str) -> _Bound:
     if isinstance(session, (scoped_session, async_scoped_session)):
         session = cast("Any", session)()
@@ -133,20 +135,56 @@ def _bound(session: object, function: str) -> _Bound:
         session = session.sync_session
     if not isinstance(session, Session):
         raise _messages.not_a_session(function, session)
-    bound = _all.get(session)
-    if bound is None:
-        if getattr(getattr(session, "_close_state", None), "name", None) == "CLOSED":
-            raise InvalidRequestError(_messages.SESSION_CLOSED)
-        bound = _all[session] = _Bound(session)
+    # On the session itself: a dictionary of all would keep one alive whose events refer to it.
+    bound = vars(session).get("_commitbus_bound")
+    if function == "orchestrator" and getattr(getattr(session, "_close_state", None), "name", None) == "CLOSED":
+        raise InvalidRequestError(_messages.SESSION_CLOSED)
+    if not isinstance(bound, _Bound):
+        bound = _Bound(session)
+        vars(session)["_commitbus_bound"] = bound
     return bound
+
+
+# Of each bus that a session's orchestrator has wrapped, by its identity: itself and the session's, by weak references.
+_wrapped: dict[int, tuple[weakref.ref[Any], weakref.ref[_SessionBuses]]] = {}
+
+
+class _SessionBuses(AsyncMultiEventBus):
+    """The buses of one session."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = weakref.ref(session)
+
+    def wrap(self, event_bus: AbstractEventBus[T]) -> DelayedEventBus[T]:
+        """Delay a bus and register it; refuse one that is at work in another session.
+
+        Each session would apply or drop what was published in the other.
+        """
+        known = _wrapped.get(id(event_bus))
+        if known is not None and known[0]() is event_bus:
+            other = known[1]()
+            if other is not None and other is not self and other._is_at_work(event_bus):
+                raise _messages.bus_of_another_session(event_bus)
+        delayed = super().wrap(event_bus)
+        identity = id(event_bus)
+        _wrapped[identity] = (weakref.ref(event_bus, lambda _: _wrapped.pop(identity, None)), weakref.ref(self))
+        return delayed
+
+    def _is_at_work(self, event_bus: Any) -> bool:
+        session = self._session()
+        return session is not None and (session.in_transaction() or bool(event_bus.pending_events()))
+
+    async def _run_plainly(self, function: Callable[[], None]) -> None:
+        # Where the handlers of a session that is not asynchronous expect to be: they may use it.
+        await greenlet_spawn(function)
 
 
 class _Bound:
     """What listens to one session, and applies its buses. Keeps no reference to it."""
 
     def __init__(self, session: Session) -> None:
-        self.buses = AsyncMultiEventBus()
-        self.left = AsyncMultiEventBus()
+        self.buses = _SessionBuses(session)
+        self.left = _SessionBuses(session)
         self.robust, self.rounds = False, 100
         self.applying = False
         self.committed: set[SessionTransaction] = set()
@@ -160,7 +198,8 @@ class _Bound:
         for transaction in reversed(nested):  # open already
             self.savepoints[transaction] = self.buses.savepoint()
         for name in ("after_transaction_create", "before_commit", "after_commit", "after_transaction_end"):
-            event.listen(session, name, getattr(self, name))
+            # Before the listeners of others: one of them that raises must not hide what became of the transaction.
+            event.listen(session, name, getattr(self, name), insert=True)
         for name in ("rollback", "close", "reset", "invalidate"):
             if hasattr(session, name):
                 setattr(session, name, self.ending(weakref.ref(session), name))
@@ -189,13 +228,15 @@ class _Bound:
 
     def before_commit(self, session: Session) -> None:
         """Refuse, while nothing is done yet, what could not be applied after the commit."""
-        if session.in_nested_transaction() or self.applying:
+        if self.applying:
+            return
+        if not in_greenlet() and (bus := self.asynchronous()) is not None:
+            raise _messages.not_applied_in_commit(bus)
+        if session.in_nested_transaction():
             return
         for store in stores_in(self.buses):
             for mark in open_marks(store) or ():
                 raise _messages.savepoint_is_open(self.buses, mark.savepoint)
-        if not in_greenlet() and (bus := self.asynchronous()) is not None:
-            raise _messages.not_applied_in_commit(bus)
 
     def asynchronous(self) -> Any:
         """Give an asynchronous bus that has something to apply, or None."""
@@ -217,7 +258,7 @@ class _Bound:
         self.committed.discard(transaction)
         if transaction.nested:
             savepoint = self.savepoints.pop(transaction, None)
-            if savepoint is not None:
+            if savepoint is not None and savepoint._bus is not None:
                 _end(savepoint, committed)
         elif transaction.parent is None and not self.applying:  # else a handler's own
             self.committed.clear()
@@ -237,16 +278,21 @@ class _Bound:
         block, session._trans_context_manager = session._trans_context_manager, None
         self.applying = True
         try:
-            if self.asynchronous() is None:
-                self.buses.apply(True, robust=self.robust, rounds=self.rounds)
-            else:
+            if in_greenlet():
                 await_only(self.buses.apply_async(True, robust=self.robust, rounds=self.rounds))
+            elif (bus := self.asynchronous()) is not None:  # by a listener, after `before_commit` had looked
+                raise _messages.not_awaited_in_commit(bus)
+            else:
+                self.buses.apply(True, robust=self.robust, rounds=self.rounds)
             if events_to_apply(self.buses):
                 raise _messages.too_many_rounds(self.rounds)
         except BaseException as raised:
+            for store in stores_in(self.buses):  # of savepoints that a handler has left open
+                while marks := open_marks(store):
+                    _end(marks[0].savepoint, True)
             _messages.note_committed(raised, _leftovers.move(self.buses, self.left), "leftovers(session)")
             _messages.drop_own_frames(raised)
-            raise
+            raise raised
         finally:
             self.applying = False
             session._trans_context_manager = block
