@@ -8,6 +8,7 @@ import gc
 import os
 import subprocess
 import sys
+import traceback
 import weakref
 from contextlib import suppress
 from functools import partial
@@ -921,6 +922,170 @@ def test_a_client_that_disconnects_during_the_commit() -> None:
 
     run(main())
     assert log == ["committed", 1]
+
+
+@pytest.mark.parametrize("robust", [False, True])
+def test_a_handler_that_raises_cancelled_error_itself(robust: bool) -> None:
+    async def cancelled(*, commit: bool) -> None:
+        raise asyncio.CancelledError
+
+    async def other(*, commit: bool) -> None:
+        await asyncio.sleep(0)
+
+    async def main() -> None:
+        bus = BasicAsyncEventBus()
+        bus.publish_all([other, cancelled, other, other])
+        with pytest.raises(asyncio.CancelledError):
+            await bus.apply_async(True, robust=robust, concurrency=2)
+        assert cancelled in bus.pending_events()
+
+    run(main())
+
+
+def test_concurrency_keeps_the_cause_and_begins_nothing_after_a_failure() -> None:
+    done: list[int] = []
+
+    async def fails(*, commit: bool) -> None:
+        try:
+            raise KeyError("x")
+        except KeyError as error:
+            raise Boom from error
+
+    bus = BasicAsyncEventBus()
+    bus.publish_all([fails, *[lambda *, commit: done.append(1)] * 50])
+    with pytest.raises(Boom) as caught:
+        run(bus.apply_async(True, concurrency=3))
+    assert isinstance(caught.value.__cause__, KeyError)
+    assert isinstance(caught.value.__context__, KeyError)
+    assert done == []
+    assert len(bus.pending_events()) == 51
+
+
+def test_rule_4d_a_plain_bus_is_not_tried_again_in_a_later_round() -> None:
+    tries: list[int] = []
+
+    def fails(*, commit: bool) -> None:
+        tries.append(1)
+        raise Boom
+
+    multi = AsyncMultiEventBus()
+    multi.wrap(BasicEventBus()).publish(fails)
+    bus = multi.wrap(Bus())
+    bus.publish(lambda: bus.publish(lambda: bus.publish("third")))
+    with pytest.raises(ExceptionGroup) as caught:
+        run(multi.apply_async(True, robust=True, rounds=5))
+    assert len(tries) == len(caught.value.exceptions) == 1
+
+
+@pytest.mark.parametrize("kind", ["plain", "async"])
+def test_rule_22_a_savepoint_of_a_handler_covers_the_turns_to_come(kind: str) -> None:
+    log: list[Any] = []
+    multi = AsyncMultiEventBus()
+    first: Any = multi.wrap(Bus() if kind == "async" else BasicEventBus())
+    later = multi.wrap(Plain(log))
+    later.publish("published before")
+
+    def handler(*, commit: bool = True) -> None:
+        savepoint = multi.savepoint()
+        later.publish("rolled back")
+        first.publish("rolled back" if kind == "async" else handler)
+        savepoint.rollback()
+
+    first.publish(handler)
+    run(multi.apply_async(True, rounds=3))
+    assert log == ["published before"]
+    assert multi.events_to_apply() == []
+
+
+@pytest.mark.parametrize("multi", [False, True])
+def test_rule_4e_frames(multi: bool) -> None:
+    async def fails(*, commit: bool) -> None:
+        raise Boom
+
+    async def main() -> list[str]:
+        bus: Any = BasicAsyncEventBus()
+        bus.publish(fails)
+        if multi:
+            buses = AsyncMultiEventBus()
+            buses.wrap(bus)
+            bus = buses
+        try:
+            await bus.apply_async(True)
+        except Boom as error:
+            return [frame.name for frame in traceback.extract_tb(error.__traceback__)]
+        return []
+
+    names = run(main())
+    assert names[0] == "main"
+    assert names[-1] == "fails"
+    assert len(names) <= 4
+
+
+def test_a_cancellation_during_the_rollback_goes_on() -> None:
+    log: list[Any] = []
+
+    async def main() -> None:
+        transaction = Transaction(log)
+
+        async def work() -> None:
+            async with unit_of_work(None, True, rollback_transaction=transaction.rollback):
+                raise Boom
+
+        task = asyncio.ensure_future(work())
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError) as caught:
+            await task
+        assert isinstance(caught.value.__cause__, Boom)
+
+    run(main())
+    assert log == ["rolled back"]
+
+
+def test_going_on_after_a_timeout_that_committed() -> None:
+    """The next call commits again: what was published since is not of the first commit."""
+    log: list[Any] = []
+
+    async def main() -> None:
+        transaction = Slow(log)
+        asyncio.get_running_loop().call_later(0.02, transaction.go_on.set)
+        async with unit_of_work(None, True, commit_transaction=transaction.commit) as (buses, execute):
+            bus = buses.wrap(Plain(log))
+            bus.publish(1)
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.001):
+                    await execute()
+            bus.publish(2)
+            await execute()
+
+    run(main())
+    assert log == ["committed", 1, "committed", 2]
+
+
+def test_a_task_that_was_cancelled_before_does_not_begin_to_commit() -> None:
+    log: list[Any] = []
+    transaction = Transaction(log)
+
+    async def work() -> None:
+        async with unit_of_work(
+            None, True, commit_transaction=transaction.commit, rollback_transaction=transaction.rollback
+        ) as (buses, execute):
+            buses.wrap(Plain(log)).publish(1)
+            asyncio.current_task().cancel()  # type: ignore[union-attr]
+            await execute()
+
+    with pytest.raises(asyncio.CancelledError):
+        run(work())
+    assert log == ["rolled back"]
+
+
+def test_a_plain_multi_bus_with_an_asynchronous_bus_in_it() -> None:
+    inner, outer = MultiEventBus(), AsyncMultiEventBus()
+    bus = inner.wrap(Bus())
+    outer.wrap(inner)
+    bus.publish(1)
+    assert run(outer.apply_and_get_applied_events_async(True)) == [1]
 
 
 def test_both_twins() -> None:

@@ -24,7 +24,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, scop
 
 import commitbus
 from commitbus import AbstractEventBus, BatchEventBus, MultiEventBus, UnappliedEventsWarning
-from commitbus.aio import AsyncEventBus
+from commitbus.aio import AsyncEventBus, use_orchestrator_or_create_multi_event_bus
 from commitbus.integrations.sqlalchemy import leftovers, orchestrator
 
 if TYPE_CHECKING:
@@ -660,6 +660,69 @@ def test_a_session_is_not_kept_alive(engine: Any, log: list[Any]) -> None:
     assert ref() is None
 
 
+def test_a_session_that_its_events_refer_to_is_not_kept_alive(engine: Any, log: list[Any]) -> None:
+    session = Session(engine)
+    bus = orchestrator(session).wrap(Bus(log))
+    bus.publish(session)
+    ref = weakref.ref(session)
+    del session, bus
+    gc.collect()
+    assert ref() is None
+
+
+def test_one_bus_in_two_sessions(engine: Any, log: list[Any]) -> None:
+    bus = Bus(log)
+    with Session(engine) as one, Session(engine) as two:
+        orchestrator(one).wrap(bus)
+        with pytest.raises(RuntimeError, match="belongs to another session"):
+            orchestrator(two).wrap(bus)
+        orchestrator(one).wrap(bus).publish(1)
+        one.commit()
+    del one, two
+    gc.collect()
+    with Session(engine) as three:
+        orchestrator(three).wrap(bus).publish(2)
+        three.commit()
+    assert log == [1, 2]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_handler_that_leaves_a_savepoint_open(session: Session, log: list[Any], fails: bool) -> None:
+    first, second = orchestrator(session).wrap(Bus(log)), orchestrator(session).wrap(Bus(log))
+
+    def handler() -> None:
+        session.begin_nested()
+        second.publish("in it")
+        if fails:
+            raise Boom
+
+    first.publish(handler)
+    with pytest.raises(Boom if fails else RuntimeError) as caught:
+        session.commit()
+    assert any("see leftovers(session)" in note for note in notes(caught.value))
+    assert "in it" in leftovers(session).events_to_apply()
+    leftovers(session).discard_pending_events()
+    session.rollback()
+    second.publish("next")
+    session.commit()
+    assert log[-1] == "next"
+
+
+def test_a_listener_that_raises(session: Session, bus: Any, log: list[Any]) -> None:
+    raised: list[int] = []
+
+    @event.listens_for(session, "after_transaction_end")
+    def theirs(session: Session, transaction: Any) -> None:
+        if not raised:
+            raised.append(1)
+            raise Boom
+
+    bus.publish(1)
+    with pytest.raises(Boom):
+        session.commit()
+    assert log == [1]
+
+
 @pytest.mark.parametrize("function", [orchestrator, leftovers])
 def test_anything_but_a_session(function: Any) -> None:
     for value in (None, 1, create_engine("sqlite://"), Session):
@@ -841,6 +904,51 @@ def test_async_cancelled_while_it_applies(async_url: str, log: list[Any], number
         leftovers(session).discard_pending_events()
 
     in_async_session(async_url, work)
+
+
+def test_async_sync_handlers_use_the_session_beside_async_ones(async_url: str, log: list[Any]) -> None:
+    async def work(session: AsyncSession) -> None:
+        buses = orchestrator(session)
+        awaited = buses.wrap(Awaited(log))
+
+        def handler() -> None:
+            assert session.sync_session.get(Row, "a") is not None
+            awaited.publish("published by a plain one")
+
+        session.add(Row(name="a"))
+        plain = buses.wrap(Bus(log))
+        plain.publish(handler)
+        await session.commit()
+        assert log == [handler, "published by a plain one"]
+        inner = MultiEventBus()
+        buses.wrap(inner)
+        inner.wrap(Awaited(log)).publish("in a plain multi bus")
+        await session.commit()
+        assert log[-1] == "in a plain multi bus"
+
+    in_async_session(async_url, work)
+
+
+def test_async_a_scoped_session_in_the_unit_of_work(async_url: str, log: list[Any]) -> None:
+    """Its commit is that of the caller's task, though it runs in another."""
+
+    async def work(session: AsyncSession) -> None:
+        sessions = async_scoped_session(async_sessionmaker(session.bind), scopefunc=asyncio.current_task)
+        async with use_orchestrator_or_create_multi_event_bus(
+            None, True, commit_transaction=sessions.commit, rollback_transaction=sessions.rollback
+        ) as (buses, execute):
+            sessions.add(Row(name="a"))
+            buses.wrap(Awaited(log)).publish(1)
+            await execute()
+        await sessions.remove()
+        assert await session.get(Row, "a") is not None
+
+    in_async_session(async_url, work)
+
+
+def test_a_session_that_is_not_async_in_the_async_unit_of_work(session: Session) -> None:
+    with pytest.raises(TypeError, match="commit_transaction must be a coroutine function here"):
+        use_orchestrator_or_create_multi_event_bus(None, True, commit_transaction=session.commit)  # type: ignore[arg-type]
 
 
 def test_both_twins() -> None:

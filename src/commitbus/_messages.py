@@ -452,7 +452,7 @@ def not_awaited_in_commit(bus: object) -> TypeError:
 def bus_of_another_session(bus: object) -> RuntimeError:
     """Refuse a bus that is at work in another session."""
     return RuntimeError(
-        f"this {describe_bus(bus)} is at work in another session, which would apply or drop what is published here; "
+        f"this {describe_bus(bus)} belongs to another session, which would apply or drop what is published here; "
         "make a bus for each session, for example orchestrator(session).wrap(MailBus())"
     )
 

@@ -58,8 +58,8 @@ def orchestrator(
     -------
     EventBusOrchestrator
         The same for the life of the session: wrap buses with it, or hand it to code that does. Make a bus for each
-        session: one that is at work in another session is refused, with a `RuntimeError`. With an
-        `AsyncSession`, asynchronous buses as well, which are awaited within ``await session.commit()``.
+        session: one that another session has wrapped, as long as that is there, is refused with a `RuntimeError`.
+        With an `AsyncSession`, asynchronous buses as well, which are awaited within ``await session.commit()``.
 
     Raises
     ------
@@ -156,23 +156,19 @@ class _SessionBuses(AsyncMultiEventBus):
         self._session = weakref.ref(session)
 
     def wrap(self, event_bus: AbstractEventBus[T]) -> DelayedEventBus[T]:
-        """Delay a bus and register it; refuse one that is at work in another session.
+        """Delay a bus and register it; refuse one that another session has, which is still there.
 
         Each session would apply or drop what was published in the other.
         """
         known = _wrapped.get(id(event_bus))
         if known is not None and known[0]() is event_bus:
             other = known[1]()
-            if other is not None and other is not self and other._is_at_work(event_bus):
+            if other is not None and other is not self and other._session() is not None:
                 raise _messages.bus_of_another_session(event_bus)
         delayed = super().wrap(event_bus)
         identity = id(event_bus)
         _wrapped[identity] = (weakref.ref(event_bus, lambda _: _wrapped.pop(identity, None)), weakref.ref(self))
         return delayed
-
-    def _is_at_work(self, event_bus: Any) -> bool:
-        session = self._session()
-        return session is not None and (session.in_transaction() or bool(event_bus.pending_events()))
 
     async def _run_plainly(self, function: Callable[[], None]) -> None:
         # Where the handlers of a session that is not asynchronous expect to be: they may use it.
