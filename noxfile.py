@@ -75,6 +75,14 @@ def django(session: nox.Session) -> None:
 
 
 @nox.session
+def sqlalchemy20(session: nox.Session) -> None:
+    """Run the tests of sessions on SQLAlchemy 2.0, which is supported as well as the newest."""
+    install(session, "test", "integrations")
+    session.install("sqlalchemy[asyncio]<2.1")
+    session.run("python", "-m", "pytest", "-q", "tests/test_sqlalchemy.py", *session.posargs)
+
+
+@nox.session
 def pure(session: nox.Session) -> None:
     """Run the suite over the pure package, as it is where nothing can be compiled."""
     install(session, "test", env={"COMMITBUS_NO_EXTENSIONS": "1"})

@@ -362,6 +362,66 @@ def test_threads_share_nothing(log: list[Any]) -> None:
     assert log == [1]
 
 
+def test_outside_of_a_transaction_an_error_is_the_publisher_s(log: list[Any]) -> None:
+    bus = OnCommitEventBus(Bus(log))
+    with pytest.raises(Boom) as caught:
+        bus.publish_all([1, Boom(), 2])
+    assert log == [1]
+    assert not any("committed" in note for note in notes(caught.value))
+    assert leftovers().events_to_apply() == []
+
+
+def test_a_commit_within_a_handler_keeps_what_another_hook_would_drop(log: list[Any]) -> None:
+    bus, other = OnCommitEventBus(Bus(log)), OnCommitEventBus(Bus(log))
+
+    def hook() -> None:
+        raise Boom
+
+    def handler() -> None:
+        with suppress(Boom), atomic():
+            transaction.on_commit(hook)
+            other.publish("inner")
+
+    with atomic():
+        bus.publish_all([handler, "outer"])
+    assert log == [handler, "outer"]
+    assert leftovers().discard_pending_events()
+
+
+def test_a_connection_that_is_closed_drops_what_was_published(log: list[Any], tmp_path: Any) -> None:
+    databases: Any = connections.databases
+    databases["file"] = {**databases["other"], "NAME": str(tmp_path / "db.sqlite3")}
+    try:
+        bus = OnCommitEventBus(Bus(log), using="file")
+        with suppress(Exception), atomic(using="file"):
+            bus.publish(1)
+            connections["file"].close()
+            bus.publish(2)
+        with atomic(using="file"):
+            bus.publish(3)
+        assert log == [3]
+    finally:
+        connections["file"].close()
+        del connections["file"], databases["file"]
+
+
+def test_what_is_read_of_a_connection() -> None:
+    """Private to Django, or nearly: a new version that changes it shall be noticed here."""
+    connection: Any = connections["default"]
+    with atomic():
+        transaction.on_commit(len_of_nothing)
+        ((savepoints, hook, robust),) = connection.run_on_commit
+        assert (savepoints, hook, robust) == (set(connection.savepoint_ids), len_of_nothing, False)
+        assert connection.in_atomic_block
+        assert [block._from_testcase for block in connection.atomic_blocks] == [False]
+        assert callable(type(connection).run_and_clear_commit_hooks)
+    assert connection.run_on_commit == []
+
+
+def len_of_nothing() -> None:
+    pass
+
+
 def test_its_repr(log: list[Any]) -> None:
     bus = OnCommitEventBus(Bus(log))
     with atomic():

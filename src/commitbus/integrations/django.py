@@ -202,14 +202,16 @@ class _Run:
             if self.bus.pending_events():
                 raise _messages.too_many_rounds(ROUNDS)
         except BaseException as error:
-            self.state.keep(self)
             _messages.drop_own_frames(error)
-            if self.state.errors is not None and self.owner._robust and isinstance(error, ExceptionGroup):
+            if self.state.errors is None and not self.connection.in_atomic_block:
+                raise error  # published outside of a transaction: as Django does
+            self.state.keep(self)
+            if self.state.errors is None:
+                self.state.note(error)  # no commit runs this, but a test
+            elif self.owner._robust and isinstance(error, ExceptionGroup):
                 self.state.errors += error.exceptions  # raised after the last hook
                 return
-            if self.state.errors is None:
-                self.state.note(error)  # no commit of Django's runs this: a test does, or no transaction is open
-            raise
+            raise error
 
 
 class _State:
@@ -225,34 +227,30 @@ class _State:
     def run_hooks(self) -> None:
         """Run the hooks of a commit as Django does, and keep what it would drop when one of them raises."""
         connection: Any = self.connection()
-        run = cast("Any", type(connection)).run_and_clear_commit_hooks
-        runs = [hook for _, hook, _ in connection.run_on_commit if type(hook) is _Run]
-        if not runs or self.errors is not None:
-            run(connection)
-            return
         connection.validate_no_atomic_block()  # what Django does first of all: nothing is committed yet
-        errors: list[Exception] = []
+        runs = [hook for _, hook, _ in connection.run_on_commit if type(hook) is _Run]
+        outer, errors = self.errors, [] if self.errors is None else self.errors
         self.errors = errors
         try:
-            run(connection)
+            cast("Any", type(connection)).run_and_clear_commit_hooks(connection)
         except BaseException as error:
-            for one in runs:
-                self.keep(one)
-            self.note(error)
+            for run in runs:
+                self.keep(run)
+            if runs or errors:
+                self.note(error)
             raise
         finally:
-            self.errors = None
-        if errors:
+            self.errors = outer  # a handler may commit, too
+        if errors and outer is None:
             group = ExceptionGroup(_messages.failed_on_commit(len(errors)), errors)
             self.note(group)
             raise group
 
     def keep(self, run: _Run) -> None:
         """Keep what a run has not applied."""
-        if run.open or run.bus.pending_events():
-            run.open = False
-            if run.bus.pending_events() and run.bus not in [one.actual_event_bus for one in self.left.pending_events()]:
-                self.left.wrap(run.bus)
+        run.open = False
+        if run.bus.pending_events() and all(one.actual_event_bus is not run.bus for one in self.left.pending_events()):
+            self.left.wrap(run.bus)
 
     def note(self, error: BaseException) -> None:
         """Say where what was not applied is."""
@@ -260,14 +258,12 @@ class _State:
         _messages.note_committed(error, len(events_to_apply(self.left)), where)
 
 
-_states: weakref.WeakKeyDictionary[Any, _State] = weakref.WeakKeyDictionary()
-
-
 def _state(connection: Any) -> _State:
-    state = _states.get(connection)
-    if state is None:
-        state = _states[connection] = _State(connection)
-    return state
+    # On the connection itself: a dictionary of all would keep one alive whose events refer to it.
+    kept: dict[str, Any] = vars(connection)
+    if "_commitbus_state" not in kept:
+        kept["_commitbus_state"] = _State(connection)
+    return cast("_State", kept["_commitbus_state"])
 
 
 def leftovers(using: str | None = None) -> MultiEventBus:
