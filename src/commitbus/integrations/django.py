@@ -260,7 +260,7 @@ class _State:
 
 def _state(connection: Any) -> _State:
     # On the connection itself: a dictionary of all would keep one alive whose events refer to it.
-    kept: dict[str, Any] = vars(connection)
+    kept = cast("dict[str, Any]", vars(connection))
     if "_commitbus_state" not in kept:
         kept["_commitbus_state"] = _State(connection)
     return cast("_State", kept["_commitbus_state"])
