@@ -79,7 +79,7 @@ NEEDS = {
     "sqlalchemy.md": ["sqlalchemy"],
     "sqlalchemy-events.md": ["sqlalchemy"],
     "django.md": ["django"],
-    "fastapi.md": ["fastapi", "httpx", "sqlalchemy", "aiosqlite", "greenlet"],
+    "fastapi.md": ["fastapi", "httpx2", "sqlalchemy", "aiosqlite", "greenlet"],
     "background-tasks.md": ["fastapi"],
     "opentelemetry.md": ["opentelemetry.sdk"],
     "blinker-pyee.md": ["blinker"],

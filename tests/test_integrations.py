@@ -56,6 +56,23 @@ def test_one_whose_library_is_missing_says_what_to_install(name: str) -> None:
     assert last.endswith(f"install it with: pip install 'commitbus[{library}]'")
 
 
+def test_sqlalchemy_without_greenlet() -> None:
+    """Only asynchronous sessions need it, and SQLAlchemy 2.1 does not bring it."""
+    pytest.importorskip("sqlalchemy")
+    done = run(
+        "import sys\n"
+        "sys.modules['greenlet'] = None\n"
+        "from sqlalchemy import create_engine\n"
+        "from sqlalchemy.orm import Session\n"
+        "from commitbus import BasicEventBus\n"
+        "from commitbus.integrations.sqlalchemy import orchestrator\n"
+        "with Session(create_engine('sqlite://')) as session:\n"
+        "    orchestrator(session).wrap(BasicEventBus()).publish(lambda *, commit: print('sent'))\n"
+        "    session.commit()\n"
+    )
+    assert done.stdout == "sent\n", done.stderr
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_docstrings(name: str) -> None:
     """Every example is true, and every public function says what it takes."""

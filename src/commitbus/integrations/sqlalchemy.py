@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from commitbus import _messages
@@ -17,15 +18,18 @@ from commitbus.savepoint import Savepoint, open_marks, roll_back_in, stores_in
 try:
     from sqlalchemy import event
     from sqlalchemy.exc import InvalidRequestError
-    from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
     from sqlalchemy.orm import Session, SessionTransaction, scoped_session
     from sqlalchemy.util import await_only, greenlet_spawn
-    from sqlalchemy.util.concurrency import in_greenlet
+    from sqlalchemy.util.concurrency import in_greenlet as _in_greenlet
 except ModuleNotFoundError as error:
     raise _messages.not_installed("sqlalchemy", error) from error
 
+# Only what is asynchronous needs it, and SQLAlchemy 2.1 does not bring it: without, there is no AsyncSession.
+HAS_GREENLET = find_spec("greenlet") is not None
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
 
     from commitbus._interfaces import EventBusOrchestrator
     from commitbus.delayed_event_bus import DelayedEventBus
@@ -128,11 +132,25 @@ def leftovers(session: Session | AsyncSession | scoped_session[Any] | async_scop
     return _bound(session, "leftovers").left
 
 
+def in_greenlet() -> bool:
+    """Whether what is awaited can be awaited here: within the methods of an `AsyncSession`."""
+    return HAS_GREENLET and _in_greenlet()
+
+
+def _plain(session: object) -> object:
+    """Give the session that an asynchronous or a scoped one stands for."""
+    if HAS_GREENLET:
+        from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
+
+        if isinstance(session, async_scoped_session):
+            session = cast("object", session())
+        if isinstance(session, AsyncSession):
+            return session.sync_session
+    return cast("Any", session)() if isinstance(session, scoped_session) else session
+
+
 def _bound(session: object, function: str) -> _Bound:
-    if isinstance(session, (scoped_session, async_scoped_session)):
-        session = cast("Any", session)()
-    if isinstance(session, AsyncSession):
-        session = session.sync_session
+    session = _plain(session)
     if not isinstance(session, Session):
         raise _messages.not_a_session(function, session)
     # On the session itself: a dictionary of all would keep one alive whose events refer to it.
