@@ -18,8 +18,8 @@ from commitbus.multi_event_bus import MultiEventBus
 try:
     import django.db as _django
     from django.db import transaction
-except ModuleNotFoundError as error:
-    raise _messages.not_installed("django", error) from error
+except ModuleNotFoundError as _error:
+    raise _messages.not_installed("django", _error) from _error
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -13,8 +13,8 @@ from commitbus.middleware import add_middleware
 try:
     from opentelemetry import metrics, trace
     from opentelemetry.trace import SpanKind, Status, StatusCode
-except ModuleNotFoundError as error:
-    raise _messages.not_installed("opentelemetry", error) from error
+except ModuleNotFoundError as _error:
+    raise _messages.not_installed("opentelemetry", _error) from _error
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -21,8 +21,8 @@ try:
     from sqlalchemy.orm import Session, SessionTransaction, scoped_session
     from sqlalchemy.util import await_only, greenlet_spawn
     from sqlalchemy.util.concurrency import in_greenlet as _in_greenlet
-except ModuleNotFoundError as error:
-    raise _messages.not_installed("sqlalchemy", error) from error
+except ModuleNotFoundError as _error:
+    raise _messages.not_installed("sqlalchemy", _error) from _error
 
 # Only what is asynchronous needs it, and SQLAlchemy 2.1 does not bring it: without, there is no AsyncSession.
 HAS_GREENLET = find_spec("greenlet") is not None
@@ -126,8 +126,6 @@ def leftovers(session: Session | AsyncSession | scoped_session[Any] | async_scop
     ------
     TypeError
         When `session` is none.
-    sqlalchemy.exc.InvalidRequestError
-        When the session was closed for good.
     """
     return _bound(session, "leftovers").left
 
