@@ -1043,6 +1043,29 @@ def test_a_cancellation_during_the_rollback_goes_on() -> None:
     assert log == ["rolled back"]
 
 
+def test_rule_19_what_was_published_after_a_cancelled_commit() -> None:
+    bus = Bus()
+
+    async def main() -> None:
+        transaction = Slow([])
+        asyncio.get_running_loop().call_later(0.02, transaction.go_on.set)
+
+        async def work() -> None:
+            async with unit_of_work(None, True, commit_transaction=transaction.commit) as (buses, execute):
+                buses.wrap(bus).publish(lambda: bus.publish("late"))
+                await execute()
+
+        task = asyncio.ensure_future(work())
+        await transaction.begun.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError) as caught:
+            await task
+        assert any("1 event was not applied: str" in note for note in notes(caught.value)), notes(caught.value)
+
+    run(main())
+    assert bus.pending_events() == ("late",)
+
+
 def test_going_on_after_a_timeout_that_committed() -> None:
     """The next call commits again: what was published since is not of the first commit."""
     log: list[Any] = []

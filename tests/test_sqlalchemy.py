@@ -708,6 +708,38 @@ def test_a_handler_that_leaves_a_savepoint_open(session: Session, log: list[Any]
     assert log[-1] == "next"
 
 
+@pytest.mark.parametrize("then", ["rollback", "close", "begin"])
+def test_a_listener_of_a_class_that_raises_hides_no_commit(engine: Any, log: list[Any], then: str) -> None:
+    class Theirs(Session):
+        pass
+
+    raised: list[int] = []
+
+    @event.listens_for(Theirs, "after_transaction_end")
+    def theirs(session: Session, transaction: Any) -> None:
+        if transaction.parent is None and not raised:
+            raised.append(1)
+            raise Boom
+
+    session = Theirs(engine)
+    bus = orchestrator(session).wrap(Bus(log))
+    add(session, "a")
+    bus.publish(1)
+    with pytest.raises(Boom):
+        session.commit()
+    if then == "close":
+        with pytest.warns(UnappliedEventsWarning):
+            session.close()
+    else:
+        getattr(session, then)()
+    assert leftovers(session).apply_and_get_applied_events(True) == [1]
+    session.rollback()
+    bus.publish(2)
+    session.commit()
+    assert log == [1, 2]
+    session.close()
+
+
 def test_a_listener_that_raises(session: Session, bus: Any, log: list[Any]) -> None:
     raised: list[int] = []
 

@@ -706,6 +706,7 @@ class _AsyncUnit(Unit):
     async def leave_async(self, error: BaseException | None) -> None:
         """See to what was not applied when the block is left, by an error or not."""
         if error is not None and error is self.finished:
+            await self.tell_async(error)  # of what handlers have published since: it belongs to what was committed
             return
         if error is not None and not self.committed:
             await self.roll_back_async(error)
@@ -770,7 +771,8 @@ def use_orchestrator_or_create_multi_event_bus(
         It yields what to wrap buses with, asynchronous and other ones, and what commits, applies, and returns the
         events that were applied. A task that is cancelled while the commit is under way waits for its outcome:
         when it committed, the side effects are applied, then the cancellation goes on. Commit and rollback run in
-        a task of their own, and so do these side effects.
+        a task of their own, and so do these side effects. So pass the method of a session itself: a function that
+        looks an `async_scoped_session` up by the current task would find another session there.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""A session's own buses: applied after its outermost commit, dropped when it rolls back. Needs SQLAlchemy 2."""
+"""A session's own buses: applied after its outermost commit, dropped when it rolls back. Needs SQLAlchemy 2.0.24."""
 
 from __future__ import annotations
 
@@ -188,7 +188,10 @@ class _SessionBuses(AsyncMultiEventBus):
 
     async def _run_plainly(self, function: Callable[[], None]) -> None:
         # Where the handlers of a session that is not asynchronous expect to be: they may use it.
-        await greenlet_spawn(function)
+        if HAS_GREENLET:
+            await greenlet_spawn(function)
+        else:
+            function()
 
 
 class _Bound:
@@ -227,6 +230,7 @@ class _Bound:
             begun = session.in_transaction()
             result = getattr(type(session), name)(session, *args, **kwargs)
             if not begun and not self.applying:
+                self.settle()
                 self.drop()
             if name != "rollback" and (count := len(events_to_apply(self.left))):
                 warnings.warn(_messages.session_left(count), UnappliedEventsWarning, stacklevel=2)
@@ -237,6 +241,14 @@ class _Bound:
     def after_transaction_create(self, session: Session, transaction: SessionTransaction) -> None:  # noqa: ARG002
         if transaction.nested:
             self.savepoints[transaction] = self.buses.savepoint()
+        elif transaction.parent is None and not self.applying:
+            self.settle()
+
+    def settle(self) -> None:
+        """Keep what was committed where somebody's listener, of a class, has hidden the end of the transaction."""
+        if self.committed:
+            self.committed.clear()
+            _leftovers.move(self.buses, self.left)
 
     def before_commit(self, session: Session) -> None:
         """Refuse, while nothing is done yet, what could not be applied after the commit."""
