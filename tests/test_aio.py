@@ -1066,6 +1066,22 @@ def test_rule_19_what_was_published_after_a_cancelled_commit() -> None:
     assert bus.pending_events() == ("late",)
 
 
+def test_a_method_that_returns_a_coroutine() -> None:
+    log: list[Any] = []
+
+    class Wrapped(Transaction):
+        def begin_commit(self) -> Any:
+            return self.commit()
+
+    async def main() -> None:
+        async with unit_of_work(None, True, commit_transaction=Wrapped(log).begin_commit) as (buses, execute):
+            buses.wrap(Plain(log)).publish(1)
+            await execute()
+
+    run(main())
+    assert log == ["committed", 1]
+
+
 def test_going_on_after_a_timeout_that_committed() -> None:
     """The next call commits again: what was published since is not of the first commit."""
     log: list[Any] = []

@@ -778,8 +778,8 @@ def use_orchestrator_or_create_multi_event_bus(
     ------
     TypeError
         When `event_bus_orchestrator` is neither an orchestrator nor None, when one of the functions cannot be
-        called, or is a method that is no coroutine function (that of a `Session` that is not asynchronous, for
-        example), or when `rounds` or `concurrency` is no int.
+        called, or is that of a `Session` of SQLAlchemy that is not asynchronous, or when `rounds` or `concurrency`
+        is no int.
     ValueError
         When `rounds` or `concurrency` is below 1.
 
@@ -818,6 +818,10 @@ def use_orchestrator_or_create_multi_event_bus(
                 function.close()  # by `session.commit()`: nobody will await it
             raise _messages.not_a_callback(name, function)
         if name != "on_unapplied" and ismethod(function) and not iscoroutinefunction(function.__func__):
+            # What it returns decides, as ever, but for what is known to have committed by then.
+            classes = type(cast("Any", function.__self__)).__mro__
+            if not any(cls.__module__.startswith("sqlalchemy.orm.") for cls in classes):
+                continue
             raise _messages.not_awaitable(name, function)
     check_rounds(rounds)
     _check_concurrency(concurrency)
