@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -70,6 +72,11 @@ class Bus(AbstractEventBus[Any]):
         if callable(event):
             event()
         self.log.append(event)
+
+
+class Plain(AbstractEventBus[Any]):
+    def _apply_event(self, event: Any, commit: bool) -> None:
+        pass
 
 
 @pytest.fixture
@@ -190,13 +197,13 @@ def test_what_a_handler_publishes(log: list[Any]) -> None:
     other = OnCommitEventBus(Bus(log))
 
     def handler() -> None:
-        other.publish("at once, as Django does")
+        other.publish("after all hooks")
         with atomic():
             other.publish("at its own commit")
 
     with atomic():
         bus.publish_all([handler, "after"])
-    assert log == ["at once, as Django does", "at its own commit", handler, "after"]
+    assert log == ["at its own commit", handler, "after", "after all hooks"]
 
 
 def test_what_a_handler_publishes_on_itself(log: list[Any]) -> None:
@@ -343,6 +350,166 @@ def test_a_callee_with_a_unit_of_work(log: list[Any]) -> None:
         callee(orchestrator())
         assert log == []
     assert log == [1]
+
+
+def test_what_is_published_on_the_wrapped_bus_itself(log: list[Any]) -> None:
+    buses = orchestrator()
+    mine, kept = Bus(log), Bus(log)
+    with atomic():
+        delayed = buses.wrap(mine)
+        buses.wrap(kept)
+        mine.publish(1)
+        delayed.publish(2)
+        mine.publish_all([3, 4])
+        kept.publish("nobody has what wrap() gave")
+        with suppress(Boom), atomic():
+            mine.publish("dropped")
+            raise Boom
+        mine.publish(5)
+        assert delayed.pending_events() == (1, 2, 3, 4, 5)
+        assert log == []
+    assert log == [1, 2, 3, 4, "nobody has what wrap() gave", 5]
+    with suppress(Boom), atomic():
+        mine.publish("dropped, too")
+        raise Boom
+    with atomic():
+        mine.publish(6)
+    assert log[-1] == 6
+    assert mine.pending_events() == ()
+
+
+def test_what_an_orchestrator_hands_out_is_applied_by_the_transaction_alone(log: list[Any]) -> None:
+    with atomic():
+        delayed: Any = orchestrator().wrap(Bus(log))
+        delayed.publish(1)
+        assert delayed.apply(True) == [1]  # only collects, as ever
+        with pytest.raises(TypeError, match="applied by the transaction's commit"):
+            delayed.apply(False)
+        with pytest.raises(TypeError, match="applied by the transaction's commit"):
+            delayed.apply_without_delay(True)
+        with pytest.raises(NotImplementedError, match=r"use transaction\.atomic"):
+            delayed.savepoint()
+        assert log == []
+        assert delayed.discard_pending_events() == [1]
+        delayed.publish(2)
+    assert log == [2]
+
+
+def test_a_bus_that_holds_buses(log: list[Any]) -> None:
+    multi = commitbus.MultiEventBus()
+    with pytest.raises(TypeError, match="wrap each of its buses"):
+        orchestrator().wrap(multi)  # type: ignore[arg-type, unused-ignore]
+    with pytest.raises(TypeError, match="wrap each of its buses"):
+        OnCommitEventBus(multi)
+
+
+@pytest.mark.parametrize("robust", [False, True])
+def test_what_a_failing_hook_s_handlers_had_published(log: list[Any], robust: bool) -> None:
+    other = OnCommitEventBus(Bus(log), robust=robust)
+
+    def handler() -> None:
+        other.publish(1)
+        other.publish(error)
+        other.publish(2)
+
+    bus, error = OnCommitEventBus(Bus(log)), Boom("in the second round")
+    with pytest.raises((Boom, ExceptionGroup)) as caught, atomic():
+        bus.publish(handler)
+        bus.publish("before the second round")
+    if robust:
+        assert isinstance(caught.value, ExceptionGroup)
+        assert caught.value.exceptions == (error,)
+        assert log == [handler, "before the second round", 1, 2]
+        assert leftovers().events_to_apply() == [error]
+    else:
+        assert caught.value is error
+        assert log == [handler, "before the second round", 1]
+        assert leftovers().events_to_apply() == [error, 2]
+        assert "2 events were not applied" in notes(error)[-1]
+    leftovers().apply(True)
+    assert log.count(error) == log.count(2) == 1
+
+    def fails() -> None:
+        other.publish("in leftovers")
+        raise second
+
+    second = Boom("in the first")
+    with pytest.raises(Boom), atomic():
+        bus.publish(fails)
+    assert leftovers().events_to_apply() == [fails, "in leftovers"]
+    leftovers().discard_pending_events()
+
+
+def test_on_commit_buses_that_publish_for_ever(log: list[Any]) -> None:
+    def handler() -> None:
+        one.publish(handler)
+
+    one: Any = OnCommitEventBus(Bus(log))
+    with pytest.raises(RuntimeError, match="100 rounds") as caught, atomic():
+        one.publish(handler)
+    assert len(log) == 101  # the hook, and a hundred rounds
+    assert "1 event was not applied" in notes(caught.value)[-1]
+    assert leftovers().discard_pending_events()
+
+
+def test_errors_of_robust_buses_before_a_hook_that_raises(log: list[Any]) -> None:
+    def hook() -> None:
+        raise last
+
+    first, last = Boom("of a robust bus"), Boom("of a hook")
+    with pytest.raises(Boom) as caught, atomic():
+        OnCommitEventBus(Bus(log), robust=True).publish(first)
+        transaction.on_commit(hook)
+    assert caught.value is last
+    assert isinstance(last.__context__, ExceptionGroup)
+    assert last.__context__.exceptions == (first,)
+    assert leftovers().discard_pending_events()
+
+
+def test_the_note_counts_what_this_commit_left(log: list[Any]) -> None:
+    bus = OnCommitEventBus(Bus(log))
+    for _ in range(2):
+        with pytest.raises(Boom) as caught, atomic():
+            bus.publish(Boom())
+        assert "1 event was not applied" in notes(caught.value)[-1]
+    assert len(leftovers().events_to_apply()) == 2
+    leftovers().discard_pending_events()
+
+
+@pytest.mark.parametrize("make", [copy.copy, copy.deepcopy, lambda bus: pickle.loads(pickle.dumps(bus))])
+def test_a_copy_is_a_bus_of_its_own(make: Any) -> None:
+    bus: Any = OnCommitEventBus(Plain(), robust=True)
+    with atomic():
+        bus.publish(1)
+        copied = make(bus)
+        copied.publish(2)
+        assert bus.pending_events() == (1,)
+        assert copied.pending_events() == (2,)
+        assert "1 pending" in repr([hook for _, hook, _ in connections["default"].run_on_commit])
+        assert bus.discard_pending_events() == [1]
+        assert copied.discard_pending_events() == [2]
+
+
+def test_what_another_tool_has_patched_goes_on(log: list[Any]) -> None:
+    connection = connections["other"]
+    before = vars(connection).pop("_commitbus_state", None)
+    vars(connection).pop("run_and_clear_commit_hooks", None)
+
+    def patched() -> None:
+        log.append("patched")
+        type(connection).run_and_clear_commit_hooks(connection)
+
+    connection.run_and_clear_commit_hooks = patched
+    try:
+        with atomic(using="other"):
+            OnCommitEventBus(Bus(log), using="other").publish(1)
+        assert log == ["patched", 1]
+    finally:
+        vars(connection).pop("_commitbus_state")
+        del connection.run_and_clear_commit_hooks
+        if before is not None:
+            vars(connection)["_commitbus_state"] = before
+            connection.run_and_clear_commit_hooks = before.run_hooks
 
 
 def test_threads_share_nothing(log: list[Any]) -> None:

@@ -414,8 +414,13 @@ def not_for_on_commit(value: object) -> TypeError:
     """Refuse a bus that a hook of Django cannot apply."""
     return TypeError(
         f"OnCommitEventBus() takes the AbstractEventBus to apply, not {type_name(type(value))}; "
-        "one that is not asynchronous, since Django awaits no hook"
+        "one that is not asynchronous, since Django awaits no hook, and no MultiEventBus: wrap each of its buses"
     )
+
+
+def use_atomic(bus: object) -> NotImplementedError:
+    """Say what takes the place of a savepoint where a transaction applies."""
+    return NotImplementedError(f"{describe_bus(bus)} has no savepoints of its own; use transaction.atomic()")
 
 
 def not_an_outside(value: object) -> ValueError:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import threading
 import weakref
 from copy import copy
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, TypeVar, cast
 
 from commitbus import _messages, _naming
 from commitbus._interfaces import EventBus, EventBusOrchestrator, iterate
-from commitbus._looking import events_to_apply
+from commitbus._looking import events_to_apply, holds_buses
 from commitbus.aio import AsyncEventBus
 from commitbus.delayed_event_bus import DelayedEventBus
 from commitbus.event_bus import AbstractEventBus
@@ -22,7 +22,7 @@ except ModuleNotFoundError as _error:
     raise _messages.not_installed("django", _error) from _error
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
 __all__ = ["OnCommitEventBus", "leftovers", "orchestrator"]
 
@@ -55,7 +55,7 @@ class OnCommitEventBus(EventBus[T], Generic[T]):
     Raises
     ------
     TypeError
-        When `event_bus` is no `AbstractEventBus`, or is asynchronous.
+        When `event_bus` is no `AbstractEventBus`, is asynchronous, or holds buses: wrap each of those instead.
     ValueError
         When `outside` is neither.
     django.utils.connection.ConnectionDoesNotExist
@@ -65,7 +65,8 @@ class OnCommitEventBus(EventBus[T], Generic[T]):
     -----
     When a handler raises, the exception comes out of the ``atomic`` block, with a note that the transaction was
     committed. What was not applied, of all buses of that commit, is in `leftovers`; nothing is dropped, even where
-    the hook of somebody else raised. What a handler publishes is applied in the same commit.
+    the hook of somebody else raised. What a handler publishes is applied in the same commit, after the hooks that were
+    there, in at most 100 rounds. A copy of the bus, or one that was pickled, is a bus of its own.
     """
 
     def __init__(
@@ -75,8 +76,9 @@ class OnCommitEventBus(EventBus[T], Generic[T]):
         robust: bool = False,
         outside: Literal["apply", "raise"] = "apply",
     ) -> None:
-        if not isinstance(cast("Any", event_bus), AbstractEventBus) or isinstance(event_bus, AsyncEventBus):
-            raise _messages.not_for_on_commit(event_bus)
+        bus: Any = event_bus
+        if not isinstance(bus, AbstractEventBus) or isinstance(bus, AsyncEventBus) or holds_buses(bus):
+            raise _messages.not_for_on_commit(cast("object", bus))
         if outside not in {"apply", "raise"}:
             raise _messages.not_an_outside(outside)
         connections[using or DEFAULT]
@@ -147,9 +149,30 @@ class OnCommitEventBus(EventBus[T], Generic[T]):
         tuple of T
             A snapshot, in the order in which it will be applied.
         """
+        return tuple(event for run in self._runs() for event in run.bus.pending_events())
+
+    def discard_pending_events(self) -> list[T]:
+        """Drop what was published in the transaction that is open.
+
+        Returns
+        -------
+        list of T
+            What `pending_events` had.
+        """
+        return [event for run in self._runs() for event in run.bus.discard_pending_events()]
+
+    def _runs(self) -> list[_Run]:
         connection: Any = connections[self._using or DEFAULT]
-        runs = [hook for _, hook, _ in connection.run_on_commit if type(hook) is _Run and hook.owner is self]
-        return tuple(event for run in runs for event in run.bus.pending_events())
+        hooks = [hook for _, hook, _ in connection.run_on_commit] + _state(connection).later
+        return [hook for hook in hooks if type(hook) is _Run and hook.owner is self]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Give what a copy takes over: not what is pending, which is the connection's."""
+        return {name: value for name, value in vars(self).items() if name != "_last"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over what a copy has."""
+        vars(self).update(state, _last=threading.local())
 
     def __repr__(self) -> str:
         """Name the bus, and say how many events the open transaction has."""
@@ -164,6 +187,12 @@ class OnCommitEventBus(EventBus[T], Generic[T]):
         bus.discard_pending_events()
         bus.publish_all(events)
         state = _state(connection)
+        if state.errors is not None and not connection.in_atomic_block:
+            # The hooks of a commit run: Django would call this one in the middle of the handler that publishes.
+            run = _Run(self, bus, state, True, connection)
+            self._last.run = weakref.ref(run)
+            state.later.append(run)
+            return
         # Tests capture hooks by their number: there, each event has its own.
         merges = not any(getattr(block, "_from_testcase", False) for block in connection.atomic_blocks)
         run = _Run(self, bus, state, merges, connection)
@@ -184,11 +213,17 @@ class _Run:
     def __init__(self, owner: OnCommitEventBus[Any], bus: Any, state: _State, merges: bool, connection: Any) -> None:
         self.owner, self.bus, self.state, self.open, self.connection = owner, bus, state, merges, connection
 
+    def __repr__(self) -> str:
+        """Say what the hook applies: tools list hooks."""
+        return f"<hook of {self.owner!r}>"
+
     def goes_on(self) -> bool:
         """Whether nothing came between, in the very same savepoints."""
         if not self.open:
             return False
         connection = self.connection
+        if self.state.later and not connection.in_atomic_block:
+            return self.state.later[-1] is self
         hooks: list[Any] = connection.run_on_commit
         if not hooks or hooks[-1][1] is not self or not connection.in_atomic_block:
             return False
@@ -220,8 +255,13 @@ class _State:
     def __init__(self, connection: Any) -> None:
         self.left = MultiEventBus()
         self.errors: list[Exception] | None = None  # of robust buses, while Django runs the hooks of a commit
+        self.later: list[_Run] = []  # what handlers have published meanwhile
+        self.wrapped: list[Any] = []  # for who keeps the bus alone, and publishes on that; until the next commit
+        self.told = 0  # how many leftovers there were when the hooks began
         self.alias: str = connection.alias
         self.connection = weakref.ref(connection)
+        # What another tool has put there, on this very connection, goes on.
+        self.patched: Callable[[], None] | None = vars(connection).get("run_and_clear_commit_hooks")
         connection.run_and_clear_commit_hooks = self.run_hooks
 
     def run_hooks(self) -> None:
@@ -230,21 +270,50 @@ class _State:
         connection.validate_no_atomic_block()  # what Django does first of all: nothing is committed yet
         runs = [hook for _, hook, _ in connection.run_on_commit if type(hook) is _Run]
         outer, errors = self.errors, [] if self.errors is None else self.errors
+        if outer is None:
+            self.told = len(events_to_apply(self.left))
         self.errors = errors
         try:
-            cast("Any", type(connection)).run_and_clear_commit_hooks(connection)
+            if self.patched is not None:
+                self.patched()
+            else:
+                cast("Any", type(connection)).run_and_clear_commit_hooks(connection)
+            if outer is None:
+                self.run_later(runs)
         except BaseException as error:
-            for run in runs:
+            for run in (*runs, *self.later):
                 self.keep(run)
+            self.later.clear()
+            if outer is None and errors:
+                _messages.chain(error, self.group(errors))
             if runs or errors:
                 self.note(error)
             raise
         finally:
             self.errors = outer  # a handler may commit, too
+            if outer is None:
+                self.wrapped.clear()
+                self.told = 0
         if errors and outer is None:
-            group = ExceptionGroup(_messages.failed_on_commit(len(errors)), errors)
+            group = self.group(errors)
             self.note(group)
             raise group
+
+    def run_later(self, runs: list[_Run]) -> None:
+        """Apply what handlers have published since the hooks began, in rounds."""
+        for _ in range(ROUNDS):
+            if not self.later:
+                return
+            batch, self.later = self.later, []
+            runs += batch  # kept if one of them fails
+            for run in batch:
+                run()
+        if self.later:
+            raise _messages.too_many_rounds(ROUNDS)
+
+    def group(self, errors: list[Exception]) -> ExceptionGroup[Exception]:
+        """Make one error of those of robust buses."""
+        return ExceptionGroup(_messages.failed_on_commit(len(errors)), errors)
 
     def keep(self, run: _Run) -> None:
         """Keep what a run has not applied."""
@@ -255,7 +324,7 @@ class _State:
     def note(self, error: BaseException) -> None:
         """Say where what was not applied is."""
         where = "leftovers()" if self.alias == DEFAULT else f"leftovers({self.alias!r})"
-        _messages.note_committed(error, len(events_to_apply(self.left)), where)
+        _messages.note_committed(error, len(events_to_apply(self.left)) - self.told, where)
 
 
 def _state(connection: Any) -> _State:
@@ -294,6 +363,13 @@ class _OnCommitDelayedEventBus(DelayedEventBus[T]):
     def __init__(self, event_bus: AbstractEventBus[T], on_commit: OnCommitEventBus[T]) -> None:
         super().__init__(event_bus)
         self._on_commit = on_commit
+        self._owner = _Direct(self)
+        self.follow()
+
+    def follow(self) -> None:
+        """Have the next event that is published on the wrapped bus itself moved to the transaction."""
+        delayed: Any = self
+        delayed._commitbus_let_go(weakref.ref(self._owner))
 
     def publish(self, event: T) -> None:
         self._on_commit.publish(event)
@@ -304,6 +380,31 @@ class _OnCommitDelayedEventBus(DelayedEventBus[T]):
     def pending_events(self) -> tuple[T, ...]:
         return self._on_commit.pending_events()
 
+    def discard_pending_events(self) -> list[T]:
+        return self._on_commit.discard_pending_events()
+
+    def apply(self, commit: bool) -> list[T]:
+        if not commit:
+            raise _messages.applied_by_the_transaction(self)
+        return list(self.pending_events())  # as a bus that only collects: all waits for the commit
+
+    def apply_without_delay(self, commit: bool, *, robust: bool = False, rounds: int = 1) -> list[T]:  # noqa: ARG002
+        raise _messages.applied_by_the_transaction(self)
+
+    def savepoint(self) -> NoReturn:
+        raise _messages.use_atomic(self)
+
+
+class _Direct(MultiEventBus):
+    """Is told of what is published on a wrapped bus itself, and moves it to the transaction."""
+
+    def __init__(self, delayed: _OnCommitDelayedEventBus[Any]) -> None:
+        self._delayed = weakref.ref(delayed)
+
+    def publish(self, event: Any) -> None:
+        event.publish_all(event.actual_event_bus.discard_pending_events())
+        event.follow()
+
 
 class _Orchestrator(EventBusOrchestrator):
     def __init__(self, using: str | None, robust: bool) -> None:
@@ -312,9 +413,15 @@ class _Orchestrator(EventBusOrchestrator):
 
     def wrap(self, event_bus: AbstractEventBus[T]) -> DelayedEventBus[T]:
         on_commit = OnCommitEventBus(event_bus, self._using, self._robust)
-        delayed = _OnCommitDelayedEventBus(event_bus, on_commit)
         on_commit.publish_all(event_bus.discard_pending_events())
+        delayed = _OnCommitDelayedEventBus(event_bus, on_commit)
+        connection: Any = connections[self._using or DEFAULT]
+        if connection.in_atomic_block:
+            _state(connection).wrapped.append(delayed)
         return delayed
+
+    def savepoint(self) -> NoReturn:
+        raise _messages.use_atomic(self)
 
 
 def orchestrator(using: str | None = None, *, robust: bool = False) -> EventBusOrchestrator:
