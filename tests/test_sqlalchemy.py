@@ -8,8 +8,9 @@ import os
 import subprocess
 import sys
 import weakref
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any, cast
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -715,7 +716,7 @@ def test_a_listener_of_a_class_that_raises_hides_no_commit(engine: Any, log: lis
 
     raised: list[int] = []
 
-    @event.listens_for(Theirs, "after_transaction_end")
+    @event.listens_for(Theirs, "after_transaction_end", insert=True)  # before that of commitbus
     def theirs(session: Session, transaction: Any) -> None:
         if transaction.parent is None and not raised:
             raised.append(1)
@@ -738,6 +739,131 @@ def test_a_listener_of_a_class_that_raises_hides_no_commit(engine: Any, log: lis
     session.commit()
     assert log == [1, 2]
     session.close()
+
+
+@pytest.mark.parametrize("name", ["before_commit", "after_flush", "after_commit", "after_transaction_end"])
+def test_a_session_that_gets_its_buses_in_a_listener(engine: Any, log: list[Any], name: str) -> None:
+    class Theirs(Session):
+        pass
+
+    @event.listens_for(Theirs, name)
+    def theirs(session: Session, *args: Any) -> None:
+        if not published and all(one.parent is None for one in args if hasattr(one, "parent")):
+            published.append(orchestrator(session).wrap(Bus(log)))
+            published[0].publish(1)
+
+    published: list[Any] = []
+    with Theirs(engine) as session:
+        add(session, "a")
+        session.commit()
+        if name == "after_transaction_end":  # the transaction is over: it belongs to the next one
+            assert log == []
+            session.commit()
+        assert log == [1]
+        published[0].publish(2)
+        session.commit()
+        assert log == [1, 2]
+
+
+def test_a_listener_that_hides_the_end_of_a_savepoint(engine: Any, log: list[Any]) -> None:
+    class Theirs(Session):
+        pass
+
+    raised: list[int] = []
+
+    @event.listens_for(Theirs, "after_transaction_end", insert=True)  # before that of commitbus
+    def theirs(session: Session, transaction: Any) -> None:
+        if transaction.nested and not raised:
+            raised.append(1)
+            raise Boom
+
+    with Theirs(engine) as session:
+        bus = orchestrator(session).wrap(Bus(log))
+        add(session, "a")
+        with suppress(Boom), session.begin_nested():
+            bus.publish(1)
+        bus.publish(2)
+        session.commit()
+        assert 2 in log
+        bus.publish(3)
+        session.commit()
+        assert log[-1] == 3
+
+
+def test_the_class_of_a_session_stays_what_it_looks_like(engine: Any, log: list[Any]) -> None:
+    class Theirs(Session):
+        def close(self) -> None:
+            log.append("theirs")
+            super().close()
+
+    session, other = Theirs(engine), Theirs(engine)
+    for one in (session, other):
+        orchestrator(one)
+        assert orchestrator(one) is orchestrator(one)
+    assert type(session) is type(other)
+    assert isinstance(session, Theirs)
+    assert type(session).__qualname__ == Theirs.__qualname__
+    session.close()
+    assert log == ["theirs"]
+
+
+def test_methods_of_a_session_keep_it_alive_and_what_others_put_there(engine: Any, log: list[Any]) -> None:
+    with ExitStack() as stack:
+        session = Session(engine)
+        bus = orchestrator(session).wrap(Bus(log))
+        bus.publish(1)
+        stack.callback(session.close)
+        stack.callback(session.rollback)
+        del session
+    assert log == []
+    session = Session(engine)
+    session.close = lambda: log.append("a fixture's own")  # type: ignore[method-assign, unused-ignore]
+    orchestrator(session)
+    session.close()
+    assert log == ["a fixture's own"]
+
+
+def test_a_bus_may_go_from_a_session_that_was_closed_to_another(engine: Any, log: list[Any]) -> None:
+    mine = Bus(log)
+    first, second = Session(engine), Session(engine)
+    orchestrator(first).wrap(mine).publish(1)
+    first.commit()
+    first.close()
+    taken = orchestrator(second).wrap(mine)
+    taken.publish(2)
+    mine.publish(3)
+    second.commit()
+    assert log == [1, 2, 3]
+    assert orchestrator(first).pending_events() == ()  # type: ignore[attr-defined, unused-ignore]
+    mine.publish(4)
+    taken.publish(5)
+    second.commit()
+    assert log == [1, 2, 3, 4, 5]
+    with pytest.raises(RuntimeError, match="belongs to another session"):
+        orchestrator(first).wrap(mine)
+    second.close()
+
+
+def test_what_handlers_publish_while_leftovers_are_applied(session: Session, bus: Any, log: list[Any]) -> None:
+    def handler() -> None:
+        bus.publish("for the next commit")
+        if not log:
+            log.append("failed")
+            raise Boom
+
+    bus.publish(handler)
+    with pytest.raises(Boom):
+        session.commit()
+    leftovers(session).apply(True)
+    assert log == ["failed", handler, "for the next commit"]
+    session.commit()
+    assert log == ["failed", handler, "for the next commit", "for the next commit"]
+
+
+def test_a_mock_of_a_session() -> None:
+    for spec in (Session, AsyncSession, scoped_session, None):
+        with pytest.raises(TypeError, match="Session"):
+            orchestrator(MagicMock(spec=spec))
 
 
 def test_a_listener_that_raises(session: Session, bus: Any, log: list[Any]) -> None:

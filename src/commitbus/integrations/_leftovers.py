@@ -40,7 +40,7 @@ for cls in (Leftover, AsyncLeftover):
     _naming.see_bus_through(cls, lambda bus: bus.of)
 
 
-def move(buses: Any, leftovers: AsyncMultiEventBus) -> int:
+def move(buses: Any, leftovers: AsyncMultiEventBus) -> None:
     """Move all that is in a multi bus to another, which nothing else is published on.
 
     Parameters
@@ -50,16 +50,10 @@ def move(buses: Any, leftovers: AsyncMultiEventBus) -> int:
     leftovers : AsyncMultiEventBus
         Registers a bus of its own for each that had events. It keeps a reference to that one, whose handlers it
         calls. A `BatchEventBus` is given these events one at a time.
-
-    Returns
-    -------
-    int
-        How many events there are in `leftovers` now.
     """
     for delayed in buses._commitbus_get():
         _move_one(delayed, leftovers)
     buses.discard_pending_events()
-    return len(events_to_apply(leftovers))
 
 
 def _move_one(delayed: Any, leftovers: AsyncMultiEventBus) -> None:

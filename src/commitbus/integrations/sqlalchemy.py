@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from functools import wraps
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -62,7 +63,7 @@ def orchestrator(
     -------
     EventBusOrchestrator
         The same for the life of the session: wrap buses with it, or hand it to code that does. Make a bus for each
-        session: one that another session has wrapped, as long as that is there, is refused with a `RuntimeError`.
+        session: one that another session has wrapped, until that is closed, is refused with a `RuntimeError`.
         With an `AsyncSession`, asynchronous buses as well, which are awaited within ``await session.commit()``.
 
     Raises
@@ -120,7 +121,8 @@ def leftovers(session: Session | AsyncSession | scoped_session[Any] | async_scop
     -------
     AsyncMultiEventBus
         There for nothing else: apply it to go on, look at it, or discard what is in it. No commit applies it,
-        and no rollback drops it.
+        and no rollback drops it. What its handlers publish on the session's buses meanwhile is for the next commit
+        of the session.
 
     Raises
     ------
@@ -140,16 +142,17 @@ def _plain(session: object) -> object:
     if HAS_GREENLET:
         from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
 
-        if isinstance(session, async_scoped_session):
-            session = cast("object", session())
-        if isinstance(session, AsyncSession):
-            return session.sync_session
-    return cast("Any", session)() if isinstance(session, scoped_session) else session
+        # By their types: a mock of a session has its class, and gives another mock for everything.
+        if issubclass(type(session), async_scoped_session):
+            session = cast("Any", session)()
+        if issubclass(type(session), AsyncSession):
+            return cast("Any", session).sync_session
+    return cast("Any", session)() if issubclass(type(session), scoped_session) else session
 
 
 def _bound(session: object, function: str) -> _Bound:
     session = _plain(session)
-    if not isinstance(session, Session):
+    if not isinstance(session, Session) or not issubclass(type(session), Session):
         raise _messages.not_a_session(function, session)
     # On the session itself: a dictionary of all would keep one alive whose events refer to it.
     bound = vars(session).get("_commitbus_bound")
@@ -162,14 +165,15 @@ def _bound(session: object, function: str) -> _Bound:
 
 
 # Of each bus that a session's orchestrator has wrapped, by its identity: itself and the session's, by weak references.
-_wrapped: dict[int, tuple[weakref.ref[Any], weakref.ref[_SessionBuses]]] = {}
+_wrapped: dict[int, tuple[weakref.ref[Any], weakref.ref[SessionBuses]]] = {}
 
 
-class _SessionBuses(AsyncMultiEventBus):
+class SessionBuses(AsyncMultiEventBus):
     """The buses of one session."""
 
     def __init__(self, session: Session) -> None:
         self._session = weakref.ref(session)
+        self.is_closed = False  # others may wrap what this one has wrapped
 
     def wrap(self, event_bus: AbstractEventBus[T]) -> DelayedEventBus[T]:
         """Delay a bus and register it; refuse one that another session has, which is still there.
@@ -177,11 +181,17 @@ class _SessionBuses(AsyncMultiEventBus):
         Each session would apply or drop what was published in the other.
         """
         known = _wrapped.get(id(event_bus))
+        before: SessionBuses | None = None
         if known is not None and known[0]() is event_bus:
             other = known[1]()
             if other is not None and other is not self and other._session() is not None:
-                raise _messages.bus_of_another_session(event_bus)
+                if not other.is_closed:
+                    raise _messages.bus_of_another_session(event_bus)
+                before = other
+        self.is_closed = False
         delayed = super().wrap(event_bus)
+        if before is not None:  # an event on the bus itself would register it there
+            cast("Any", delayed)._commitbus_let_go(weakref.ref(self))
         identity = id(event_bus)
         _wrapped[identity] = (weakref.ref(event_bus, lambda _: _wrapped.pop(identity, None)), weakref.ref(self))
         return delayed
@@ -198,8 +208,8 @@ class _Bound:
     """What listens to one session, and applies its buses. Keeps no reference to it."""
 
     def __init__(self, session: Session) -> None:
-        self.buses = _SessionBuses(session)
-        self.left = _SessionBuses(session)
+        self.buses = SessionBuses(session)
+        self.left = SessionBuses(session)
         self.robust, self.rounds = False, 100
         self.applying = False
         self.committed: set[SessionTransaction] = set()
@@ -212,31 +222,26 @@ class _Bound:
             one = one.parent
         for transaction in reversed(nested):  # open already
             self.savepoints[transaction] = self.buses.savepoint()
-        for name in ("after_transaction_create", "before_commit", "after_commit", "after_transaction_end"):
-            # Before the listeners of others: one of them that raises must not hide what became of the transaction.
-            event.listen(session, name, getattr(self, name), insert=True)
-        for name in ("rollback", "close", "reset", "invalidate"):
-            if hasattr(session, name):
-                setattr(session, name, self.ending(weakref.ref(session), name))
+        ending = session.get_nested_transaction() or session.get_transaction()
+        if ending is not None and getattr(cast("Any", ending)._state, "name", None) == "COMMITTED":
+            self.committed.add(ending)  # bound within a listener: `after_commit` came already
+        session.__class__ = _ending(type(session))
 
-    def ending(self, ref: weakref.ref[Session], name: str) -> Callable[..., Any]:
-        """Make a method that also drops what was published before any transaction had begun.
+    def end(self, session: Session, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a method of the session, and also drop what was published before any transaction had begun.
 
         SQLAlchemy sends no event for the end of a transaction that has not begun.
         """
-
-        def end(*args: Any, **kwargs: Any) -> Any:
-            session = cast("Session", ref())
-            begun = session.in_transaction()
-            result = getattr(type(session), name)(session, *args, **kwargs)
-            if not begun and not self.applying:
-                self.settle()
-                self.drop()
-            if name != "rollback" and (count := len(events_to_apply(self.left))):
-                warnings.warn(_messages.session_left(count), UnappliedEventsWarning, stacklevel=2)
-            return result
-
-        return end
+        begun = session.in_transaction()
+        result = getattr(super(type(session), session), name)(*args, **kwargs)
+        if not begun and not self.applying:
+            self.settle()
+            self.drop()
+        if name != "rollback":
+            self.buses.is_closed = True
+            if count := len(events_to_apply(self.left)):
+                warnings.warn(_messages.session_left(count), UnappliedEventsWarning, stacklevel=3)
+        return result
 
     def after_transaction_create(self, session: Session, transaction: SessionTransaction) -> None:  # noqa: ARG002
         if transaction.nested:
@@ -254,6 +259,14 @@ class _Bound:
         """Refuse, while nothing is done yet, what could not be applied after the commit."""
         if self.applying:
             return
+        nested = session.get_nested_transaction()
+        open_ones: set[SessionTransaction] = set()
+        while nested is not None:
+            open_ones.add(nested)
+            nested = nested.parent
+        for transaction in list(self.savepoints):
+            if transaction not in open_ones:  # somebody's listener, before this one, has hidden its end
+                self.end_savepoint(transaction)
         if not in_greenlet() and (bus := self.asynchronous()) is not None:
             raise _messages.not_applied_in_commit(bus)
         if session.in_nested_transaction():
@@ -278,18 +291,23 @@ class _Bound:
 
     def after_transaction_end(self, session: Session, transaction: SessionTransaction) -> None:
         # After a rollback, this comes before `after_soft_rollback`.
-        committed = transaction in self.committed
-        self.committed.discard(transaction)
         if transaction.nested:
-            savepoint = self.savepoints.pop(transaction, None)
-            if savepoint is not None and savepoint._bus is not None:
-                _end(savepoint, committed)
+            self.end_savepoint(transaction)
         elif transaction.parent is None and not self.applying:  # else a handler's own
+            committed = transaction in self.committed
             self.committed.clear()
             if committed:
                 self.apply(session)
             else:
                 self.drop()
+
+    def end_savepoint(self, transaction: SessionTransaction) -> None:
+        """Keep or drop what was published in a savepoint, as the database did."""
+        committed = transaction in self.committed
+        self.committed.discard(transaction)
+        savepoint = self.savepoints.pop(transaction, None)
+        if savepoint is not None and savepoint._bus is not None:
+            _end(savepoint, committed)
 
     def drop(self) -> None:
         """Drop what was published in a transaction that is not to be."""
@@ -314,12 +332,58 @@ class _Bound:
             for store in stores_in(self.buses):  # of savepoints that a handler has left open
                 while marks := open_marks(store):
                     _end(marks[0].savepoint, True)
-            _messages.note_committed(raised, _leftovers.move(self.buses, self.left), "leftovers(session)")
+            before = len(events_to_apply(self.left))
+            _leftovers.move(self.buses, self.left)
+            left = len(events_to_apply(self.left)) - before
+            _messages.note_committed(raised, left, "leftovers(session)")
             _messages.drop_own_frames(raised)
             raise raised
         finally:
             self.applying = False
             session._trans_context_manager = block
+
+
+def _ending(cls: type[Session]) -> type[Session]:
+    """Give the class of a session that has buses: one for each class of sessions, of the same name.
+
+    An attribute of the session would either keep it alive or not be kept alive by it, and hide what others put there.
+    """
+    for known in cls.__subclasses__():
+        if "_commitbus_names" in vars(known):
+            return known
+    names = [name for name in ("rollback", "close", "reset", "invalidate") if hasattr(cls, name)]
+    body: dict[str, Any] = {name: _method(cls, name) for name in names}
+    body |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    metaclass: Any = type(cls)
+    return cast("type[Session]", metaclass(cls.__name__, (cls,), body | {"_commitbus_names": names}))
+
+
+def _method(cls: type[Session], name: str) -> Callable[..., Any]:
+    @wraps(getattr(cls, name))
+    def method(self: Session, *args: Any, **kwargs: Any) -> Any:
+        return vars(self)["_commitbus_bound"].end(self, name, args, kwargs)
+
+    return method
+
+
+def _listen(name: str) -> None:
+    """Listen to all sessions, for those that have buses.
+
+    Once, and not when a session gets its buses, which may be in a listener: SQLAlchemy calls them in a loop over the
+    list that a new one would change. Before the listeners of others: one that raises must not hide what became of the
+    transaction.
+    """
+
+    def listener(session: Session, *args: Any) -> None:
+        bound = vars(session).get("_commitbus_bound")
+        if bound is not None:
+            getattr(bound, name)(session, *args)
+
+    event.listen(Session, name, listener, insert=True)
+
+
+for _name in ("after_transaction_create", "before_commit", "after_commit", "after_transaction_end"):
+    _listen(_name)
 
 
 def _end(savepoint: Savepoint, keep: bool) -> None:
