@@ -50,6 +50,11 @@ class Bus(AsyncEventBus[Any]):
         await asyncio.sleep(0)
 
 
+class Forgetful(list[Any]):
+    def append(self, _: Any) -> None:
+        pass
+
+
 class Plain(AbstractEventBus[Any]):
     def __init__(self, log: list[Any]) -> None:
         self.log = log
@@ -376,7 +381,7 @@ def test_what_was_collected_is_applied() -> None:
     assert run(multi.apply_and_get_applied_events_async(True)) == [1, 2]
     delayed.publish(3)
     delayed.apply(True)
-    with pytest.raises(TypeError, match="coroutine"):
+    with pytest.raises(TypeError, match="await bus.apply_async"):
         delayed.apply_without_delay(True)
     assert delayed.collected_events() == (3,)
 
@@ -1125,6 +1130,256 @@ def test_a_plain_multi_bus_with_an_asynchronous_bus_in_it() -> None:
     outer.wrap(inner)
     bus.publish(1)
     assert run(outer.apply_and_get_applied_events_async(True)) == [1]
+
+
+@pytest.mark.parametrize("multi", [MultiEventBus, AsyncMultiEventBus, None])
+def test_an_asynchronous_bus_that_nobody_awaits_is_named(multi: Any) -> None:
+    done: list[str] = []
+    if multi is None:
+        with (
+            pytest.raises(TypeError, match="unit of work of commitbus.aio"),
+            commitbus.use_orchestrator_or_create_multi_event_bus(
+                None, True, commit_transaction=lambda: done.append("committed"), on_unapplied=lambda _: None
+            ) as (event_bus, execute),
+        ):
+            event_bus.wrap(BasicEventBus()).publish(lambda *, commit: done.append("sent"))
+            event_bus.wrap(Bus()).publish(1)
+            execute()
+        assert done == [], "refused before the commit"
+        return
+    buses = multi()
+    buses.wrap(Bus()).publish(1)
+    with pytest.raises(TypeError, match="AsyncMultiEventBus") as caught:
+        buses.apply(True)
+    assert "test_aio.Bus" in str(caught.value)
+    assert buses.events_to_apply() == [1]
+
+
+def test_an_asynchronous_on_unapplied_is_not_cut_off() -> None:
+    async def main() -> None:
+        seen: list[str] = []
+
+        async def keep(_: AsyncMultiEventBus) -> None:
+            seen.append("begun")
+            await asyncio.sleep(0.01)
+            seen.append("kept")
+
+        async def work() -> None:
+            async with unit_of_work(None, True, on_unapplied=keep) as (event_bus, _):
+                event_bus.wrap(Bus()).publish(1)
+
+        task = asyncio.ensure_future(work())
+        while "begun" not in seen:
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert seen == ["begun", "kept"]
+
+    run(main())
+
+
+def test_what_a_middleware_keeps_of_call_is_over() -> None:
+    kept: list[Any] = []
+
+    async def middleware(call: Any, bus: Any, event: Any, commit: bool) -> None:
+        kept.append(call())
+
+    async def main() -> None:
+        bus = Bus()
+        bus.publish(1)
+        function: Any = middleware
+        remove = commitbus.add_middleware(function)
+        try:
+            await bus.apply_async(True)
+        finally:
+            remove()
+        before = list(bus.log)
+        with pytest.raises(RuntimeError, match="only until the middleware"):
+            await kept[0]
+        assert bus.log == before
+
+    run(main())
+
+
+def test_a_rollback_that_fails_while_it_is_cancelled() -> None:
+    async def main() -> None:
+        begun = asyncio.Event()
+
+        async def roll_back() -> None:
+            begun.set()
+            await asyncio.sleep(0.01)
+            raise Boom("rollback")
+
+        async def work() -> None:
+            async with unit_of_work(None, True, rollback_transaction=roll_back):
+                raise KeyError("first")
+
+        task = asyncio.ensure_future(work())
+        await begun.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError) as caught:
+            await task
+        first = caught.value.__cause__
+        assert isinstance(first, KeyError)
+        assert isinstance(first.__context__, Boom)
+
+    run(main())
+
+
+def test_several_failures_at_once_keep_no_event() -> None:
+    class Event:
+        pass
+
+    class Mine(AsyncEventBus[Any]):
+        async def _apply_event_async(self, event: Any, commit: bool) -> None:
+            try:
+                if event is not None:
+                    await asyncio.sleep(10)
+            finally:
+                event = None
+                raise Boom
+
+    async def main() -> None:
+        bus = Mine()
+        event = Event()
+        seen = weakref.ref(event)
+        bus.publish_all([event, None])
+        del event
+        with pytest.raises(ExceptionGroup, match="2 handlers failed at once") as caught:
+            await bus.apply_async(True, concurrency=2)
+        assert [type(error) for error in caught.value.exceptions] == [Boom, Boom]
+        assert bus.discard_pending_events()
+        gc.collect()
+        assert seen() is None
+
+    run(main())
+
+
+def test_several_that_raise_cancelled_error_themselves_at_once() -> None:
+    class Mine(AsyncEventBus[Any]):
+        async def _apply_event_async(self, event: Any, commit: bool) -> None:
+            try:
+                await asyncio.sleep(0 if event == 0 else 10)
+            except asyncio.CancelledError:
+                raise Boom from None
+            raise asyncio.CancelledError
+
+    async def main() -> None:
+        bus = Mine()
+        bus.publish_all([0, 1])
+        with pytest.raises(BaseExceptionGroup) as caught:
+            await bus.apply_async(True, concurrency=2)
+        assert {type(error) for error in caught.value.exceptions} == {asyncio.CancelledError, Boom}
+        bus.discard_pending_events()
+
+    run(main())
+
+
+def test_a_handler_that_cancels_its_own_task_does_not_fail_in_silence() -> None:
+    class Mine(AsyncEventBus[Any]):
+        async def _apply_event_async(self, event: Any, commit: bool) -> None:
+            if event == 1:
+                task: Any = asyncio.current_task()
+                task.cancel()
+            await asyncio.sleep(0)
+
+    async def main() -> None:
+        bus = Mine()
+        bus.publish_all([0, 1, 2])
+        with pytest.raises(asyncio.CancelledError):
+            await bus.apply_async(True, concurrency=2)
+        assert 1 in bus.pending_events()
+        bus.discard_pending_events()
+
+    run(main())
+
+
+def test_a_cancellation_that_comes_with_a_failure_is_not_forgotten() -> None:
+    class Mine(AsyncEventBus[Any]):
+        async def _apply_event_async(self, event: Any, commit: bool) -> None:
+            try:
+                await asyncio.sleep(10)
+            except asyncio.CancelledError:
+                raise Boom from None
+
+    async def work(bus: Any) -> None:
+        with suppress(Boom, ExceptionGroup):
+            await bus.apply_async(True, concurrency=2)
+        await asyncio.sleep(10)
+
+    async def main() -> None:
+        bus = Mine()
+        bus.publish_all([0, 1])
+        task = asyncio.ensure_future(work(bus))
+        await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(task, 5)
+        bus.discard_pending_events()
+
+    run(main())
+
+
+def test_two_tasks_do_not_commit_twice() -> None:
+    async def main() -> None:
+        commits: list[int] = []
+
+        async def commit() -> None:
+            commits.append(1)
+            await asyncio.sleep(0.01)
+
+        async with unit_of_work(None, True, commit_transaction=commit) as (event_bus, execute):
+            event_bus.wrap(Bus()).publish(1)
+            done = await asyncio.gather(execute(), execute(), return_exceptions=True)
+            assert done[0] == [1]
+            assert isinstance(done[1], RuntimeError)
+            assert "another task" in str(done[1])
+        assert commits == [1]
+
+    run(main())
+
+
+def test_an_object_with_a_registry_is_no_scoped_session() -> None:
+    class Client:
+        registry = dict
+
+        def __init__(self) -> None:
+            self.commits = 0
+
+        async def commit(self) -> None:
+            self.commits += 1
+
+    async def main() -> None:
+        client = Client()
+        async with unit_of_work(None, True, commit_transaction=client.commit) as (_, execute):
+            await execute()
+        assert client.commits == 1
+
+    run(main())
+
+
+def test_what_a_failing_multi_bus_had_applied_is_not_kept() -> None:
+    class Event:
+        pass
+
+    async def main() -> None:
+        buses = AsyncMultiEventBus()
+        event = Event()
+        seen = weakref.ref(event)
+        buses.wrap(Bus()).publish(event)
+        buses.wrap(Bus()).publish(Boom())
+        del event
+        for one in list(buses.pending_events()):
+            vars(one.actual_event_bus)["log"] = Forgetful()
+            del one
+        with pytest.raises(Boom) as caught:
+            await buses.apply_and_get_applied_events_async(True)
+        gc.collect()
+        assert seen() is None, caught.value
+        buses.discard_pending_events()
+
+    run(main())
 
 
 def test_both_twins() -> None:

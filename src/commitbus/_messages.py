@@ -317,6 +317,19 @@ def called_again() -> RuntimeError:
     )
 
 
+def committing() -> RuntimeError:
+    """Refuse to commit once more while a commit is under way."""
+    return RuntimeError(
+        "another task has called this unit of work's function, and its commit is under way; "
+        "wait for that one, or give each task a unit of work of its own"
+    )
+
+
+def failed_at_once(count: int) -> str:
+    """Say that handlers failed that were under way at once."""
+    return f"{count} handlers failed at once"
+
+
 def savepoint_is_open(bus: object, savepoint: object) -> RuntimeError:
     """Refuse what would make a savepoint wrong."""
     return RuntimeError(
@@ -639,6 +652,10 @@ def refuse_coroutine(function: object, result: object) -> None:
     """
     cls = type(result)
     if issubclass(cls, Coroutine):
+        collected = getattr(function, "func", None)
+        if getattr(collected, "__module__", None) == "commitbus.aio":  # of an asynchronous bus
+            result.close()  # type: ignore[attr-defined]
+            raise not_applied_async(function.args[0])  # type: ignore[attr-defined]
         kind, advice = "a coroutine, which nothing would await", "make it a plain function, "
         advice += "or have it schedule the work, for example with asyncio.run or a task queue"
     elif issubclass(cls, Generator):

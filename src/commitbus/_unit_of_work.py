@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
@@ -61,6 +62,8 @@ class Unit:
             return list(self.buses.apply_and_get_applied_events(self.commit, **self.options))
         # Before the commit, which an apply that is refused after it would separate from its side effects.
         refuse_open(self.buses)
+        if "commitbus.aio" in sys.modules:
+            self.refuse_asynchronous()
         self.called = True
         self.rolled_back = False
         if self.commit and not self.committed:
@@ -90,6 +93,14 @@ class Unit:
         if not self.commit:
             self.roll_back(None)
         return applied
+
+    def refuse_asynchronous(self) -> None:
+        """Refuse a bus whose handlers nothing here would await."""
+        base = sys.modules["commitbus.aio"].AsyncEventBus
+        for store in stores_in(self.buses):
+            bus = getattr(store, "_commitbus_wrapped_bus", None) or store
+            if isinstance(bus, base) and in_store(store):
+                raise _messages.not_applied_async(bus)
 
     def end_commit(self) -> None:
         """Note that all was applied, and what of it handlers have published since: that belongs to this commit."""

@@ -254,8 +254,12 @@ class AsyncMultiEventBus(MultiEventBus):
             As in `apply_async`.
         """
         out: list[Any] = []
-        await self._apply_buses(commit, robust, rounds, concurrency, out)
-        return out
+        try:
+            await self._apply_buses(commit, robust, rounds, concurrency, out)
+            return out
+        except BaseException:
+            out.clear()  # the traceback keeps this frame, and must keep no event
+            raise
 
     def _apply_buses(
         self, commit: bool, robust: bool, rounds: int, concurrency: int, out: list[Any] | None
@@ -448,31 +452,48 @@ async def _carry_out(
         items, left, pairs = [], [], []  # the traceback keeps this frame, and must keep no event
 
 
-class _Cancelled(Exception):
-    """A handler's own `CancelledError`: a task group takes that of a task for the end of it, and not for a failure."""
-
-
 async def _work_at_once(work: Callable[[], Coroutine[Any, Any, None]], workers: int) -> None:
-    """Run workers until the first fails, which cancels the others, and wait for all."""
-    error: BaseException | None = None
+    """Run workers until the first fails, which cancels the others, and wait for all.
+
+    A task group would take a handler's own `CancelledError` for the end of a task, and not for a failure.
+    """
+    caught: list[tuple[object, BaseException]] = []
 
     async def one() -> None:
         try:
             await work()
-        except asyncio.CancelledError as cancelled:
-            if cast("Any", asyncio.current_task()).cancelling():
-                raise
-            raise _Cancelled from cancelled
+        except BaseException as error:
+            caught.append((asyncio.current_task(), error))
 
-    try:
-        async with asyncio.TaskGroup() as group:
-            for _ in range(workers):
-                group.create_task(one())
-    except BaseExceptionGroup as several:
-        errors = [found.__cause__ if isinstance(found, _Cancelled) else found for found in several.exceptions]
-        error = errors[0] if len(errors) == 1 else several
-    if error is not None:
-        raise error  # out here, where it is given no context that it had not
+    tasks = {asyncio.ensure_future(one()) for _ in range(workers)}
+    pending = tasks
+    stopped: set[asyncio.Future[None]] = set()
+    cancelled: asyncio.CancelledError | None = None
+    while pending:
+        try:
+            _, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError as error:
+            cancelled = error
+        if (caught or cancelled is not None) and not stopped:
+            stopped = {task for task in tasks if not task.done()}
+            for task in stopped:
+                task.cancel()
+    errors = [one for task, one in caught if task not in stopped or not isinstance(one, asyncio.CancelledError)]
+    caught.clear()
+    if not errors:
+        if cancelled is not None:
+            raise cancelled
+        return
+    if cancelled is not None:
+        # As a task group does: a cancellation that came together with a failure is raised by the next await.
+        caller: Any = asyncio.current_task()
+        caller.uncancel()
+        caller.cancel()
+    if len(errors) == 1:
+        raise errors[0]
+    for failure in errors:
+        _messages.drop_own_frames(failure)
+    raise BaseExceptionGroup(_messages.failed_at_once(len(errors)), errors)
 
 
 def _call(function: Callable[..., object], commit: bool) -> object:
@@ -526,7 +547,7 @@ class _Step:
         return self
 
     def __await__(self) -> Any:
-        if self.begun:
+        if self.begun or self.over:
             raise _messages.called_again()
         self.begun = True
         return self.run().__await__()
@@ -597,11 +618,16 @@ async def _to_the_end(work: Coroutine[Any, Any, Any]) -> asyncio.CancelledError 
     return cancelled
 
 
+async def _awaited(result: Awaitable[object], function: object) -> None:
+    _messages.refuse_coroutine(function, await result)
+
+
 def _of_this_task(function: Callable[[], object]) -> Callable[[], object]:
     """Give the method of the session that a scoped one stands for in this task: it is called in another one."""
-    scoped = getattr(function, "__self__", None)
-    registry = getattr(scoped, "registry", None)
-    return getattr(registry(), cast("Any", function).__name__) if callable(registry) else function
+    scoped: Any = getattr(function, "__self__", None)
+    if type(scoped).__module__.startswith("sqlalchemy.") and hasattr(scoped, "registry"):
+        return cast("Callable[[], object]", getattr(scoped.registry(), cast("Any", function).__name__))
+    return function
 
 
 def _chained(first: BaseException | None, second: BaseException) -> BaseException:
@@ -616,11 +642,14 @@ class _AsyncUnit(Unit):
     """One unit of work of a coroutine: its buses, and how far it came."""
 
     finished: BaseException | None = None  # the cancellation that goes on after all was committed and applied
+    committing = False
 
     async def commit_and_execute_side_effects_async(self) -> list[Any]:
         """Commit, apply, and return the events that were applied."""
         if self.applying:  # a handler calls it again: the commit is done
             return await self._apply()
+        if self.committing:
+            raise _messages.committing()
         # Before the commit, which an apply that is refused after it would separate from its side effects.
         refuse_open(self.buses)
         self.called = True
@@ -631,12 +660,15 @@ class _AsyncUnit(Unit):
                 if self.commit_transaction is None:
                     self.committed = True
                 else:
+                    self.committing = True
                     await asyncio.sleep(0)  # one that was cancelled before does not begin to commit
                     cancelled = await _to_the_end(self._commit(_of_this_task(self.commit_transaction)))
             except BaseException as error:
                 if not self.committed:
                     await self.roll_back_async(error)
                 raise
+            finally:
+                self.committing = False
         try:
             self.applying = True
             if cancelled is None:
@@ -689,6 +721,8 @@ class _AsyncUnit(Unit):
             cancelled = await _to_the_end(self._roll_back(_of_this_task(self.rollback_transaction)))
         except asyncio.CancelledError as raised:
             cancelled = raised
+            if raised.__cause__ is not None:  # the rollback has failed, too
+                first = _chained(first, raised.__cause__)
         except Exception as raised:
             first = _chained(first, raised)
         if cancelled is not None:
@@ -723,12 +757,22 @@ class _AsyncUnit(Unit):
         if self.on_unapplied is None or not events_to_apply(self.buses):
             self.tell(error, stacklevel=6)
             return
+        cancelled: asyncio.CancelledError | None = None
         try:
-            await _finish(lambda _: cast("Any", self.on_unapplied)(self.buses), self.commit, self.on_unapplied)
+            result = self.on_unapplied(self.buses)
+            if isawaitable(result):
+                # To its end, as the rollback: it is to keep what nobody applies.
+                cancelled = await _to_the_end(_awaited(cast("Any", result), self.on_unapplied))
+            else:
+                _messages.refuse_coroutine(self.on_unapplied, result)
+        except asyncio.CancelledError as raised:
+            raise raised from _chained(error, raised.__cause__) if raised.__cause__ is not None else error
         except Exception as second:
             if error is None:
                 raise
             _messages.chain(error, second)
+        if cancelled is not None:
+            raise cancelled from error
 
 
 def use_orchestrator_or_create_multi_event_bus(
