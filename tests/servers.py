@@ -13,6 +13,10 @@ import pytest
 # Each as user@host:port/database.
 POSTGRES = os.environ.get("COMMITBUS_TEST_POSTGRES", "")
 MARIADB = os.environ.get("COMMITBUS_TEST_MARIADB", "")
+# As user:password@host:port, and as host:port.
+RABBITMQ = os.environ.get("COMMITBUS_TEST_RABBITMQ", "")
+NATS = os.environ.get("COMMITBUS_TEST_NATS", "")
+REDIS = os.environ.get("COMMITBUS_TEST_REDIS", "")
 
 
 def skip_without_servers() -> None:

@@ -57,6 +57,8 @@ class Run:
             _running.set(self.outer)
 
 
+# True while a unit of work applies after its commit: what would belong to the transaction comes too late.
+committed: ContextVar[bool] = ContextVar("commitbus_committed", default=False)
 _running: ContextVar[Run | None] = ContextVar("commitbus_running", default=None)
 
 

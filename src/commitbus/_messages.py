@@ -386,6 +386,77 @@ def not_applied_async(bus: object) -> TypeError:
     )
 
 
+def not_a_task(value: object) -> TypeError:
+    """Refuse to defer what is no task."""
+    return TypeError(
+        f"defer() takes a task of procrastinate, or what its configure() gives, not {type_name(type(value))}; "
+        "decorate the function with @app.task"
+    )
+
+
+def not_json(task: str, error: Exception) -> Exception:
+    """Refuse arguments that no worker would get."""
+    kind = ValueError if isinstance(error, ValueError) else TypeError
+    return kind(f"the arguments of {task} cannot be stored: {error}; pass what JSON has, an id instead of an object")
+
+
+def not_a_job(bus: object, event: object) -> TypeError:
+    """Refuse to publish what is no job."""
+    return TypeError(
+        f"{describe_bus(bus)} takes jobs of procrastinate, not {type_name(type(event))}; "
+        "publish with bus.defer(task, **arguments)"
+    )
+
+
+def not_an_app(bus: object, app: object) -> TypeError:
+    """Refuse what is no app of a task queue."""
+    return TypeError(f"{type_name(type(bus))}() takes the app first, not {type_name(type(app))}")
+
+
+def not_a_connection(bus: object, value: object, kind: str) -> TypeError:
+    """Refuse to store anything where the transaction is not."""
+    return TypeError(
+        f"{type_name(type(bus))} stores on {kind}, not on {type_name(type(value))}; pass that of the transaction, "
+        "of a session of SQLAlchemy for example lambda: session.connection().connection.driver_connection"
+    )
+
+
+def no_transaction(bus: object, advice: str) -> RuntimeError:
+    """Refuse to store where no transaction would commit it."""
+    return RuntimeError(f"{describe_bus(bus)} stores its events in a transaction, and there is none: {advice}")
+
+
+def too_late_to_store(bus: object) -> RuntimeError:
+    """Refuse to store after the commit."""
+    return RuntimeError(
+        f"{describe_bus(bus)} stores its events in the transaction, which was committed; publish on it before the "
+        "commit, or, from a handler that runs after it, in a transaction of its own"
+    )
+
+
+def note_enqueued(error: BaseException, count: int) -> None:
+    """Say what became of the jobs when one has a queueing lock that is taken."""
+    none = "it was not stored" if count == 1 else f"none of the {count} jobs was stored"
+    _add_note(error, f"{none}, and the transaction can go on; discard the job that has the lock, or wait for the other")
+
+
+def not_confirmed(error: Exception | None) -> ConnectionError:
+    """Say that the broker may have a message, or not: each with an error of its own."""
+    if error is None:
+        return ConnectionError("the broker refused the message: its queue may be full; apply the bus again later")
+    made = ConnectionError(f"the broker did not confirm the message, which it may have: {error}; apply the bus again")
+    made.__cause__ = error
+    return made
+
+
+def not_a_signature(bus: object, event: object) -> TypeError:
+    """Refuse to publish what is no signature."""
+    return TypeError(
+        f"{describe_bus(bus)} takes signatures of Celery, not {type_name(type(event))}; "
+        "publish task.s(...), with its options: task.s(...).set(queue=...)"
+    )
+
+
 def not_installed(extra: str, error: ModuleNotFoundError) -> ModuleNotFoundError:
     """Say what to install for an integration."""
     return ModuleNotFoundError(

@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 from commitbus import _messages
+from commitbus._context import committed
 from commitbus._interfaces import EventBusOrchestrator, UnappliedEventsWarning
 from commitbus._looking import events_to_apply, holds_buses, holds_pairs, in_store
 from commitbus._rounds import check_rounds
@@ -31,6 +32,37 @@ class Yielded(tuple[EventBusOrchestrator, "Callable[[], list[Any]]"]):
     def __getattr__(self, name: str) -> Any:
         """Say what to do, where ``with ... as bus`` took the pair for the bus."""
         raise _messages.pair_has_no(name)
+
+
+def before_commit(buses: Any) -> list[Any]:
+    """List what is to be applied before the commit, in the order of registration: it belongs to the transaction."""
+    found: list[Any] = []
+    for delayed in list(buses._commitbus_get()):
+        actual: object = getattr(delayed, "actual_event_bus", None)
+        if getattr(type(actual), "applies_before_commit", False) is True:
+            found.append(delayed)
+        elif holds_buses(actual):
+            found += before_commit(actual)
+    return found
+
+
+def apply_before_commit(buses: Any) -> list[Any]:
+    """Apply what belongs to the transaction, and give the events."""
+    applied: list[Any] = []
+    if found := before_commit(buses):
+        token = committed.set(False)  # this may be the unit of work of a handler that runs after another commit
+        try:
+            for delayed in found:
+                applied += apply_now(delayed)
+        finally:
+            committed.reset(token)
+    return applied
+
+
+def apply_now(delayed: Any) -> list[Any]:
+    """Apply what is pending in a delayed bus, and what was collected."""
+    delayed.apply(True)
+    return cast("list[Any]", delayed.apply_without_delay(True))
 
 
 class Unit:
@@ -65,9 +97,11 @@ class Unit:
         if "commitbus.aio" in sys.modules:
             self.refuse_asynchronous()
         self.called = True
+        stored: list[Any] = []
         self.rolled_back = False
         if self.commit and not self.committed:
             try:
+                stored = apply_before_commit(self.buses)
                 if self.commit_transaction is not None:
                     # One line: an interrupt comes before the commit, or finds it noted.
                     result = self.commit_transaction(); self.committed = True  # fmt: skip  # noqa: E702
@@ -79,20 +113,23 @@ class Unit:
                     self.roll_back(error)
                 raise
             self.committed = True
+        token = committed.set(self.commit)
         try:
             self.applying = True
             applied: list[Any] = self.buses.apply_and_get_applied_events(self.commit, **self.options)
         except BaseException as error:
+            stored = []  # the traceback keeps this frame, and must keep no event
             if not self.commit:
                 self.roll_back(error)
             _messages.drop_own_frames(error)
             raise
         finally:
             self.applying = False
+            committed.reset(token)
         self.end_commit()
         if not self.commit:
             self.roll_back(None)
-        return applied
+        return stored + applied if stored else applied
 
     def refuse_asynchronous(self) -> None:
         """Refuse a bus whose handlers nothing here would await."""

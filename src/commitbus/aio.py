@@ -17,10 +17,11 @@ from inspect import isawaitable, iscoroutinefunction, ismethod
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 from commitbus import _messages, _naming
+from commitbus._context import committed
 from commitbus._interfaces import EventBusOrchestrator
 from commitbus._looking import events_to_apply
 from commitbus._rounds import check_rounds
-from commitbus._unit_of_work import Unit, Yielded
+from commitbus._unit_of_work import Unit, Yielded, apply_now, before_commit
 from commitbus.event_bus import AbstractEventBus
 from commitbus.middleware import Middleware, added
 from commitbus.multi_event_bus import MultiEventBus
@@ -496,6 +497,54 @@ async def _work_at_once(work: Callable[[], Coroutine[Any, Any, None]], workers: 
     raise BaseExceptionGroup(_messages.failed_at_once(len(errors)), errors)
 
 
+async def apply_batch(
+    bus: AsyncEventBus[T], function: Callable[[list[T], bool], Awaitable[None]], commit: bool
+) -> list[T]:
+    """Apply all that is pending in one call, as one batch: it is done when `function` returns."""
+    any_bus: Any = bus
+    refuse_open(any_bus)
+    items: list[Any] = []
+    try:
+        any_bus._commitbus_take_into(items)
+        if items:
+            await _surround(added() or (), bus, list(items), partial(function, list(items), commit), commit)
+        applied, items = items, []
+        return applied
+    except BaseException as error:
+        if items:
+            with suppress(Exception):
+                _messages.note_stopped(error, bus, items[0], 0, len(items), 1, len(items), 0)
+        _messages.drop_own_frames(error)
+        raise error
+    finally:
+        if items:
+            any_bus._commitbus_put_back(items, 0)
+        items = []  # the traceback keeps this frame, and must keep no event
+
+
+async def apply_before_commit_async(buses: Any) -> list[Any]:
+    """Apply what belongs to the transaction that is about to be committed, and give the events."""
+    applied: list[Any] = []
+    if found := before_commit(buses):
+        token = committed.set(False)
+        try:
+            for delayed in found:
+                applied += await _apply_now(delayed)
+        finally:
+            committed.reset(token)
+    return applied
+
+
+async def _apply_now(delayed: Any) -> list[Any]:
+    bus: Any = delayed.actual_event_bus
+    if not isinstance(bus, AsyncEventBus):
+        return apply_now(delayed)
+    _, collected = delayed._commitbus_parts()
+    if collected is not None and (pairs := collected.discard_pending_events()):
+        bus.publish_all([event for event, _ in pairs] + bus.discard_pending_events())
+    return cast("list[Any]", await cast("Any", bus).apply_async(True))
+
+
 def _call(function: Callable[..., object], commit: bool) -> object:
     return function(commit=commit)
 
@@ -655,12 +704,14 @@ class _AsyncUnit(Unit):
         self.called = True
         self.rolled_back = False
         cancelled: asyncio.CancelledError | None = None
+        stored: list[Any] = []
         if self.commit and not self.committed:
             try:
+                self.committing = True
+                stored = await apply_before_commit_async(self.buses)
                 if self.commit_transaction is None:
                     self.committed = True
                 else:
-                    self.committing = True
                     await asyncio.sleep(0)  # one that was cancelled before does not begin to commit
                     cancelled = await _to_the_end(self._commit(_of_this_task(self.commit_transaction)))
             except BaseException as error:
@@ -669,6 +720,7 @@ class _AsyncUnit(Unit):
                 raise
             finally:
                 self.committing = False
+        token = committed.set(self.commit)
         try:
             self.applying = True
             if cancelled is None:
@@ -683,16 +735,18 @@ class _AsyncUnit(Unit):
                 self.finished = cancelled
                 raise cancelled
         except BaseException as error:
+            stored = []  # the traceback keeps this frame, and must keep no event
             if not self.commit:
                 await self.roll_back_async(error)
             _messages.drop_own_frames(error)
             raise
         finally:
             self.applying = False
+            committed.reset(token)
         self.end_commit()
         if not self.commit:
             await self.roll_back_async(None)
-        return applied
+        return stored + applied
 
     async def _commit(self, commit_transaction: Callable[[], object]) -> None:
         result = commit_transaction()

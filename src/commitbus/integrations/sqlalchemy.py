@@ -9,10 +9,12 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from commitbus import _messages
+from commitbus._context import committed
 from commitbus._interfaces import UnappliedEventsWarning
 from commitbus._looking import events_to_apply
 from commitbus._rounds import check_rounds
-from commitbus.aio import AsyncEventBus, AsyncMultiEventBus
+from commitbus._unit_of_work import apply_before_commit
+from commitbus.aio import AsyncEventBus, AsyncMultiEventBus, apply_before_commit_async
 from commitbus.integrations import _leftovers
 from commitbus.savepoint import Savepoint, open_marks, roll_back_in, stores_in
 
@@ -274,6 +276,10 @@ class _Bound:
         for store in stores_in(self.buses):
             for mark in open_marks(store) or ():
                 raise _messages.savepoint_is_open(self.buses, mark.savepoint)
+        if in_greenlet():
+            await_only(apply_before_commit_async(self.buses))
+        else:
+            apply_before_commit(self.buses)
 
     def asynchronous(self) -> Any:
         """Give an asynchronous bus that has something to apply, or None."""
@@ -319,6 +325,7 @@ class _Bound:
         # Within the block of ``session.begin()`` a handler could not use the session: the block has not ended yet.
         block, session._trans_context_manager = session._trans_context_manager, None
         self.applying = True
+        token = committed.set(True)
         try:
             if in_greenlet():
                 await_only(self.buses.apply_async(True, robust=self.robust, rounds=self.rounds))
@@ -340,6 +347,7 @@ class _Bound:
             raise raised
         finally:
             self.applying = False
+            committed.reset(token)
             session._trans_context_manager = block
 
 

@@ -1,0 +1,293 @@
+"""An outbox on PostgreSQL: jobs that are stored with the data, in its transaction. Needs procrastinate 3.10."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+from commitbus import _messages
+from commitbus._context import committed
+from commitbus.aio import AsyncEventBus, apply_batch
+from commitbus.batch_event_bus import BatchEventBus
+
+try:
+    import psycopg as _psycopg
+    from procrastinate import PsycopgConnector, SyncPsycopgConnector
+    from procrastinate.exceptions import AlreadyEnqueued as _AlreadyEnqueued
+    from procrastinate.jobs import Job, JobDeferrer
+    from procrastinate.manager import JobManager
+    from procrastinate.tasks import Task
+    from psycopg.pq import TransactionStatus
+except ModuleNotFoundError as _error:
+    raise _messages.not_installed("procrastinate", _error) from _error
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import psycopg
+    from procrastinate import App
+
+__all__ = ["AsyncProcrastinateEventBus", "ProcrastinateEventBus"]
+
+
+def _make_job(app: App, task: object, arguments: dict[str, Any]) -> Job:
+    """Make the job of a task, with its arguments as they are now."""
+    if isinstance(task, Task):
+        deferrer = task.configure()
+    elif isinstance(task, JobDeferrer):
+        deferrer = task
+    else:
+        raise _messages.not_a_task(task)
+    job = deferrer.make_new_job(**arguments)
+    own: Any = getattr(app.connector, "_json_dumps", None)
+    try:
+        text: str = own(job.task_kwargs) if own else json.dumps(job.task_kwargs, allow_nan=False)
+        if "\\u0000" in text:
+            raise ValueError("PostgreSQL stores no text with a null character")
+    except Exception as error:
+        raise _messages.not_json(job.task_name, error) from error
+    return job if own else job.evolve(task_kwargs=json.loads(text))
+
+
+def _check_event(bus: object, event: object) -> None:
+    if not isinstance(event, Job):
+        raise _messages.not_a_job(bus, event)
+
+
+def _checked(bus: object, app: App, connection: Any, kind: type[Any]) -> Any:
+    """Give the connection of the transaction, or say why nothing can be stored on it."""
+    if connection is None:
+        django: Any = getattr(app.connector, "connection", None)
+        if not getattr(django, "in_atomic_block", False):
+            raise _messages.no_transaction(bus, "open a block of transaction.atomic() first")
+        return None
+    given: Any = connection
+    if not isinstance(cast("object", connection), _psycopg.Connection | _psycopg.AsyncConnection):
+        given = connection()
+    if not isinstance(cast("object", given), kind):
+        raise _messages.not_a_connection(bus, given, f"a psycopg.{kind.__name__}")
+    status: Any = given.info.transaction_status
+    if given.closed or status == TransactionStatus.UNKNOWN:
+        raise _messages.no_transaction(bus, "its connection is closed; begin the transaction again on another one")
+    if status == TransactionStatus.INERROR:
+        raise _messages.no_transaction(bus, "a statement has failed in it; roll it back")
+    if committed.get() and status == TransactionStatus.IDLE:  # no handler has begun one of its own
+        raise _messages.too_late_to_store(bus)
+    if given.autocommit and status == TransactionStatus.IDLE:
+        raise _messages.no_transaction(bus, "the connection is in autocommit; open a block of connection.transaction()")
+    return given
+
+
+def _manager(bus: object, app: Any, connection: object, kind: type[Any]) -> JobManager:
+    """Give what stores jobs: the app's own for Django, else one like it that needs no pool of connections."""
+    connector = getattr(app, "connector", None)
+    if not hasattr(app, "job_manager") or connector is None:
+        raise _messages.not_an_app(bus, app)
+    if connection is None and kind is SyncPsycopgConnector and hasattr(connector, "alias"):  # Django's
+        return cast("JobManager", app.job_manager)
+    if not (callable(connection) or isinstance(connection, _psycopg.Connection | _psycopg.AsyncConnection)):
+        raise _messages.not_a_connection(bus, connection, "a connection of psycopg")
+    return JobManager(kind(json_dumps=getattr(connector, "_json_dumps", None)))
+
+
+class ProcrastinateEventBus(BatchEventBus[Job]):
+    """Stores jobs in the transaction of the data: they are there if, and only if, that was committed.
+
+    Apply it before the commit. A unit of work does so with the buses of this class that are wrapped with its
+    orchestrator, and so does a session of SQLAlchemy. All jobs are stored in one statement.
+
+    Parameters
+    ----------
+    app : procrastinate.App
+        Its connector need not be open: the connection is used instead. A reference is kept.
+    connection : psycopg.Connection, or callable that returns one, or None
+        That of the transaction; a callable is called when the jobs are stored. None for the app of procrastinate's
+        Django integration, which has Django's. A reference is kept.
+
+    Raises
+    ------
+    TypeError
+        When one of them is anything else.
+
+    Notes
+    -----
+    A dry run stores nothing. When storing fails, the exception says so, the commit does not take place, and the jobs
+    stay pending. Where a job has a queueing lock, they are stored in a savepoint: when the lock is taken, the
+    transaction goes on.
+
+    Examples
+    --------
+    >>> import procrastinate
+    >>> import psycopg
+    >>> from commitbus.integrations.procrastinate import ProcrastinateEventBus
+    >>> app = procrastinate.App(connector=procrastinate.SyncPsycopgConnector())
+    >>> @app.task(name="send")
+    ... def send(address: str) -> None: ...
+    >>> def sign_up(connection: psycopg.Connection, address: str) -> None:
+    ...     jobs = ProcrastinateEventBus(app, connection)
+    ...     with connection.transaction():
+    ...         connection.execute("INSERT INTO users VALUES (%s)", (address,))
+    ...         jobs.defer(send, address=address)
+    ...         jobs.apply(commit=True)
+    """
+
+    applies_before_commit: ClassVar[bool] = True
+
+    def __init__(self, app: App, connection: psycopg.Connection[Any] | Callable[[], Any] | None) -> None:
+        self._manager = _manager(self, app, connection, SyncPsycopgConnector)
+        self._app, self._connection = app, connection
+
+    def defer(self, task: Task[Any, Any, Any] | JobDeferrer, /, **arguments: Any) -> None:
+        """Publish the job of a task.
+
+        Parameters
+        ----------
+        task : procrastinate task, or what its ``configure`` gives
+            With a queue, a lock, a queueing lock, a schedule, a priority.
+        arguments
+            Of the task: what JSON has. They are copied.
+
+        Raises
+        ------
+        TypeError
+            When `task` is no task, or JSON has not what an argument is. The bus is as it was.
+        ValueError
+            When an argument is a number, or a text, that PostgreSQL does not store.
+        """
+        self.publish(_make_job(self._app, task, arguments))
+
+    def publish(self, event: Job) -> None:
+        """Add a job: `defer` makes one of a task.
+
+        Parameters
+        ----------
+        event : procrastinate.jobs.Job
+            The bus keeps a reference until it was stored.
+
+        Raises
+        ------
+        TypeError
+            When it is anything else. The bus is as it was.
+        """
+        _check_event(self, event)
+        super().publish(event)
+
+    def _apply_events(self, events: list[Job], commit: bool) -> None:
+        if not commit:
+            return
+        connection = _checked(self, self._app, self._connection, _psycopg.Connection)
+        try:
+            if connection is not None and any(job.queueing_lock for job in events):
+                with connection.transaction():
+                    self._manager.batch_defer_jobs(events, connection)
+            else:
+                self._manager.batch_defer_jobs(events, connection)
+        except _AlreadyEnqueued as error:
+            _messages.note_enqueued(error, len(events))
+            raise
+
+
+class AsyncProcrastinateEventBus(AsyncEventBus[Job]):
+    """The same, for a connection of psycopg that is asynchronous: applied with ``await bus.apply_async(commit)``.
+
+    Parameters
+    ----------
+    app : procrastinate.App
+        Its connector need not be open: the connection is used instead. A reference is kept.
+    connection : psycopg.AsyncConnection, or callable that returns one
+        That of the transaction; a callable is called when the jobs are stored. A reference is kept.
+
+    Raises
+    ------
+    TypeError
+        When one of them is anything else.
+    """
+
+    applies_before_commit: ClassVar[bool] = True
+
+    def __init__(self, app: App, connection: psycopg.AsyncConnection[Any] | Callable[[], Any]) -> None:
+        self._manager = _manager(self, app, connection, PsycopgConnector)
+        self._app, self._connection = app, connection
+
+    def defer(self, task: Task[Any, Any, Any] | JobDeferrer, /, **arguments: Any) -> None:
+        """Publish the job of a task.
+
+        Parameters
+        ----------
+        task : procrastinate task, or what its ``configure`` gives
+            With a queue, a lock, a queueing lock, a schedule, a priority.
+        arguments
+            Of the task: what JSON has. They are copied.
+
+        Raises
+        ------
+        TypeError
+            When `task` is no task, or JSON has not what an argument is. The bus is as it was.
+        ValueError
+            When an argument is a number, or a text, that PostgreSQL does not store.
+        """
+        self.publish(_make_job(self._app, task, arguments))
+
+    def publish(self, event: Job) -> None:
+        """Add a job: `defer` makes one of a task.
+
+        Parameters
+        ----------
+        event : procrastinate.jobs.Job
+            The bus keeps a reference until it was stored.
+
+        Raises
+        ------
+        TypeError
+            When it is anything else. The bus is as it was.
+        """
+        _check_event(self, event)
+        super().publish(event)
+
+    async def apply_async(
+        self,
+        commit: bool,
+        *,
+        robust: bool = False,  # noqa: ARG002
+        rounds: int = 1,  # noqa: ARG002
+        concurrency: int = 1,  # noqa: ARG002
+    ) -> list[Job]:
+        """Store the jobs that are pending, in one statement.
+
+        Parameters
+        ----------
+        commit : bool
+            Whether to store them.
+        robust, rounds, concurrency
+            Not looked at: all jobs are stored, or none.
+
+        Returns
+        -------
+        list of procrastinate.jobs.Job
+            What was stored.
+
+        Raises
+        ------
+        BaseException
+            Whatever storing them raises. They stay pending, in order.
+        RuntimeError
+            When the transaction cannot store them, or a savepoint that covers this bus is open.
+        """
+        return await apply_batch(self, self._apply_events, commit)
+
+    async def _apply_event_async(self, event: Job, commit: bool) -> None:
+        await self._apply_events([event], commit)
+
+    async def _apply_events(self, events: list[Job], commit: bool) -> None:
+        if not commit:
+            return
+        connection = _checked(self, self._app, self._connection, _psycopg.AsyncConnection)
+        try:
+            if any(job.queueing_lock for job in events):
+                async with connection.transaction():
+                    await self._manager.batch_defer_jobs_async(events, connection)
+            else:
+                await self._manager.batch_defer_jobs_async(events, connection)
+        except _AlreadyEnqueued as error:
+            _messages.note_enqueued(error, len(events))
+            raise
