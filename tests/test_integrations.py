@@ -15,8 +15,10 @@ import pytest
 
 MODULES = {
     "commitbus.aio": "asyncio",
+    "commitbus.integrations.celery": "celery",
     "commitbus.integrations.django": "django",
     "commitbus.integrations.opentelemetry": "opentelemetry",
+    "commitbus.integrations.procrastinate": "procrastinate",
     "commitbus.integrations.sqlalchemy": "sqlalchemy",
 }
 

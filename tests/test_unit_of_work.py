@@ -68,6 +68,57 @@ def test_rule_18b_a_success_needs_no_rollback(unit: Any, make: Any, log: Log, tr
     assert transaction.calls == ["commit"]
 
 
+def test_rule_18c_what_belongs_to_the_transaction_is_applied_before_the_commit(
+    twin: Any, unit: Any, make: Any, log: Log, transaction: Transaction
+) -> None:
+    applied: list[Any] = []
+
+    class Outbox(twin.AbstractEventBus):
+        applies_before_commit = True
+
+        def _apply_event(self, event: Any, commit: bool) -> None:
+            if event == "fails":
+                raise Boom
+            applied.append((event, commit, list(transaction.calls)))
+
+    with unit() as (bus, execute):
+        bus.wrap(make()).publish("after")
+        bus.wrap(inner := twin.MultiEventBus())
+        inner.wrap(Outbox()).publish("nested")
+        outbox = bus.wrap(Outbox())
+        outbox.publish("collected")
+        outbox.apply(True)
+        outbox.publish("pending")
+        assert execute() == ["nested", "collected", "pending", "after"]
+        assert applied == [(event, True, []) for event in ("nested", "collected", "pending")]
+        outbox.publish("again")
+        assert execute() == ["again"]
+        assert applied[-1] == ("again", True, ["commit"])
+    assert transaction.calls == ["commit", "commit"]
+
+
+def test_rule_18c_when_one_raises_nothing_is_committed(
+    twin: Any, unit: Any, make: Any, log: Log, transaction: Transaction
+) -> None:
+    class Outbox(twin.AbstractEventBus):
+        applies_before_commit = True
+
+        def _apply_event(self, event: Any, commit: bool) -> None:
+            if commit:
+                raise Boom
+
+    with pytest.raises(Boom), unit() as (bus, execute):
+        bus.wrap(make()).publish("after")
+        bus.wrap(Outbox()).publish(1)
+        execute()
+    assert transaction.calls == ["rollback"]
+    assert log.calls == []
+    with unit(False) as (bus, execute):
+        bus.wrap(Outbox()).publish(1)
+        assert execute() == [1]
+    assert transaction.calls == ["rollback", "rollback"]
+
+
 def test_rule_18b_an_exception_before_the_commit(unit: Any, make: Any, log: Log, transaction: Transaction) -> None:
     error = Boom()
     mails = make()

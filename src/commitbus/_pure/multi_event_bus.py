@@ -478,7 +478,8 @@ def use_orchestrator_or_create_multi_event_bus(
         applies, and returns the events that were applied. Called again after an apply that failed, it
         goes on applying without committing again. With an orchestrator it does nothing and returns an
         empty list. It raises what `commit_transaction` raises, and then nothing was applied; else what
-        `MultiEventBus.apply` raises.
+        `MultiEventBus.apply` raises. A bus whose class has ``applies_before_commit = True``, an outbox, is
+        applied before `commit_transaction` is called.
 
     Raises
     ------

@@ -199,7 +199,8 @@ class _Counting(PRODUCER):
     published = 0
 
     def _publish(self, *args: Any, **kwargs: Any) -> Any:
-        result: Any = super()._publish(*args, **kwargs)
+        parent: Any = super()
+        result = parent._publish(*args, **kwargs)
         self.published += 1
         return result
 
