@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ pytest.importorskip("celery", reason="Celery is not installed")
 
 import celery as _celery
 from celery import canvas as _canvas
+from celery.signals import before_task_publish
 from kombu.exceptions import OperationalError
 from servers import RABBITMQ
 
@@ -48,6 +50,7 @@ class Proxy:
         self.down = False
         self.cut_after: int | None = None  # bytes from the client
         self.connections = 0
+        self.silent = False  # lets nothing through that the broker says
         threading.Thread(target=self.accept, daemon=True).start()
 
     def accept(self) -> None:
@@ -73,6 +76,8 @@ class Proxy:
                     if self.cut_after < 0:
                         self.cut_after = None
                         break
+                while self.silent and not counts:
+                    time.sleep(0.01)
                 target.sendall(data)
         for one in (source, target):
             with suppress(OSError):
@@ -244,17 +249,62 @@ def test_a_queue_that_refuses(app: Any) -> None:
 
 
 @needs_server
-def test_one_message_that_closes_the_channel_takes_no_other_with_it(app: Any) -> None:
+@pytest.mark.parametrize("count", [3, 200])
+@pytest.mark.parametrize("where", ["first", "middle", "last"])
+def test_one_message_that_closes_the_channel_takes_no_other_with_it(app: Any, count: int, where: str) -> None:
     task = app.tasks["send"]
-    bus = CeleryEventBus(app)
+    bus = CeleryEventBus(app, confirm_timeout=10)
+    bus.publish(task.s("before"))
+    bus.apply(True)
     bad = task.s("bad").set(exchange="no such exchange", routing_key="x")
-    for event in (task.s(0), bad, task.s(1), task.s(2)):
-        bus.publish(event)
-    with pytest.raises(ExceptionGroup, match="1 of 4 events failed"):
+    events = [task.s(number) for number in range(count)]
+    events.insert({"first": 0, "middle": count // 2, "last": count}[where], bad)
+    bus.publish_all(events)
+    with pytest.raises(ExceptionGroup, match=f"1 of {count + 1} events failed") as caught:
         bus.apply(True)
+    assert "no such exchange" in str(caught.value.exceptions[0])
     assert [event.args[0] for event in bus.pending_events()] == ["bad"]
-    assert sorted(set(take())) == [0, 1, 2]
+    assert len(bus.results) == count
+    assert set(take()) == {"before", *range(count)}
     bus.discard_pending_events()
+    bus.publish(task.s("after"))
+    bus.apply(True)
+    assert take() == ["after"]
+
+
+@needs_server
+def test_a_slow_group_is_confirmed(app: Any) -> None:
+    def slow(**_: Any) -> None:
+        time.sleep(0.02)
+
+    task = app.tasks["send"]
+    bus = CeleryEventBus(app, confirm_timeout=5)
+    bus.publish(canvas.group(task.s(number) for number in range(5)))
+    before_task_publish.connect(slow)
+    try:
+        bus.apply(True)
+    finally:
+        before_task_publish.disconnect(slow)
+    assert take() == list(range(5))
+
+
+@needs_server
+def test_a_broker_that_says_nothing(app: Any, proxy: Proxy) -> None:
+    task = app.tasks["send"]
+    bus = CeleryEventBus(app, confirm_timeout=1)
+    bus.publish(task.s("first"))
+    bus.apply(True)
+    proxy.silent = True
+    bus.publish(task.s("second"))
+    begun = time.monotonic()
+    with pytest.raises((ExceptionGroup, OSError, OperationalError)):
+        bus.apply(True)
+    assert time.monotonic() - begun < 30
+    assert len(bus.pending_events()) == 1
+    proxy.silent = False
+    proxy.cut()
+    bus.apply(True)
+    assert set(take()) == {"first", "second"}
 
 
 @needs_server
@@ -352,6 +402,9 @@ def test_bad_input() -> None:
     assert bus.pending_events() == ()
     with pytest.raises(TypeError, match="takes the app first"):
         CeleryEventBus(task)
+    other = Celery("other", broker="memory://").task(name="log")(nothing)
+    with pytest.raises(TypeError, match="is a task of another one"):
+        bus.publish(other.s(1))
 
 
 def test_both_twins() -> None:

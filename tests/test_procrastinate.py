@@ -20,9 +20,9 @@ import psycopg as _psycopg
 from conftest import notes
 from procrastinate.exceptions import AlreadyEnqueued
 from servers import POSTGRES
-from sqlalchemy import create_engine, text
+from sqlalchemy import create_engine, event, text
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 import commitbus
 from commitbus import (
@@ -352,9 +352,9 @@ def test_bad_input() -> None:
     for task in (count.func, "count", None):
         with pytest.raises(TypeError, match="decorate the function"):
             bus.defer(task)
-    for event in (1, count, lambda: None):
+    for one in (1, count, lambda: None):
         with pytest.raises(TypeError, match=r"bus\.defer\(task"):
-            bus.publish(event)
+            bus.publish(one)
     assert bus.pending_events() == ()
     with pytest.raises(TypeError, match="takes the app first"):
         ProcrastinateEventBus(connection, connection)
@@ -513,6 +513,30 @@ except KeyError:
     pass
 with transaction.atomic():
     jobs.apply(True)
+locked = count.configure(queueing_lock="one")
+try:
+    with transaction.atomic():
+        jobs.defer(locked, number=3)
+        jobs.apply(True)
+        raise KeyError
+except KeyError:
+    pass
+with transaction.atomic():
+    jobs.defer(locked, number=4)
+    jobs.apply(True)
+    jobs.defer(locked, number=5)
+    try:
+        jobs.apply(True)
+    except Exception as error:
+        print(type(error).__name__)
+    jobs.discard_pending_events()
+    jobs.defer(count, number=6)
+    jobs.apply(True)
+from commitbus.integrations.django import orchestrator
+try:
+    orchestrator().wrap(jobs)
+except TypeError as error:
+    print(error)
 """
 
 
@@ -524,7 +548,9 @@ def test_django(dsn: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "open a block of transaction.atomic() first" in done.stdout
-    assert stored(dsn) == [("count", {"number": 2}), 0]
+    assert "AlreadyEnqueued" in done.stdout
+    assert "is applied before the commit, and Django calls hooks after it" in done.stdout
+    assert stored(dsn) == [("count", {"number": number}) for number in (2, 4, 6)] + [0]
 
 
 @needs_server
@@ -547,20 +573,116 @@ def test_a_worker_finds_them(dsn: str, connection: Any) -> None:
     assert seen == [0, 1, 2]
 
 
-def test_a_bus_of_one_s_own_is_applied_before_the_commit() -> None:
+@needs_server
+def test_a_queueing_lock_commits_nothing_by_itself(dsn: str, connection: Any) -> None:
+    bus: Any = ProcrastinateEventBus(app, connection)
+    bus.defer(count.configure(queueing_lock="first statement of its transaction"), number=1)
+    bus.apply(True)
+    connection.rollback()
+    assert stored(dsn) == [0]
+
+    async def main() -> None:
+        async with await psycopg.AsyncConnection.connect(dsn) as one:
+            jobs: Any = AsyncProcrastinateEventBus(app, one)
+            jobs.defer(count.configure(queueing_lock="the same"), number=1)
+            await jobs.apply_async(True)
+            await one.rollback()
+
+    asyncio.run(main())
+    assert stored(dsn) == [0]
+
+
+@needs_server
+def test_what_is_deferred_after_the_commit_is_refused_in_a_stray_transaction_too(dsn: str, connection: Any) -> None:
+    def handler(*, commit: bool) -> None:
+        connection.execute("SELECT 1")
+        jobs.defer(count)
+
+    with unit(connection, rounds=2) as (buses, execute):
+        jobs: Any = ProcrastinateEventBus(app, connection)
+        buses.wrap(jobs)
+        buses.wrap(BasicEventBus()).publish(handler)
+        with pytest.raises(RuntimeError, match="was committed; publish on it before"):
+            execute()
+        with pytest.raises(RuntimeError, match="was committed; publish on it before"):
+            execute()  # goes on, and does not commit again
+        assert len(buses.events_to_apply()) == 1
+        buses.discard_pending_events()
+    connection.commit()
+    assert stored(dsn) == [0]
+
+
+@needs_server
+def test_by_hand_in_a_handler(dsn: str, connection: Any) -> None:
+    def handler(*, commit: bool) -> None:
+        with psycopg.connect(dsn) as other:
+            jobs: Any = ProcrastinateEventBus(app, other)
+            jobs.defer(count, number=5)
+            jobs.apply(True)
+            other.commit()
+
+    with unit(connection) as (buses, execute):
+        buses.wrap(BasicEventBus()).publish(handler)
+        execute()
+    assert stored(dsn) == [("count", {"number": 5}), 0]
+
+
+@needs_server
+def test_a_unit_of_work_that_could_not_roll_back(dsn: str, connection: Any) -> None:
     log: list[Any] = []
-
-    class Outbox(Plain):
-        applies_before_commit = True
-
-    with use_orchestrator_or_create_multi_event_bus(None, True, commit_transaction=partial(log.append, "commit")) as (
-        buses,
-        execute,
+    with (
+        pytest.raises(TypeError, match="pass rollback_transaction"),
+        use_orchestrator_or_create_multi_event_bus(
+            None, True, commit_transaction=partial(log.append, "committed"), on_unapplied=log.append
+        ) as (buses, execute),
     ):
-        buses.wrap(Plain(log)).publish("after")
-        buses.wrap(Outbox(log)).publish("before")
-        assert execute() == ["before", "after"]
-    assert log == ["before", "commit", "after"]
+        jobs: Any = ProcrastinateEventBus(app, connection)
+        buses.wrap(jobs)
+        jobs.defer(count)
+        execute()
+    assert log == []
+
+
+@needs_server
+@pytest.mark.parametrize("name", ["before_flush", "after_flush", "after_insert"])
+def test_what_is_deferred_while_a_session_is_flushed(dsn: str, name: str) -> None:
+    class Base(DeclarativeBase):
+        pass
+
+    class Data(Base):
+        __tablename__ = "data"
+        id: Mapped[int] = mapped_column(primary_key=True)
+
+    engine = create_engine(dsn.replace("postgresql:", "postgresql+psycopg:"))
+    with Session(engine) as session:
+        jobs: Any = ProcrastinateEventBus(app, lambda: session.connection().connection.driver_connection)
+        orchestrator(session).wrap(jobs)
+        target: Any = Data if name == "after_insert" else session
+
+        def listener(*_: Any) -> None:
+            jobs.defer(count, number=1)
+
+        event.listen(target, name, listener)
+        session.add(Data(id=1))
+        session.commit()
+    engine.dispose()
+    assert stored(dsn) == [("count", {"number": 1}), 1]
+
+
+@needs_server
+def test_async_a_session_that_has_no_connection_yet(dsn: str) -> None:
+    async def main() -> None:
+        engine = create_async_engine(dsn.replace("postgresql:", "postgresql+psycopg:"))
+        async with AsyncSession(engine) as session:
+            sync: Any = session.sync_session
+            jobs: Any = AsyncProcrastinateEventBus(app, lambda: sync.connection().connection.driver_connection)
+            orchestrator(session).wrap(jobs)
+            jobs.defer(count, number=1)
+            await session.commit()
+        await engine.dispose()
+
+    asyncio.run(main())
+    assert stored(dsn) == [("count", {"number": 1}), 0]
 
 
 def test_both_twins() -> None:

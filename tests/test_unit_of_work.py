@@ -97,6 +97,56 @@ def test_rule_18c_what_belongs_to_the_transaction_is_applied_before_the_commit(
     assert transaction.calls == ["commit", "commit"]
 
 
+def test_rule_18c_one_that_publishes_on_an_earlier_one(
+    twin: Any, unit: Any, make: Any, log: Log, transaction: Transaction
+) -> None:
+    applied: list[Any] = []
+
+    class Outbox(twin.AbstractEventBus):
+        applies_before_commit = True
+
+        def _apply_event(self, event: Any, commit: bool) -> None:
+            applied.append((event, list(transaction.calls)))
+            if callable(event):
+                event()
+
+    with unit() as (bus, execute):
+        first, second = bus.wrap(Outbox()), bus.wrap(Outbox())
+        first.publish(1)
+        second.publish(lambda: first.publish(2))
+        execute()
+        assert [calls for _, calls in applied] == [[]] * 3
+        assert applied[-1][0] == 2
+
+        def for_ever() -> None:
+            first.publish(for_ever)
+
+        transaction.calls.clear()
+        first.publish(for_ever)
+        with pytest.raises(RuntimeError, match="100 rounds"):
+            execute()
+        assert transaction.calls == ["rollback"]
+
+
+def test_rule_18c_without_a_rollback_it_is_refused(twin: Any, transaction: Transaction) -> None:
+    class Outbox(twin.AbstractEventBus):
+        applies_before_commit = True
+
+        def _apply_event(self, event: Any, commit: bool) -> None:
+            raise AssertionError
+
+    with (
+        pytest.raises(TypeError, match="pass rollback_transaction, too"),
+        twin.use_orchestrator_or_create_multi_event_bus(None, True, commit_transaction=transaction.commit) as (
+            bus,
+            execute,
+        ),
+    ):
+        bus.wrap(Outbox()).publish(1)
+        execute()
+    assert transaction.calls == []
+
+
 def test_rule_18c_when_one_raises_nothing_is_committed(
     twin: Any, unit: Any, make: Any, log: Log, transaction: Transaction
 ) -> None:

@@ -449,6 +449,14 @@ def not_confirmed(error: Exception | None) -> ConnectionError:
     return made
 
 
+def of_another_app(bus: object, event: object) -> TypeError:
+    """Refuse a task whose workers listen to another broker."""
+    return TypeError(
+        f"{describe_bus(bus)} sends to the broker of its own app, and {event!r} is a task of another one; "
+        "make a CeleryEventBus for that app"
+    )
+
+
 def not_a_signature(bus: object, event: object) -> TypeError:
     """Refuse to publish what is no signature."""
     return TypeError(
@@ -499,6 +507,22 @@ def not_for_on_commit(value: object) -> TypeError:
     return TypeError(
         f"OnCommitEventBus() takes the AbstractEventBus to apply, not {type_name(type(value))}; "
         "one that is not asynchronous, since Django awaits no hook, and no MultiEventBus: wrap each of its buses"
+    )
+
+
+def belongs_to_the_transaction(bus: object) -> TypeError:
+    """Refuse to apply after the commit what belongs before it."""
+    return TypeError(
+        f"{describe_bus(bus)} is applied before the commit, and Django calls hooks after it; "
+        "call its apply(commit=True) within the block of transaction.atomic()"
+    )
+
+
+def needs_rollback(bus: object) -> TypeError:
+    """Refuse to store in a transaction that may fail to be committed, and that nobody would roll back."""
+    return TypeError(
+        f"{describe_bus(bus)} is applied before the commit, so the unit of work has to roll back when that fails; "
+        "pass rollback_transaction, too, for example connection.rollback"
     )
 
 

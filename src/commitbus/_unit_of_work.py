@@ -34,6 +34,9 @@ class Yielded(tuple[EventBusOrchestrator, "Callable[[], list[Any]]"]):
         raise _messages.pair_has_no(name)
 
 
+BEFORE_COMMIT_ROUNDS = 100
+
+
 def before_commit(buses: Any) -> list[Any]:
     """List what is to be applied before the commit, in the order of registration: it belongs to the transaction."""
     found: list[Any] = []
@@ -49,14 +52,19 @@ def before_commit(buses: Any) -> list[Any]:
 def apply_before_commit(buses: Any) -> list[Any]:
     """Apply what belongs to the transaction, and give the events."""
     applied: list[Any] = []
-    if found := before_commit(buses):
-        token = committed.set(False)  # this may be the unit of work of a handler that runs after another commit
-        try:
+    if not before_commit(buses):
+        return applied
+    token = committed.set(False)  # this may be the unit of work of a handler that runs after another commit
+    try:
+        for _ in range(BEFORE_COMMIT_ROUNDS):  # the handlers of one may publish on another
+            found = [delayed for delayed in before_commit(buses) if events_to_apply(delayed)]
+            if not found:
+                return applied
             for delayed in found:
                 applied += apply_now(delayed)
-        finally:
-            committed.reset(token)
-    return applied
+        raise _messages.too_many_rounds(BEFORE_COMMIT_ROUNDS)
+    finally:
+        committed.reset(token)
 
 
 def apply_now(delayed: Any) -> list[Any]:
@@ -96,6 +104,7 @@ class Unit:
         refuse_open(self.buses)
         if "commitbus.aio" in sys.modules:
             self.refuse_asynchronous()
+        self.refuse_without_rollback()
         self.called = True
         stored: list[Any] = []
         self.rolled_back = False
@@ -130,6 +139,13 @@ class Unit:
         if not self.commit:
             self.roll_back(None)
         return stored + applied if stored else applied
+
+    def refuse_without_rollback(self) -> None:
+        """Refuse an outbox where a commit that fails would leave the other buses as they are, and that one empty."""
+        if self.commit and self.commit_transaction is not None and self.rollback_transaction is None:
+            for delayed in before_commit(self.buses):
+                if events_to_apply(delayed):
+                    raise _messages.needs_rollback(delayed.actual_event_bus)
 
     def refuse_asynchronous(self) -> None:
         """Refuse a bus whose handlers nothing here would await."""

@@ -21,7 +21,7 @@ from commitbus._context import committed
 from commitbus._interfaces import EventBusOrchestrator
 from commitbus._looking import events_to_apply
 from commitbus._rounds import check_rounds
-from commitbus._unit_of_work import Unit, Yielded, apply_now, before_commit
+from commitbus._unit_of_work import BEFORE_COMMIT_ROUNDS, Unit, Yielded, apply_now, before_commit
 from commitbus.event_bus import AbstractEventBus
 from commitbus.middleware import Middleware, added
 from commitbus.multi_event_bus import MultiEventBus
@@ -525,14 +525,19 @@ async def apply_batch(
 async def apply_before_commit_async(buses: Any) -> list[Any]:
     """Apply what belongs to the transaction that is about to be committed, and give the events."""
     applied: list[Any] = []
-    if found := before_commit(buses):
-        token = committed.set(False)
-        try:
+    if not before_commit(buses):
+        return applied
+    token = committed.set(False)
+    try:
+        for _ in range(BEFORE_COMMIT_ROUNDS):
+            found = [delayed for delayed in before_commit(buses) if events_to_apply(delayed)]
+            if not found:
+                return applied
             for delayed in found:
                 applied += await _apply_now(delayed)
-        finally:
-            committed.reset(token)
-    return applied
+        raise _messages.too_many_rounds(BEFORE_COMMIT_ROUNDS)
+    finally:
+        committed.reset(token)
 
 
 async def _apply_now(delayed: Any) -> list[Any]:
@@ -701,6 +706,7 @@ class _AsyncUnit(Unit):
             raise _messages.committing()
         # Before the commit, which an apply that is refused after it would separate from its side effects.
         refuse_open(self.buses)
+        self.refuse_without_rollback()
         self.called = True
         self.rolled_back = False
         cancelled: asyncio.CancelledError | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
 
@@ -97,10 +97,13 @@ class CeleryEventBus(BatchEventBus[Any]):
         Raises
         ------
         TypeError
-            When it is anything else, for example the task itself. The bus is as it was.
+            When it is anything else, for example the task itself, or of another app. The bus is as it was.
         """
         if not isinstance(event, SIGNATURE):
             raise _messages.not_a_signature(self, event)
+        app = getattr(event, "_app", None)
+        if app is not None and app is not self._app:
+            raise _messages.of_another_app(self, event)
         super().publish(event)
 
     def _apply_events(self, events: list[Any], commit: bool) -> None:
@@ -108,7 +111,7 @@ class CeleryEventBus(BatchEventBus[Any]):
         if not commit:
             return
         if self._app.conf.task_always_eager:
-            sent = _Sent(None)
+            sent = _Sent(None, None, 0)
             sent.send(events)
         else:
             sent = self._send(events)
@@ -120,15 +123,15 @@ class CeleryEventBus(BatchEventBus[Any]):
         connection, channel = self._open()
         finished = False
         try:
-            sent = _Sent(channel)
-            sent.send(events)
-            sent.wait(connection, self._confirm_timeout)
-            if sent.refused:
-                self._send_one_by_one(connection, events, sent)
-            else:
-                with suppress(Exception):
-                    channel.close()
-            finished = connection.connected
+            with _limited(connection, self._confirm_timeout):
+                sent = _Sent(connection, channel, self._confirm_timeout)
+                sent.send(events)
+                if sent.refused:
+                    self._send_one_by_one(connection, events, sent)
+                elif not sent.broken:
+                    with suppress(Exception):
+                        channel.close()
+            finished = not sent.broken and connection.connected
             return sent
         finally:
             if finished:
@@ -139,15 +142,19 @@ class CeleryEventBus(BatchEventBus[Any]):
     def _send_one_by_one(self, connection: Any, events: list[Any], sent: _Sent) -> None:
         """Find out which message made the broker close the channel: it took the others with it."""
         for at in sorted(sent.refused):
+            if sent.broken:
+                return
             try:
-                one = _Sent(_channel(connection))
+                one = _Sent(connection, _channel(connection), self._confirm_timeout)
                 one.send([events[at]])
-                one.wait(connection, self._confirm_timeout)
-                with suppress(Exception):
-                    one.channel.close()
+                sent.broken = one.broken
+                if not (one.refused or one.broken):
+                    with suppress(Exception):
+                        one.channel.close()
             except Exception as error:
                 sent.errors[at] = _messages.not_confirmed(error)
-                continue
+                sent.broken = True
+                return
             del sent.errors[at]
             if one.errors:
                 sent.errors[at] = one.errors[0]
@@ -160,17 +167,25 @@ class CeleryEventBus(BatchEventBus[Any]):
         while idle:
             connection = idle.pop()
             try:
-                return connection, _channel(connection)
+                with _limited(connection, self._confirm_timeout):
+                    return connection, _channel(connection)
             except Exception:  # the broker was stopped since, or has given the connection up
                 _close(connection)
         # Whoever has it wait for each message would wait for the number of them.
         connection = self._app.connection_for_write(transport_options={"confirm_publish": False})
         try:
             connection.ensure_connection(max_retries=1, interval_start=0)
-            return connection, _channel(connection)
+            with _limited(connection, self._confirm_timeout):
+                return connection, _channel(connection)
         except BaseException:
             _close(connection)
             raise
+
+
+def _limited(connection: Any, timeout: float) -> AbstractContextManager[Any]:
+    """Have a broker that says nothing end what waits for it."""
+    limit: Any = getattr(getattr(connection.connection, "transport", None), "having_timeout", None)
+    return nullcontext() if limit is None else cast("AbstractContextManager[Any]", limit(timeout))
 
 
 def _connections(app: Any) -> list[Any]:
@@ -194,61 +209,89 @@ def _close(connection: Any) -> None:
 
 
 class _Counting(PRODUCER):
-    """Counts what is published: the broker numbers the messages of a channel, from 1."""
+    """Notes what is published: the broker numbers the messages of a channel, from 1."""
 
-    published = 0
+    def __init__(self, sent: _Sent) -> None:
+        super().__init__(sent.channel, auto_declare=False)
+        self.sent = sent
+        self.published = 0
+        self.at = 0  # the position of the event that is being sent
 
     def _publish(self, *args: Any, **kwargs: Any) -> Any:
         parent: Any = super()
-        result = parent._publish(*args, **kwargs)
-        self.published += 1
+        number = self.published + 1
+        if self.sent.confirms:
+            self.sent.waiting[number] = self.at  # before: the broker may answer while the next one is published
+        try:
+            result = parent._publish(*args, **kwargs)
+        except BaseException:
+            self.sent.waiting.pop(number, None)
+            raise
+        self.published = number
         return result
 
 
 class _Sent:
     """What became of a batch."""
 
-    def __init__(self, channel: Any) -> None:
-        self.channel = channel
+    def __init__(self, connection: Any, channel: Any, timeout: float) -> None:
+        self.connection, self.channel, self.timeout = connection, channel, timeout
         # Kombu's own connects again where the line broke, and would wait for what the broker never sends.
         self.line: Any = getattr(channel, "connection", None)
         self.results: dict[int, Any] = {}
         self.errors: dict[int, Exception] = {}
         self.waiting: dict[int, int] = {}  # of the messages that are not confirmed, the position of their event
         self.refused: set[int] = set()  # the events that were not confirmed when the broker closed the channel
-        if hasattr(channel, "confirm_select"):
+        self.broken = False  # whether the line is not to be used any more
+        self.confirms = hasattr(channel, "confirm_select")
+        if self.confirms:
             channel.events["basic_ack"].add(self.acknowledge)
             channel.events["basic_nack"].add(self.refuse)
 
     def send(self, events: list[Any]) -> None:
-        producer = None if self.channel is None else _Counting(self.channel, auto_declare=False)
-        options = {} if producer is None else {"producer": producer, "retry": False}
+        """Send all, and wait until the broker has confirmed each."""
+        if self.channel is None:
+            options: dict[str, Any] = {}
+            producer: Any = None
+        else:
+            producer = _Counting(self)
+            options = {"producer": producer, "retry": False}
         for at, event in enumerate(events):
-            before = 0 if producer is None else producer.published
+            if producer is not None:
+                producer.at = at
             try:
                 self.results[at] = event.apply_async(**options)
             except Exception as error:
+                if producer is not None and isinstance(error, self.connection.channel_errors):
+                    # Of a message before it, mostly: the broker closes the channel some time after that.
+                    self.end(error, {at, *range(at + 1, len(events))})
+                    return
                 self.errors[at] = error
-            if producer is not None and hasattr(self.channel, "confirm_select"):
-                self.waiting.update(dict.fromkeys(range(before + 1, producer.published + 1), at))
+        if self.waiting:
+            self.wait()
 
-    def wait(self, connection: Any, timeout: float) -> None:
+    def wait(self) -> None:
         """Wait until the broker has confirmed each message."""
-        end = time.monotonic() + timeout
-        error: Exception | None = None
-        while self.waiting and error is None:
+        end = time.monotonic() + self.timeout
+        while self.waiting:
             try:
                 self.line.drain_events(timeout=max(end - time.monotonic(), 0.001))
-            except TimeoutError:
+            except TimeoutError as error:
                 if time.monotonic() >= end:
-                    error = TimeoutError(f"the broker did not confirm the message within {timeout} seconds")
-            except Exception as raised:
-                error = raised
-        if error is None:
-            return
-        positions = set(self.waiting.values()) - set(self.errors)
-        if isinstance(error, connection.channel_errors) and connection.connected:
+                    self.end(TimeoutError(f"it said nothing for {self.timeout} seconds"), set())
+                    del error
+                    return
+            except Exception as error:
+                self.end(error, set())
+                return
+
+    def end(self, error: Exception, more: set[int]) -> None:
+        """Note what is in doubt when the channel or the line is gone."""
+        positions = (set(self.waiting.values()) | more) - set(self.errors)
+        if isinstance(error, self.connection.channel_errors) and self.connection.connected:
             self.refused = positions
+        else:
+            self.broken = True
         for at in positions:
             self.errors[at] = _messages.not_confirmed(error)
 

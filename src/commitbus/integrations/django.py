@@ -55,7 +55,8 @@ class OnCommitEventBus(EventBus[T], Generic[T]):
     Raises
     ------
     TypeError
-        When `event_bus` is no `AbstractEventBus`, is asynchronous, or holds buses: wrap each of those instead.
+        When `event_bus` is no `AbstractEventBus`, is asynchronous, holds buses (wrap each of those instead), or is
+        one that is applied before the commit.
     ValueError
         When `outside` is neither.
     django.utils.connection.ConnectionDoesNotExist
@@ -79,6 +80,9 @@ class OnCommitEventBus(EventBus[T], Generic[T]):
         bus: Any = event_bus
         if not isinstance(bus, AbstractEventBus) or isinstance(bus, AsyncEventBus) or holds_buses(bus):
             raise _messages.not_for_on_commit(cast("object", bus))
+        cls: object = type(event_bus)
+        if getattr(cls, "applies_before_commit", False) is True:
+            raise _messages.belongs_to_the_transaction(cast("object", bus))
         if outside not in {"apply", "raise"}:
             raise _messages.not_an_outside(outside)
         connections[using or DEFAULT]

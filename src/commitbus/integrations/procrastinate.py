@@ -60,6 +60,8 @@ def _checked(bus: object, app: App, connection: Any, kind: type[Any]) -> Any:
         django: Any = getattr(app.connector, "connection", None)
         if not getattr(django, "in_atomic_block", False):
             raise _messages.no_transaction(bus, "open a block of transaction.atomic() first")
+        if committed.get():
+            raise _messages.too_late_to_store(bus)
         return None
     given: Any = connection
     if not isinstance(cast("object", connection), _psycopg.Connection | _psycopg.AsyncConnection):
@@ -71,7 +73,7 @@ def _checked(bus: object, app: App, connection: Any, kind: type[Any]) -> Any:
         raise _messages.no_transaction(bus, "its connection is closed; begin the transaction again on another one")
     if status == TransactionStatus.INERROR:
         raise _messages.no_transaction(bus, "a statement has failed in it; roll it back")
-    if committed.get() and status == TransactionStatus.IDLE:  # no handler has begun one of its own
+    if committed.get():  # a transaction that is open now would be one that nobody is to commit
         raise _messages.too_late_to_store(bus)
     if given.autocommit and status == TransactionStatus.IDLE:
         raise _messages.no_transaction(bus, "the connection is in autocommit; open a block of connection.transaction()")
@@ -172,19 +174,56 @@ class ProcrastinateEventBus(BatchEventBus[Job]):
         _check_event(self, event)
         super().publish(event)
 
+    def apply(self, commit: bool, *, robust: bool = False, rounds: int = 1) -> list[Job]:
+        """Store the jobs that are pending, in the transaction that is open.
+
+        Parameters
+        ----------
+        commit : bool
+            Whether to store them.
+        robust, rounds
+            As on any bus.
+
+        Returns
+        -------
+        list of procrastinate.jobs.Job
+            What was stored.
+
+        Raises
+        ------
+        Exception
+            Whatever storing them raises. They stay pending, in order.
+        RuntimeError
+            When the transaction cannot store them, or a savepoint that covers this bus is open.
+        """
+        token = committed.set(False)  # by hand, whoever calls it answers for the transaction
+        try:
+            return super().apply(commit, robust=robust, rounds=rounds)
+        finally:
+            committed.reset(token)
+
     def _apply_events(self, events: list[Job], commit: bool) -> None:
         if not commit:
             return
         connection = _checked(self, self._app, self._connection, _psycopg.Connection)
         try:
-            if connection is not None and any(job.queueing_lock for job in events):
-                with connection.transaction():
+            if any(job.queueing_lock for job in events):
+                with self._savepoint(connection):
                     self._manager.batch_defer_jobs(events, connection)
             else:
                 self._manager.batch_defer_jobs(events, connection)
         except _AlreadyEnqueued as error:
             _messages.note_enqueued(error, len(events))
             raise
+
+    def _savepoint(self, connection: Any) -> Any:
+        if connection is None:
+            from django.db import transaction
+
+            return cast("Any", transaction).atomic(using=cast("Any", self._app.connector).alias)
+        if connection.info.transaction_status == TransactionStatus.IDLE:
+            connection.execute("SELECT 1")  # else the block would be the transaction, and commit it
+        return connection.transaction()
 
 
 class AsyncProcrastinateEventBus(AsyncEventBus[Job]):
@@ -273,7 +312,11 @@ class AsyncProcrastinateEventBus(AsyncEventBus[Job]):
         RuntimeError
             When the transaction cannot store them, or a savepoint that covers this bus is open.
         """
-        return await apply_batch(self, self._apply_events, commit)
+        token = committed.set(False)  # by hand, whoever calls it answers for the transaction
+        try:
+            return await apply_batch(self, self._apply_events, commit)
+        finally:
+            committed.reset(token)
 
     async def _apply_event_async(self, event: Job, commit: bool) -> None:
         await self._apply_events([event], commit)
@@ -284,6 +327,8 @@ class AsyncProcrastinateEventBus(AsyncEventBus[Job]):
         connection = _checked(self, self._app, self._connection, _psycopg.AsyncConnection)
         try:
             if any(job.queueing_lock for job in events):
+                if connection.info.transaction_status == TransactionStatus.IDLE:
+                    await connection.execute("SELECT 1")  # else the block would be the transaction, and commit it
                 async with connection.transaction():
                     await self._manager.batch_defer_jobs_async(events, connection)
             else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from contextlib import suppress
 from functools import wraps
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -11,9 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from commitbus import _messages
 from commitbus._context import committed
 from commitbus._interfaces import UnappliedEventsWarning
-from commitbus._looking import events_to_apply
+from commitbus._looking import events_to_apply, holds_buses
 from commitbus._rounds import check_rounds
-from commitbus._unit_of_work import apply_before_commit
+from commitbus._unit_of_work import BEFORE_COMMIT_ROUNDS, apply_before_commit, before_commit
 from commitbus.aio import AsyncEventBus, AsyncMultiEventBus, apply_before_commit_async
 from commitbus.integrations import _leftovers
 from commitbus.savepoint import Savepoint, open_marks, roll_back_in, stores_in
@@ -175,7 +176,8 @@ class SessionBuses(AsyncMultiEventBus):
 
     def __init__(self, session: Session) -> None:
         self._session = weakref.ref(session)
-        self.is_closed = False  # others may wrap what this one has wrapped
+        self.has_outbox: bool = False  # whether a bus that belongs to the transaction was ever wrapped
+        self.is_closed: bool = False  # others may wrap what this one has wrapped
 
     def wrap(self, event_bus: AbstractEventBus[T]) -> DelayedEventBus[T]:
         """Delay a bus and register it; refuse one that another session has, which is still there.
@@ -191,6 +193,8 @@ class SessionBuses(AsyncMultiEventBus):
                     raise _messages.bus_of_another_session(event_bus)
                 before = other
         self.is_closed = False
+        if getattr(cast("Any", type(event_bus)), "applies_before_commit", False) is True or holds_buses(event_bus):
+            self.has_outbox = True
         delayed = super().wrap(event_bus)
         if before is not None:  # an event on the bus itself would register it there
             cast("Any", delayed)._commitbus_let_go(weakref.ref(self))
@@ -276,10 +280,22 @@ class _Bound:
         for store in stores_in(self.buses):
             for mark in open_marks(store) or ():
                 raise _messages.savepoint_is_open(self.buses, mark.savepoint)
-        if in_greenlet():
-            await_only(apply_before_commit_async(self.buses))
-        else:
-            apply_before_commit(self.buses)
+        if self.buses.has_outbox:
+            self.store(session)
+
+    def store(self, session: Session) -> None:
+        """Apply what belongs to the transaction: with what is published while the session is flushed."""
+        for _ in range(BEFORE_COMMIT_ROUNDS):
+            session.flush()  # SQLAlchemy would, after this
+            if not any(events_to_apply(delayed) for delayed in before_commit(self.buses)):
+                return
+            if in_greenlet():
+                with suppress(InvalidRequestError):  # of a session with several databases
+                    session.connection()  # what is awaited has it then; to open one, it is too late there
+                await_only(apply_before_commit_async(self.buses))
+            else:
+                apply_before_commit(self.buses)
+        raise _messages.too_many_rounds(BEFORE_COMMIT_ROUNDS)
 
     def asynchronous(self) -> Any:
         """Give an asynchronous bus that has something to apply, or None."""
