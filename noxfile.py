@@ -121,13 +121,14 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def example(session: nox.Session) -> None:
-    """Run the main job and the example, on both twins."""
+    """Run the main job and the examples, on both twins."""
     install_flights(session)
     install(session)
     session.run("python", "-m", "commitbus")
     for twin in ("", "1"):
         for arguments in ((), ("--dry-run",)):
             session.run("python", "examples/flights.py", *arguments, env={"COMMITBUS_NO_EXTENSIONS": twin})
+        session.run("python", "examples/orders.py", "--chaos", "1", env={"COMMITBUS_NO_EXTENSIONS": twin})
 
 
 @nox.session

@@ -21,6 +21,7 @@ SERVERS = {
     "aio_pika": ("guest:guest@127.0.0.1:5672", RABBITMQ, "COMMITBUS_TEST_RABBITMQ"),
     "procrastinate": ("postgres@127.0.0.1:5432/test", POSTGRES, "COMMITBUS_TEST_POSTGRES"),
 }
+BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "queues.py"
 PROGRAMS = {
     name: code
     for page in ("engines.md", "outbox.md")
@@ -61,3 +62,16 @@ def test_a_program_of_the_guide(name: str) -> None:
                 connection.execute(f"DROP SCHEMA {schema} CASCADE".encode())
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == re.findall(r"(?m)^#> (.*)$", code)
+
+
+@pytest.mark.skipif(not BENCHMARK.exists(), reason="the benchmarks are not here")
+@pytest.mark.skipif(not (POSTGRES and RABBITMQ), reason="without COMMITBUS_TEST_POSTGRES and COMMITBUS_TEST_RABBITMQ")
+def test_the_benchmark_of_queues() -> None:
+    pytest.importorskip("procrastinate")
+    pytest.importorskip("celery")
+    arguments = ["--jobs", "1", "3", "--delays", "0", "1", "--rounds", "1"]
+    arguments += ["--postgres", f"postgresql://{POSTGRES}", "--rabbitmq", RABBITMQ]
+    command = [sys.executable, str(BENCHMARK), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"(?m)^\| [01] ms \| .* \|( [\d,]+ \|){2}$", done.stdout)) == 2 * (2 + 3), done.stdout

@@ -169,6 +169,26 @@ def test_what_cannot_be_loaded_ends_in_a_line(options: list[str], error: str) ->
     assert done.stdout == ""
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_drop_in_names_that_are_gone(tmp_path: Path, there: bool) -> None:
+    """As when the distribution that had them before is uninstalled after commitbus was installed."""
+    info = tmp_path / "commitbus-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: commitbus\nVersion: 0\n")
+    (info / "RECORD").write_text("commitbus/__init__.py,,\nshared/event_bus/__init__.py,,\nshared/side_effects.py,,\n")
+    if there:
+        (tmp_path / "shared/event_bus").mkdir(parents=True)
+        (tmp_path / "shared/event_bus/__init__.py").touch()
+        (tmp_path / "shared/side_effects.py").touch()
+    done = run("--seconds", "0.1", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0
+    if there:
+        assert done.stderr == ""
+    else:
+        assert "the drop-in names are gone (shared/event_bus/__init__.py and 1 more files)" in done.stderr
+        assert "pip install --force-reinstall --no-deps commitbus" in done.stderr
+
+
 def test_version() -> None:
     assert run("--version").stdout == f"commitbus {commitbus.__version__}\n"
 

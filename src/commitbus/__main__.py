@@ -10,7 +10,8 @@ import platform
 import sys
 import time
 from functools import partial
-from importlib import import_module
+from importlib import import_module, metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import commitbus
@@ -119,6 +120,19 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def missing_files() -> list[str]:
+    """List what was installed of the drop-in `shared`, and is gone: uninstalling another distribution took it along."""
+    try:
+        installed = metadata.files("commitbus") or []
+    except metadata.PackageNotFoundError:
+        return []
+    return [
+        str(file)
+        for file in installed
+        if file.parts[0] == "shared" and file.suffix == ".py" and not Path(str(file.locate())).exists()
+    ]
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command."""
     options = parse(arguments)
@@ -132,6 +146,13 @@ def main(arguments: list[str] | None = None) -> int:
     except _against.NotLoadedError as error:
         print(f"python -m commitbus: {error}", file=sys.stderr)
         return 2
+    if missing := missing_files():
+        print(
+            f"python -m commitbus: the drop-in names are gone ({missing[0]} and {len(missing) - 1} more files), "
+            "as when the distribution that had them before is uninstalled last; bring them back with: "
+            "pip install --force-reinstall --no-deps commitbus",
+            file=sys.stderr,
+        )
     candidates["pure"] = import_module("commitbus._pure")
     try:
         candidates["compiled"] = import_module("commitbus._compiled")
