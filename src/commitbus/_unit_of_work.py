@@ -40,11 +40,13 @@ BEFORE_COMMIT_ROUNDS = 100
 def before_commit(buses: Any) -> list[Any]:
     """List what is to be applied before the commit, in the order of registration: it belongs to the transaction."""
     found: list[Any] = []
-    for delayed in list(buses._commitbus_get()):
-        actual: object = getattr(delayed, "actual_event_bus", None)
-        if getattr(type(actual), "applies_before_commit", False) is True:
+    for delayed in buses._commitbus_get():
+        actual: Any = getattr(delayed, "actual_event_bus", None)
+        if actual is None:
+            continue
+        if type(actual).applies_before_commit:
             found.append(delayed)
-        elif holds_buses(actual):
+        elif actual._commitbus_multi:
             found += before_commit(actual)
     return found
 

@@ -512,6 +512,8 @@ class AbstractEventBus(EventStore, Shown, _state.Stateful, EventBus[T]):
 
     __module__ = "commitbus.event_bus"
     __slots__ = ()
+    applies_before_commit = False
+    _commitbus_multi = False
 
     @abstractmethod
     @cython.embedsignature(False)

@@ -374,6 +374,7 @@ class MultiEventBus(MultiStore, AbstractEventBus[DelayedEventBus], EventBusOrche
     """Runs many buses at once: hand it out as an orchestrator, then apply it."""
 
     __module__ = "commitbus.multi_event_bus"
+    _commitbus_multi = True
 
 
 def use_orchestrator_or_create_multi_event_bus(

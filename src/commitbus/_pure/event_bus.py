@@ -6,7 +6,7 @@ from abc import abstractmethod
 from functools import partial
 from itertools import repeat
 from types import MethodType
-from typing import TYPE_CHECKING, Any, Generic, TypeAlias, cast, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, cast, overload
 
 from commitbus import _messages, _naming, _state
 from commitbus._interfaces import CommittableFunction, EventBus, T, deprecated, iterate
@@ -59,6 +59,12 @@ class AbstractEventBus(Source, Shown, _state.Stateful, EventBus[T], Generic[T]):
     copied (the copy has a pending list of its own), pickled with its pending events, and weakly
     referenced. A subclass need not call ``super().__init__()``.
 
+    Attributes
+    ----------
+    applies_before_commit : bool, default False
+        Of the class: whether its events belong to the transaction, as those of an outbox, so that a unit of work
+        applies them before it commits.
+
     Examples
     --------
     >>> from commitbus import AbstractEventBus
@@ -83,6 +89,7 @@ class AbstractEventBus(Source, Shown, _state.Stateful, EventBus[T], Generic[T]):
     _commitbus_batch: Batch | None
     _commitbus_owner: weakref.ref[Any] | None
     _commitbus_wrapper: weakref.ref[Any] | None
+    applies_before_commit: ClassVar[bool] = False
     _commitbus_plain = ATOMIC  # whether apply needs neither a lock nor a context nor middleware
     _commitbus_multi = False  # isinstance() takes a detour through `abc`
     _commitbus_keeps_events = True  # whether what is pending are the events themselves

@@ -80,8 +80,7 @@ class OnCommitEventBus(EventBus[T], Generic[T]):
         bus: Any = event_bus
         if not isinstance(bus, AbstractEventBus) or isinstance(bus, AsyncEventBus) or holds_buses(bus):
             raise _messages.not_for_on_commit(cast("object", bus))
-        cls: object = type(event_bus)
-        if getattr(cls, "applies_before_commit", False) is True:
+        if bus.applies_before_commit:
             raise _messages.belongs_to_the_transaction(cast("object", bus))
         if outside not in {"apply", "raise"}:
             raise _messages.not_an_outside(outside)

@@ -193,9 +193,9 @@ class SessionBuses(AsyncMultiEventBus):
                     raise _messages.bus_of_another_session(event_bus)
                 before = other
         self.is_closed = False
-        if getattr(cast("Any", type(event_bus)), "applies_before_commit", False) is True or holds_buses(event_bus):
-            self.has_outbox = True
         delayed = super().wrap(event_bus)
+        if event_bus.applies_before_commit or holds_buses(event_bus):
+            self.has_outbox = True
         if before is not None:  # an event on the bus itself would register it there
             cast("Any", delayed)._commitbus_let_go(weakref.ref(self))
         identity = id(event_bus)
