@@ -519,7 +519,7 @@ def test_threads_share_nothing(log: list[Any]) -> None:
         with suppress(Boom), atomic():
             bus.publish("dropped")
             raise Boom
-        connections.close_all()
+        connections["default"].connection.close()  # Django keeps one that is in memory
 
     with atomic():
         bus.publish(1)

@@ -556,11 +556,16 @@ def _call(function: Callable[..., object], commit: bool) -> object:
 
 async def _finish(handler: Handler, commit: bool, named: object = None) -> None:
     """Call a handler, and await what it returned if that can be awaited: look at the result, never at the function."""
-    result = handler(commit)
-    if isawaitable(result):
-        result = await result
-    if result is not None:
-        _messages.refuse_coroutine(handler if named is None else named, result)
+    try:
+        result = handler(commit)
+        if isawaitable(result):
+            result = await result
+        if result is not None:
+            _messages.refuse_coroutine(handler if named is None else named, result)
+    except BaseException:
+        # From 3.12 on, the frame of the handler, which the traceback keeps, keeps this one: it must keep no event.
+        del handler, named
+        raise
 
 
 async def _surround(
