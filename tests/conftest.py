@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import subprocess
 import sys
 from typing import Any
 
@@ -73,6 +74,16 @@ def make(twin: Any, log: Log) -> Any:
             log(event, commit)
 
     return LogBus
+
+
+def run_over_the_other_twin(path: str) -> None:
+    """Run a file that runs over the twin that was selected over the pure one, too."""
+    if importlib.import_module("commitbus").implementation == "pure":
+        pytest.skip("this is the other one")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x", path]
+    env = {**os.environ, "COMMITBUS_NO_EXTENSIONS": "1", "COMMITBUS_TEST_PURE_ONLY": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
 
 
 def notes(error: BaseException) -> list[str]:

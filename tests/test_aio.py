@@ -5,9 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import gc
-import os
-import subprocess
-import sys
 import traceback
 import weakref
 from contextlib import suppress
@@ -15,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from conftest import notes
+from conftest import notes, run_over_the_other_twin
 
 import commitbus
 from commitbus import AbstractEventBus, BasicEventBus, DelayedEventBus, MultiEventBus, UnappliedEventsWarning, aio
@@ -1383,13 +1380,7 @@ def test_what_a_failing_multi_bus_had_applied_is_not_kept() -> None:
 
 
 def test_both_twins() -> None:
-    """This file runs over the twin that was selected: run it over the other one, too."""
-    if commitbus.implementation == "pure":
-        pytest.skip("this is the other one")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    env = {**os.environ, "COMMITBUS_NO_EXTENSIONS": "1", "COMMITBUS_TEST_PURE_ONLY": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:]
+    run_over_the_other_twin(__file__)
 
 
 def test_the_types_are_what_they_say() -> None:

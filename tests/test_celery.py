@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
-import sys
 import threading
 import time
 from contextlib import suppress
@@ -18,10 +16,10 @@ pytest.importorskip("celery", reason="Celery is not installed")
 import celery as _celery
 from celery import canvas as _canvas
 from celery.signals import before_task_publish
+from conftest import run_over_the_other_twin
 from kombu.exceptions import OperationalError
 from servers import RABBITMQ
 
-import commitbus
 from commitbus import use_orchestrator_or_create_multi_event_bus
 from commitbus.integrations import celery as integration
 from commitbus.integrations.celery import CeleryEventBus
@@ -408,10 +406,4 @@ def test_bad_input() -> None:
 
 
 def test_both_twins() -> None:
-    """This file runs over the twin that was selected: run it over the other one, too."""
-    if commitbus.implementation == "pure":
-        pytest.skip("this is the other one")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x", __file__]
-    env = {**os.environ, "COMMITBUS_NO_EXTENSIONS": "1", "COMMITBUS_TEST_PURE_ONLY": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:]
+    run_over_the_other_twin(__file__)

@@ -32,7 +32,7 @@ if not settings.configured:
     )
     django.setup()
 
-from conftest import notes
+from conftest import notes, run_over_the_other_twin
 from django.db import connections, transaction
 from django.http import HttpResponse
 from django.test import Client, TestCase, TransactionTestCase
@@ -740,10 +740,4 @@ def test_pytest_django(tmp_path: Any) -> None:
 
 
 def test_both_twins() -> None:
-    """This file runs over the twin that was selected: run it over the other one, too."""
-    if commitbus.implementation == "pure":
-        pytest.skip("this is the other one")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x", __file__]
-    env = {**os.environ, "COMMITBUS_NO_EXTENSIONS": "1", "COMMITBUS_TEST_PURE_ONLY": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:]
+    run_over_the_other_twin(__file__)

@@ -17,14 +17,13 @@ pytest.importorskip("psycopg", reason="psycopg is not installed")
 
 import procrastinate as _procrastinate
 import psycopg as _psycopg
-from conftest import notes
+from conftest import notes, run_over_the_other_twin
 from procrastinate.exceptions import AlreadyEnqueued
 from servers import POSTGRES
 from sqlalchemy import create_engine, event, text
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-import commitbus
 from commitbus import (
     AbstractEventBus,
     BasicEventBus,
@@ -686,10 +685,4 @@ def test_async_a_session_that_has_no_connection_yet(dsn: str) -> None:
 
 
 def test_both_twins() -> None:
-    """This file runs over the twin that was selected: run it over the other one, too."""
-    if commitbus.implementation == "pure":
-        pytest.skip("this is the other one")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x", __file__]
-    env = {**os.environ, "COMMITBUS_NO_EXTENSIONS": "1", "COMMITBUS_TEST_PURE_ONLY": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:]
+    run_over_the_other_twin(__file__)

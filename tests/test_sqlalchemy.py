@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
-import subprocess
-import sys
 import weakref
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any, cast
@@ -16,14 +14,13 @@ import pytest
 
 pytest.importorskip("sqlalchemy", reason="SQLAlchemy is not installed")
 
-from conftest import notes
+from conftest import notes, run_over_the_other_twin
 from servers import MARIADB, POSTGRES, skip_without_servers
 from sqlalchemy import String, create_engine, event, func, select, text
 from sqlalchemy.exc import IntegrityError, InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, scoped_session, sessionmaker
 
-import commitbus
 from commitbus import AbstractEventBus, BatchEventBus, MultiEventBus, UnappliedEventsWarning
 from commitbus.aio import AsyncEventBus, use_orchestrator_or_create_multi_event_bus
 from commitbus.integrations.sqlalchemy import leftovers, orchestrator
@@ -1110,10 +1107,4 @@ def test_a_session_that_is_not_async_in_the_async_unit_of_work(session: Session)
 
 
 def test_both_twins() -> None:
-    """This file runs over the twin that was selected: run it over the other one, too."""
-    if commitbus.implementation == "pure":
-        pytest.skip("this is the other one")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x", __file__]
-    env = {**os.environ, "COMMITBUS_NO_EXTENSIONS": "1", "COMMITBUS_TEST_PURE_ONLY": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:]
+    run_over_the_other_twin(__file__)

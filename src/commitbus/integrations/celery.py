@@ -264,7 +264,7 @@ class _Sent:
             except Exception as error:
                 if producer is not None and isinstance(error, self.connection.channel_errors):
                     # Of a message before it, mostly: the broker closes the channel some time after that.
-                    self.end(error, {at, *range(at + 1, len(events))})
+                    self.end(error, set(range(at, len(events))))
                     return
                 self.errors[at] = error
         if self.waiting:
@@ -276,10 +276,9 @@ class _Sent:
         while self.waiting:
             try:
                 self.line.drain_events(timeout=max(end - time.monotonic(), 0.001))
-            except TimeoutError as error:
+            except TimeoutError:
                 if time.monotonic() >= end:
                     self.end(TimeoutError(f"it said nothing for {self.timeout} seconds"), set())
-                    del error
                     return
             except Exception as error:
                 self.end(error, set())

@@ -9,6 +9,7 @@ from commitbus import _messages
 from commitbus._context import committed
 from commitbus.aio import AsyncEventBus, apply_batch
 from commitbus.batch_event_bus import BatchEventBus
+from commitbus.event_bus import AbstractEventBus
 
 try:
     import psycopg as _psycopg
@@ -49,11 +50,6 @@ def _make_job(app: App, task: object, arguments: dict[str, Any]) -> Job:
     return job if own else job.evolve(task_kwargs=json.loads(text))
 
 
-def _check_event(bus: object, event: object) -> None:
-    if not isinstance(event, Job):
-        raise _messages.not_a_job(bus, event)
-
-
 def _checked(bus: object, app: App, connection: Any, kind: type[Any]) -> Any:
     """Give the connection of the transaction, or say why nothing can be stored on it."""
     if connection is None:
@@ -92,7 +88,50 @@ def _manager(bus: object, app: Any, connection: object, kind: type[Any]) -> JobM
     return JobManager(kind(json_dumps=getattr(connector, "_json_dumps", None)))
 
 
-class ProcrastinateEventBus(BatchEventBus[Job]):
+class _Outbox(AbstractEventBus[Job]):
+    """What both outboxes have: jobs, and that they belong to the transaction."""
+
+    applies_before_commit: ClassVar[bool] = True
+    _app: App
+
+    def defer(self, task: Task[Any, Any, Any] | JobDeferrer, /, **arguments: Any) -> None:
+        """Publish the job of a task.
+
+        Parameters
+        ----------
+        task : procrastinate task, or what its ``configure`` gives
+            With a queue, a lock, a queueing lock, a schedule, a priority.
+        arguments
+            Of the task: what JSON has. They are copied.
+
+        Raises
+        ------
+        TypeError
+            When `task` is no task, or JSON has not what an argument is. The bus is as it was.
+        ValueError
+            When an argument is a number, or a text, that PostgreSQL does not store.
+        """
+        self.publish(_make_job(self._app, task, arguments))
+
+    def publish(self, event: Job) -> None:
+        """Add a job: `defer` makes one of a task.
+
+        Parameters
+        ----------
+        event : procrastinate.jobs.Job
+            The bus keeps a reference until it was stored.
+
+        Raises
+        ------
+        TypeError
+            When it is anything else. The bus is as it was.
+        """
+        if not isinstance(cast("object", event), Job):
+            raise _messages.not_a_job(self, event)
+        super().publish(event)
+
+
+class ProcrastinateEventBus(BatchEventBus[Job], _Outbox):  # in this order: the first decides how it is applied
     """Stores jobs in the transaction of the data: they are there if, and only if, that was committed.
 
     Apply it before the commit. A unit of work does so with the buses of this class that are wrapped with its
@@ -133,46 +172,9 @@ class ProcrastinateEventBus(BatchEventBus[Job]):
     ...         jobs.apply(commit=True)
     """
 
-    applies_before_commit: ClassVar[bool] = True
-
     def __init__(self, app: App, connection: psycopg.Connection[Any] | Callable[[], Any] | None) -> None:
         self._manager = _manager(self, app, connection, SyncPsycopgConnector)
         self._app, self._connection = app, connection
-
-    def defer(self, task: Task[Any, Any, Any] | JobDeferrer, /, **arguments: Any) -> None:
-        """Publish the job of a task.
-
-        Parameters
-        ----------
-        task : procrastinate task, or what its ``configure`` gives
-            With a queue, a lock, a queueing lock, a schedule, a priority.
-        arguments
-            Of the task: what JSON has. They are copied.
-
-        Raises
-        ------
-        TypeError
-            When `task` is no task, or JSON has not what an argument is. The bus is as it was.
-        ValueError
-            When an argument is a number, or a text, that PostgreSQL does not store.
-        """
-        self.publish(_make_job(self._app, task, arguments))
-
-    def publish(self, event: Job) -> None:
-        """Add a job: `defer` makes one of a task.
-
-        Parameters
-        ----------
-        event : procrastinate.jobs.Job
-            The bus keeps a reference until it was stored.
-
-        Raises
-        ------
-        TypeError
-            When it is anything else. The bus is as it was.
-        """
-        _check_event(self, event)
-        super().publish(event)
 
     def apply(self, commit: bool, *, robust: bool = False, rounds: int = 1) -> list[Job]:
         """Store the jobs that are pending, in the transaction that is open.
@@ -226,7 +228,7 @@ class ProcrastinateEventBus(BatchEventBus[Job]):
         return connection.transaction()
 
 
-class AsyncProcrastinateEventBus(AsyncEventBus[Job]):
+class AsyncProcrastinateEventBus(AsyncEventBus[Job], _Outbox):
     """The same, for a connection of psycopg that is asynchronous: applied with ``await bus.apply_async(commit)``.
 
     Parameters
@@ -242,46 +244,9 @@ class AsyncProcrastinateEventBus(AsyncEventBus[Job]):
         When one of them is anything else.
     """
 
-    applies_before_commit: ClassVar[bool] = True
-
     def __init__(self, app: App, connection: psycopg.AsyncConnection[Any] | Callable[[], Any]) -> None:
         self._manager = _manager(self, app, connection, PsycopgConnector)
         self._app, self._connection = app, connection
-
-    def defer(self, task: Task[Any, Any, Any] | JobDeferrer, /, **arguments: Any) -> None:
-        """Publish the job of a task.
-
-        Parameters
-        ----------
-        task : procrastinate task, or what its ``configure`` gives
-            With a queue, a lock, a queueing lock, a schedule, a priority.
-        arguments
-            Of the task: what JSON has. They are copied.
-
-        Raises
-        ------
-        TypeError
-            When `task` is no task, or JSON has not what an argument is. The bus is as it was.
-        ValueError
-            When an argument is a number, or a text, that PostgreSQL does not store.
-        """
-        self.publish(_make_job(self._app, task, arguments))
-
-    def publish(self, event: Job) -> None:
-        """Add a job: `defer` makes one of a task.
-
-        Parameters
-        ----------
-        event : procrastinate.jobs.Job
-            The bus keeps a reference until it was stored.
-
-        Raises
-        ------
-        TypeError
-            When it is anything else. The bus is as it was.
-        """
-        _check_event(self, event)
-        super().publish(event)
 
     async def apply_async(
         self,

@@ -185,18 +185,18 @@ class SessionBuses(AsyncMultiEventBus):
         Each session would apply or drop what was published in the other.
         """
         known = _wrapped.get(id(event_bus))
-        before: SessionBuses | None = None
+        takes_over = False
         if known is not None and known[0]() is event_bus:
             other = known[1]()
             if other is not None and other is not self and other._session() is not None:
                 if not other.is_closed:
                     raise _messages.bus_of_another_session(event_bus)
-                before = other
+                takes_over = True
         self.is_closed = False
         delayed = super().wrap(event_bus)
         if event_bus.applies_before_commit or holds_buses(event_bus):
             self.has_outbox = True
-        if before is not None:  # an event on the bus itself would register it there
+        if takes_over:  # an event on the bus itself would register it there
             cast("Any", delayed)._commitbus_let_go(weakref.ref(self))
         identity = id(event_bus)
         _wrapped[identity] = (weakref.ref(event_bus, lambda _: _wrapped.pop(identity, None)), weakref.ref(self))
@@ -220,13 +220,7 @@ class _Bound:
         self.applying = False
         self.committed: set[SessionTransaction] = set()
         self.savepoints: dict[SessionTransaction, Savepoint] = {}
-        nested: list[SessionTransaction] = []
-        one = session.get_nested_transaction()
-        while one is not None:
-            if one.nested:
-                nested.append(one)
-            one = one.parent
-        for transaction in reversed(nested):  # open already
+        for transaction in reversed(_open_savepoints(session)):
             self.savepoints[transaction] = self.buses.savepoint()
         ending = session.get_nested_transaction() or session.get_transaction()
         if ending is not None and getattr(cast("Any", ending)._state, "name", None) == "COMMITTED":
@@ -265,13 +259,9 @@ class _Bound:
         """Refuse, while nothing is done yet, what could not be applied after the commit."""
         if self.applying:
             return
-        nested = session.get_nested_transaction()
-        open_ones: set[SessionTransaction] = set()
-        while nested is not None:
-            open_ones.add(nested)
-            nested = nested.parent
+        still_open = _open_savepoints(session)
         for transaction in list(self.savepoints):
-            if transaction not in open_ones:  # somebody's listener, before this one, has hidden its end
+            if transaction not in still_open:  # somebody's listener, before this one, has hidden its end
                 self.end_savepoint(transaction)
         if not in_greenlet() and (bus := self.asynchronous()) is not None:
             raise _messages.not_applied_in_commit(bus)
@@ -388,6 +378,17 @@ def _method(cls: type[Session], name: str) -> Callable[..., Any]:
         return vars(self)["_commitbus_bound"].end(self, name, args, kwargs)
 
     return method
+
+
+def _open_savepoints(session: Session) -> list[SessionTransaction]:
+    """List the savepoints that are open, the innermost first."""
+    found: list[SessionTransaction] = []
+    one = session.get_nested_transaction()
+    while one is not None:
+        if one.nested:
+            found.append(one)
+        one = one.parent
+    return found
 
 
 def _listen(name: str) -> None:
