@@ -461,6 +461,38 @@ def test_rule_7_static_and_class_methods_as_hooks(twin: Any) -> None:
     assert calls == [(1, True), (Class, 1, True), ("p", 1, True)]
 
 
+def test_rule_7_a_mixin_before_a_bus_takes_nothing_from_it(twin: Any) -> None:
+    log: list[object] = []
+
+    class Mixin(twin.AbstractEventBus):  # type: ignore[misc, name-defined]
+        pass
+
+    class Basic(Mixin, twin.BasicEventBus):  # type: ignore[misc, name-defined]
+        pass
+
+    class Batch(Mixin, twin.BatchEventBus):  # type: ignore[misc, name-defined]
+        def _apply_events(self, events: list[int], commit: bool) -> None:
+            log.append((events, commit))
+
+    class Shared(Mixin, twin.SharedSideEffectsEventBus):  # type: ignore[misc, name-defined]
+        pass
+
+    class Multi(Mixin, twin.MultiEventBus):  # type: ignore[misc, name-defined]
+        pass
+
+    for bus, what in ((Basic(), "int is not callable"), (Shared(), "int"), (Multi(), "int")):
+        with pytest.raises(TypeError, match=what):
+            bus.publish(5)
+    batch = Batch()
+    batch.publish_all([1, 2, 3])
+    shared = Shared()
+    shared.publish(twin.SideEffectCall(lambda *, commit: log.append(twin.SharedSideEffectContext.current())))
+    multi = Multi()
+    multi.publish_all([twin.DelayedEventBus(bus) for bus in (batch, shared)])
+    multi.apply(True)
+    assert log == [([1, 2, 3], True), shared.context]
+
+
 def test_rule_7_init_need_not_call_super(twin: Any) -> None:
     class Configured(twin.BasicEventBus):
         def __init__(self, name: str, *, size: int) -> None:

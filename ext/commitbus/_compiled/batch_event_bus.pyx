@@ -36,6 +36,8 @@ cdef Batches batches(object function, Py_ssize_t size):
 
 
 cdef class BatchStore(EventStore):
+    cdef bint differs  # as in `CallableStore`
+
     batch_size = None
 
     cdef object hook(self, bint* method):

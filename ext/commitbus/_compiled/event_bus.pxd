@@ -38,7 +38,9 @@ cdef class EventStore(Source):
 
 
 cdef class CallableStore(EventStore):
-    pass
+    # Never used. Python takes the C methods of the base whose memory differs from the others', and of the first
+    # base where none does: a mixin of `AbstractEventBus`, before this one, would bring those of `EventStore`.
+    cdef bint differs
 
 
 cdef int class_flags(object bus) except -1
