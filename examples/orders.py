@@ -139,6 +139,9 @@ class InMemory:
 
     work = None
 
+    def settle(self) -> None:
+        """Wait for nothing: what a killed process had begun ended with it."""
+
     def close(self) -> None:
         """Leave nothing: the folder is removed."""
 
@@ -167,7 +170,7 @@ class Outbox:
             connection.execute(f"SET search_path TO {schema}".encode())
             connection.execute(sql)
             connection.execute(b"CREATE TABLE orders (number integer PRIMARY KEY)")
-        self.dsn = f"{dsn}{'&' if '?' in dsn else '?'}options=-csearch_path%3D{schema}"
+        self.dsn = f"{dsn}{'&' if '?' in dsn else '?'}application_name={schema}&options=-csearch_path%3D{schema}"
 
     def app(self) -> tuple[Any, Any]:
         """Make the app and its task: in the process that uses it."""
@@ -211,6 +214,15 @@ class Outbox:
 
         asyncio.run(main())
 
+    def settle(self) -> None:
+        """Wait until the server has seen that a process is gone: what it had sent before is still done."""
+        import psycopg
+
+        left = "SELECT count(*) FROM pg_stat_activity WHERE application_name = %s AND pid <> pg_backend_pid()"
+        with psycopg.connect(self.dsn, autocommit=True) as connection:
+            while connection.execute(left, [SCHEMA]).fetchone() != (0,):
+                time.sleep(0.01)
+
     def close(self) -> None:
         """Drop the schema."""
         import psycopg
@@ -249,8 +261,10 @@ def run(way: Any, orders: int, kills: int, seed: int | None, advance: Callable[[
         life = None if seed is None else chance.uniform(*LIFE)
         killed = let_live(way.take, (target,), life)
         outcome.kills += killed
+        way.settle()
         if way.work is not None and seed is not None:
             outcome.workers_killed += let_live(way.work, (), chance.uniform(*LIFE_OF_A_WORKER))
+            way.settle()
         advance(outcome.kills if kills else len(way.committed()))
         if not killed:
             if seed is None or outcome.kills >= kills:
