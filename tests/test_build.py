@@ -74,7 +74,7 @@ def test_with_a_compiler(sdist: Path, tmp_path: Path) -> None:
     sources = (sdist / "ext" / "commitbus" / "_compiled").glob("*.pyx")
     assert built == {f"commitbus/_compiled/{path.stem}" for path in sources}
     assert "none-any" not in wheel
-    assert {"commitbus/py.typed", "shared/side_effects.py", "shared/event_bus/__init__.py"} <= set(names)
+    assert {"commitbus/py.typed", "shared/side_effects/__init__.py", "shared/event_bus/__init__.py"} <= set(names)
     assert "shared/__init__.py" not in names
     assert not [name for name in names if name.endswith((".pyx", ".c")) or name.startswith(("tests", "ext"))]
     assert (tmp_path / wheel).stat().st_size < 450 * 1024  # about 40 KB for each of eight modules

@@ -175,17 +175,20 @@ def test_drop_in_names_that_are_gone(tmp_path: Path, there: bool) -> None:
     info = tmp_path / "commitbus-0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: commitbus\nVersion: 0\n")
-    (info / "RECORD").write_text("commitbus/__init__.py,,\nshared/event_bus/__init__.py,,\nshared/side_effects.py,,\n")
+    (info / "RECORD").write_text(
+        "commitbus/__init__.py,,\nshared/event_bus/__init__.py,,\nshared/side_effects/__init__.py,,\n"
+    )
     if there:
         (tmp_path / "shared/event_bus").mkdir(parents=True)
         (tmp_path / "shared/event_bus/__init__.py").touch()
-        (tmp_path / "shared/side_effects.py").touch()
+        (tmp_path / "shared/side_effects").mkdir()
+        (tmp_path / "shared/side_effects/__init__.py").touch()
     done = run("--seconds", "0.1", PYTHONPATH=str(tmp_path))
     assert done.returncode == 0
     if there:
         assert done.stderr == ""
     else:
-        assert "the drop-in names are gone (shared/event_bus/__init__.py and 1 more files)" in done.stderr
+        assert "the drop-in names are gone (shared/event_bus/__init__.py and 1 more)" in done.stderr
         assert "pip install --force-reinstall --no-deps commitbus" in done.stderr
 
 
