@@ -106,6 +106,7 @@ def types(session: nox.Session) -> None:
     session.run("mypy")
     session.run("pyright")
     session.run("pyright", "--verifytypes", "commitbus", "--ignoreexternal")
+    session.run("python", "-m", "pytest", "-q", "tests/test_drop_in_types.py")
 
 
 @nox.session
@@ -240,6 +241,8 @@ def coverage(session: nox.Session) -> None:
     with session.chdir(copy):
         # The plugin needs the .c beside the .pyx, and line tracing, which makes the extension slow.
         flags = "-DCYTHON_TRACE=1 -DCYTHON_USE_SYS_MONITORING=0"
+        session.run("python", "ext/compiled_twin.py", "documented")
+        shutil.copytree("documented", "ext", dirs_exist_ok=True)
         sources = sorted(Path("ext/commitbus/_compiled").glob("*.pyx"))
         for source in sources:
             session.run("cython", "-I", "ext", "-X", "linetrace=True", str(source))

@@ -10,6 +10,9 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
+sys.path.insert(0, "ext")
+from compiled_twin import BuildDocumented
+
 
 def switched_on(name: str) -> bool:
     return os.environ.get(name, "") not in {"", "0"}
@@ -17,7 +20,6 @@ def switched_on(name: str) -> bool:
 
 extensions = []
 if not switched_on("COMMITBUS_NO_EXTENSIONS") and sys.implementation.name == "cpython":
-    # setuptools has Cython compile them; cythonize() would drop `optional`.
     for source in sorted(Path("ext/commitbus/_compiled").glob("*.pyx")):
         extension = Extension(
             f"commitbus._compiled.{source.stem}",
@@ -27,8 +29,6 @@ if not switched_on("COMMITBUS_NO_EXTENSIONS") and sys.implementation.name == "cp
             extra_compile_args=[] if sys.platform == "win32" else ["-g0", "-O2"],
             extra_link_args=["-Wl,-s"] if sys.platform == "linux" else [],
         )
-        extension.cython_c_in_temp = True
-        extension.cython_include_dirs = ["ext"]
         extensions.append(extension)
 
-setup(ext_modules=extensions)
+setup(ext_modules=extensions, cmdclass={"build_ext": BuildDocumented})

@@ -464,20 +464,20 @@ def test_rule_7_static_and_class_methods_as_hooks(twin: Any) -> None:
 def test_rule_7_a_mixin_before_a_bus_takes_nothing_from_it(twin: Any) -> None:
     log: list[object] = []
 
-    class Mixin(twin.AbstractEventBus):  # type: ignore[misc, name-defined]
+    class Mixin(twin.AbstractEventBus):
         pass
 
-    class Basic(Mixin, twin.BasicEventBus):  # type: ignore[misc, name-defined]
+    class Basic(Mixin, twin.BasicEventBus):
         pass
 
-    class Batch(Mixin, twin.BatchEventBus):  # type: ignore[misc, name-defined]
+    class Batch(Mixin, twin.BatchEventBus):
         def _apply_events(self, events: list[int], commit: bool) -> None:
             log.append((events, commit))
 
-    class Shared(Mixin, twin.SharedSideEffectsEventBus):  # type: ignore[misc, name-defined]
+    class Shared(Mixin, twin.SharedSideEffectsEventBus):
         pass
 
-    class Multi(Mixin, twin.MultiEventBus):  # type: ignore[misc, name-defined]
+    class Multi(Mixin, twin.MultiEventBus):
         pass
 
     for bus, what in ((Basic(), "int is not callable"), (Shared(), "int"), (Multi(), "int")):

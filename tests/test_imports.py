@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -23,7 +24,7 @@ MODULES = [
         "commitbus._pure": PACKAGE.glob("_pure/*.py"),
         "commitbus._compiled": () if PURE_ONLY else PACKAGE.glob("_compiled/*.py"),
         "shared.event_bus": PACKAGE.parent.glob("shared/event_bus/*.py"),
-        "shared": PACKAGE.parent.glob("shared/*.py"),
+        "shared.side_effects": PACKAGE.parent.glob("shared/side_effects/*.py"),
     }.items()
     for path in sorted(files)
     if path.stem != "__main__"
@@ -110,6 +111,33 @@ def test_an_extension_of_which_a_part_is_absent_raises(tmp_path: Path) -> None:
     shutil.copy(shared_object, package / "_compiled")
     done = run_in(tmp_path)
     assert "No module named 'commitbus._compiled." in done.stderr
+
+
+@pytest.mark.skipif(PURE_ONLY, reason="COMMITBUS_TEST_PURE_ONLY is set: there is no extension to be old")
+def test_an_extension_of_another_version_raises(tmp_path: Path) -> None:
+    package = copy_package(tmp_path)
+    for shared_object in PACKAGE.glob("_compiled/*.*so"):
+        shutil.copy(shared_object, package / "_compiled")
+    assert run_in(tmp_path).stdout == "compiled: \n"
+    init = package / "__init__.py"
+    init.write_text(init.read_text().replace(f'__version__ = "{commitbus.__version__}"', '__version__ = "99.0"'))
+    done = run_in(tmp_path)
+    assert done.stderr.endswith(
+        f"ImportError: the compiled twin was built for commitbus {commitbus.__version__}, and lies beside the Python "
+        "files of 99.0; install it again: pip install --force-reinstall commitbus\n"
+    )
+
+
+def test_dir_has_the_public_names_alone() -> None:
+    for name in ["commitbus", *MODULES]:
+        module = importlib.import_module(name)
+        if not any(part.startswith("_") for part in name.split(".")) and not name.startswith("shared"):
+            assert dir(module) == sorted(module.__all__), name
+            assert not [each for each in dir(module) if each.startswith("_") and each != "__version__"]
+
+
+def test_the_version_is_that_of_the_distribution() -> None:
+    assert commitbus.__version__ == importlib.metadata.version("commitbus")
 
 
 @pytest.mark.skipif(PURE_ONLY, reason="COMMITBUS_TEST_PURE_ONLY is set: there is only one twin")

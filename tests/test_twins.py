@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from typing import Any
+from unittest import mock
 
 import pytest
 from conftest import load
@@ -16,11 +17,6 @@ HOOKS = {"_apply_event", "_apply_events", "_collect_event"}
 
 def names(cls: type) -> set[str]:
     return {name for name in dir(cls) if not name.startswith("_") or name in HOOKS}
-
-
-def first_line(thing: Any) -> str | None:
-    text = inspect.getdoc(thing)
-    return text.splitlines()[0] if text else None
 
 
 def parameters(function: Any) -> list[tuple[str, Any, Any]]:
@@ -45,21 +41,53 @@ def test_modules_docstrings_and_signatures(twins: tuple[Any, Any], name: str) ->
     assert not pure.__module__.startswith("commitbus._")
     assert pure.__name__ == compiled.__name__ == name
     assert pure.__qualname__ == compiled.__qualname__ == name
-    assert first_line(pure) == first_line(compiled) is not None
-    if not isinstance(pure, type):
-        assert parameters(pure) == parameters(compiled)
+    assert inspect.getdoc(pure) == inspect.getdoc(compiled) is not None
+    if pure is compiled:
         return
-    if name == "SideEffectCall":
-        assert parameters(pure) == parameters(compiled)
+    assert parameters(pure) == parameters(compiled)
+    if not isinstance(pure, type):
+        return
     for member in sorted(names(pure)):
         one, other = inspect.getattr_static(pure, member), inspect.getattr_static(compiled, member)
         if one is other:
             continue  # inherited from the same class
-        assert first_line(one) == first_line(other) is not None, member
+        assert inspect.getdoc(one) == inspect.getdoc(other) is not None, member
         if callable(one):
             assert parameters(one) == parameters(other), member
         else:
             assert isinstance(one, property | staticmethod), member
+
+
+def test_the_signature_of_a_class_is_that_of_its_init(twin: Any) -> None:
+    class Bus(twin.AbstractEventBus):
+        def __init__(self, address: str, *, port: int = 25) -> None: ...
+
+        def _apply_event(self, event: object, commit: bool) -> None: ...
+
+        def __call__(self, word: str) -> None: ...
+
+    class Delayed(twin.DelayedEventBus):
+        pass
+
+    assert list(inspect.signature(Bus).parameters) == ["address", "port"]
+    assert inspect.signature(Bus).parameters["port"].default == 25
+    assert list(inspect.signature(Bus("a")).parameters) == ["word"]
+    assert list(inspect.signature(Delayed).parameters) == ["actual_event_bus"]
+    assert str(inspect.signature(twin.MultiEventBus)) == str(inspect.signature(twin.AbstractEventBus)) == "()"
+    mock.create_autospec(Bus)("a").apply(True)
+    mock.create_autospec(twin.BasicEventBus, instance=True).apply(True)
+
+
+def test_dir_of_a_bus_shows_nothing_private(twin: Any) -> None:
+    hooks = {"_apply_event", "_apply_events", "_collect_event"}
+    python = {"_abc_impl", "_is_protocol"}
+    for name in ("BasicEventBus", "MultiEventBus", "SharedSideEffectsEventBus"):
+        bus = getattr(twin, name)()
+        bus._mine = 1
+        for each in (bus, twin.DelayedEventBus(bus) if name != "MultiEventBus" else bus):
+            private = {member for member in dir(each) if member.startswith("_") and not member.startswith("__")}
+            assert private <= hooks | python | {"_mine"}, private
+        assert "_mine" in dir(bus)
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -145,6 +173,16 @@ def make_misuses(twin: Any) -> dict[str, Any]:
         "no function": lambda: call(),
         "no function, but keywords": lambda: call(x=1),
         "no base": lambda: type("Sub", (call,), {}),
+        "apply without commit": lambda: twin.BasicEventBus().apply(),
+        "apply of a multi bus without commit": lambda: multi.apply(),
+        "apply of a delayed bus without commit": lambda: twin.DelayedEventBus(Bus()).apply(),
+        "apply without delay and commit": lambda: twin.DelayedEventBus(Bus()).apply_without_delay(),
+        "apply of pairs without commit": lambda: twin.DelayedEventBus(Bus()).side_effects_bus.apply(),
+        "apply without commit, but keywords": lambda: twin.BasicEventBus().apply(robust=True),
+        "unit of work without commit": lambda: twin.use_orchestrator_or_create_multi_event_bus(None),
+        "collect without commit": lambda: twin.BasicEventBus().collect(),
+        "call without commit": lambda: call(print)(),
+        "delayed without a bus": lambda: twin.DelayedEventBus(),
         "no orchestrator": lambda: twin.use_orchestrator_or_create_multi_event_bus(3, True).__enter__(),
         "no current context": lambda: twin.SharedSideEffectContext.current(),
         "no commit": lambda: twin.SharedSideEffectsEventBus().context.commit,

@@ -1,5 +1,7 @@
 """An event bus for side effects: nothing happens until ``apply(commit=...)``."""
 
+__version__ = "0.1.0"
+
 from commitbus._looking import tree
 from commitbus._select import implementation
 from commitbus.batch_event_bus import (
@@ -36,8 +38,6 @@ from commitbus.side_effects import (
     if_committed,
 )
 
-__version__ = "0.1.0"
-
 __all__ = [
     "AbstractEventBus",
     "BasicEventBus",
@@ -60,3 +60,8 @@ __all__ = [
     "tree",
     "use_orchestrator_or_create_multi_event_bus",
 ]
+
+
+def __dir__() -> list[str]:
+    """List the public names: what completion shows."""
+    return __all__

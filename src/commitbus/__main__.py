@@ -148,7 +148,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     if missing := missing_files():
         print(
-            f"python -m commitbus: the drop-in names are gone ({missing[0]} and {len(missing) - 1} more files), "
+            f"python -m commitbus: the drop-in names are gone ({missing[0]} and {len(missing) - 1} more), "
             "as when the distribution that had them before is uninstalled last; bring them back with: "
             "pip install --force-reinstall --no-deps commitbus",
             file=sys.stderr,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, cast
+from types import WrapperDescriptorType
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from commitbus import _messages
 from commitbus._naming import describe, is_delayed
@@ -16,14 +17,39 @@ if TYPE_CHECKING:
 _name_of = vars(type)["__name__"].__get__
 
 
+class ClassSignature:
+    """What `inspect.signature` gives for a class: a ``__new__`` that takes anything, or that is in C, would hide it."""
+
+    def __init__(self, *parameters: str) -> None:
+        self.parameters = parameters  # where ``__init__`` is in C
+
+    def __get__(self, instance: object, owner: type[Any]) -> Any:
+        """Give the signature of a class, as its ``__init__`` has it."""
+        from inspect import Parameter, Signature, signature
+
+        init = owner.__init__
+        if instance is not None:  # a bus that a subclass made callable
+            raise AttributeError("__signature__")
+        if isinstance(init, WrapperDescriptorType):
+            names = () if init is object.__init__ else self.parameters
+            return Signature([Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in names])
+        given = signature(init)
+        return given.replace(parameters=list(given.parameters.values())[1:], return_annotation=Signature.empty)
+
+
 class Shown:
     """Says in its ``repr`` what a bus is and how much it holds, never what."""
 
     __slots__ = ()
+    __signature__: ClassVar[ClassSignature] = ClassSignature()
 
     def __repr__(self) -> str:
         """Say how much the bus holds."""
         return f"<{headline(self)}>"
+
+    def __dir__(self) -> list[str]:
+        """List what is not commitbus's own: what completion shows."""
+        return [name for name in super().__dir__() if not name.startswith("_commitbus_")]
 
 
 def tree(bus: EventBus[Any], *, most: int = 5) -> str:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from commitbus._interfaces import PartlyApplied
 
 _FUNCTIONS = (FunctionType, BuiltinFunctionType, type)
+MISSING: object = object()  # stands for an argument that was not given, in the compiled twin
 
 
 # Notes on errors that pass through a bus
@@ -710,6 +711,11 @@ def pending_after_test(count: int) -> str:
 def not_a_recorded_bus(value: object) -> TypeError:
     """Refuse to look for the events of what is no bus."""
     return TypeError(f"of() takes a bus or a class of buses, not {type_name(type(value))}; pass the bus itself")
+
+
+def missing_argument(function: str, parameter: str, kind: str = "positional") -> TypeError:
+    """Say what Python says where an argument is missing: for the compiled twin, whose own words name less."""
+    return TypeError(f"{function}() missing 1 required {kind} argument: {parameter!r}")
 
 
 def no_arguments(cls: type) -> TypeError:

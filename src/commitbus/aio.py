@@ -40,6 +40,12 @@ __all__ = [
     "use_orchestrator_or_create_multi_event_bus",
 ]
 
+
+def __dir__() -> list[str]:
+    """List the public names: what completion shows."""
+    return __all__
+
+
 T = TypeVar("T")
 Handler: TypeAlias = "Callable[[Any], object]"  # of the commit: what it returns is awaited if it can be
 

@@ -11,3 +11,8 @@ else:
     PartlyApplied = twin.PartlyApplied
 
 __all__ = ["BatchEventBus", "PartlyApplied"]
+
+
+def __dir__() -> list[str]:
+    """List the public names: what completion shows."""
+    return __all__

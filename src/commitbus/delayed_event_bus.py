@@ -13,3 +13,8 @@ else:
     SideEffectsBus = twin.SideEffectsBus  # pickles name it
 
 __all__ = ["DelayedEventBus"]
+
+
+def __dir__() -> list[str]:
+    """List the public names: what completion shows."""
+    return __all__

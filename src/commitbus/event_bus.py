@@ -18,3 +18,8 @@ else:
     EventBus = twin.EventBus
 
 __all__ = ["AbstractEventBus", "BasicEventBus", "CommittableFunction", "EventBus"]
+
+
+def __dir__() -> list[str]:
+    """List the public names: what completion shows."""
+    return __all__

@@ -12,6 +12,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Middleware", "add_middleware"]
 
+
+def __dir__() -> list[str]:
+    """List the public names: what completion shows."""
+    return __all__
+
+
 Middleware: TypeAlias = "Callable[[Callable[[], None], Any, Any, bool], None]"
 
 _numbers = count()

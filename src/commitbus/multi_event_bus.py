@@ -23,3 +23,8 @@ __all__ = [
     "UnappliedEventsWarning",
     "use_orchestrator_or_create_multi_event_bus",
 ]
+
+
+def __dir__() -> list[str]:
+    """List the public names: what completion shows."""
+    return __all__

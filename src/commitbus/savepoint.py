@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 __all__ = ["Savepoint"]
 
 
+def __dir__() -> list[str]:
+    """List the public names: what completion shows."""
+    return __all__
+
+
 _numbers = count()
 # The buses that a delayed bus collects within a savepoint, by identity, and the thread that does it: what user code
 # of another thread does meanwhile is refused.

@@ -12,3 +12,8 @@ else:
     SharedSideEffectsEventBus = twin.SharedSideEffectsEventBus
 
 __all__ = ["SharedSideEffectsEventBus"]
+
+
+def __dir__() -> list[str]:
+    """List the public names: what completion shows."""
+    return __all__

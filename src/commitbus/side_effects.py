@@ -16,3 +16,8 @@ else:
     if_committed = twin.if_committed
 
 __all__ = ["SharedSideEffectContext", "SideEffectCall", "if_committed"]
+
+
+def __dir__() -> list[str]:
+    """List the public names: what completion shows."""
+    return __all__

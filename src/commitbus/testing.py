@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 __all__ = ["Applied", "Failure", "InjectedFailure", "Pending", "Recording", "every_failure", "pending", "record"]
 
 
+def __dir__() -> list[str]:
+    """List the public names: what completion shows."""
+    return __all__
+
+
 class Applied(NamedTuple):
     """One event, when it was applied."""
 

@@ -27,8 +27,11 @@ from commitbus import _lock, _messages, _naming, _state
 from commitbus._compiled.side_effects_bus import SideEffectsBus
 from commitbus._context import gathering_of
 from commitbus._interfaces import EventBus, T, iterate
-from commitbus._looking import Shown
+from commitbus._looking import ClassSignature, Shown
 from commitbus.savepoint import Savepoint, collect_within, covering, check_open, moved, note_older
+
+# What stands for an argument that was not given.
+cdef object MISSING = _messages.MISSING
 
 
 cdef extern from "Python.h":
@@ -48,8 +51,10 @@ cdef extern from *:
 
 
 cdef class DelayedStore(Source):
-    def __init__(self, actual_event_bus):
+    def __init__(self, actual_event_bus=MISSING):
         """Wrap a bus."""
+        if actual_event_bus is MISSING:
+            raise _messages.missing_argument("DelayedEventBus.__init__", "actual_event_bus")
         # Every AbstractEventBus is one, and this check takes no time.
         if not isinstance(actual_event_bus, EventStore):
             raise _messages.not_a_bus(actual_event_bus)
@@ -114,12 +119,18 @@ cdef class DelayedStore(Source):
             if self.owner is not None:
                 self.register()
 
-    def apply(self, commit):
+    @cython.embedsignature(False)
+    def apply(self, commit=MISSING):
         """Collect what is pending in the wrapped bus; nothing is carried out."""
+        if commit is MISSING:
+            raise _messages.missing_argument("DelayedEventBus.apply", "commit")
         return self.collect(commit)
 
-    def apply_without_delay(self, commit, *, robust=False, rounds=1):
+    @cython.embedsignature(False)
+    def apply_without_delay(self, commit=MISSING, *, robust=False, rounds=1):
         """Carry out what ``apply`` collected so far, in order."""
+        if commit is MISSING:
+            raise _messages.missing_argument("DelayedEventBus.apply_without_delay", "commit")
         cdef EventStore actual = self.wrapped()
         cdef PairStore store = self.collected
         if rounds != 1:
@@ -388,6 +399,7 @@ class DelayedEventBus(DelayedStore, Shown, _state.Stateful, EventBus[T]):
     """A bus whose ``apply`` carries nothing out: it only collects, until `apply_without_delay`."""
 
     __module__ = "commitbus.delayed_event_bus"
+    __signature__ = ClassSignature("actual_event_bus")
 
 
 cdef object SIDE_EFFECTS = SideEffectsBus

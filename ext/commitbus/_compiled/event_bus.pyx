@@ -49,6 +49,8 @@ cdef extern from *:
     bint WITH_GIL
 
 cdef tuple EMPTY = ()
+# What stands for an argument that was not given.
+cdef object MISSING = _messages.MISSING
 # The extension types below, and those of the modules that build on this one.
 EXTENSION_TYPES = set()
 
@@ -334,8 +336,12 @@ cdef class EventStore(Source):
             for event in iterate(events):
                 publish(event)
 
-    def apply(self, commit, *, robust=False, rounds=1):
+    # A commit that was forgotten is told as the pure twin tells it: Cython names neither class nor parameter.
+    @cython.embedsignature(False)
+    def apply(self, commit=MISSING, *, robust=False, rounds=1):
         """Apply the pending events in the order in which they were published."""
+        if commit is MISSING:
+            raise _messages.missing_argument("AbstractEventBus.apply", "commit")
         if rounds != 1:
             return carry_out_in_rounds(self, self, commit, robust, rounds, None)
         failures = _messages.Failures() if robust else None
@@ -344,11 +350,14 @@ cdef class EventStore(Source):
             raise failures.end(self)
         return applied
 
-    def collect(self, commit):
+    @cython.embedsignature(False)
+    def collect(self, commit=MISSING):
         """Take the pending events, each with the callable that applies it."""
         cdef Py_ssize_t head = 0
         cdef list pairs = []
         cdef bint method = False
+        if commit is MISSING:
+            raise _messages.missing_argument("AbstractEventBus.collect", "commit")
         collect_event = look_up(self, "_collect_event", &method)
         if method and not is_default(collect_event, method):
             collect_event = self._collect_event

@@ -25,6 +25,9 @@ from commitbus._looking import events_to_apply
 from commitbus._unit_of_work import unit_of_work
 from commitbus.savepoint import refuse_open
 
+# What stands for an argument that was not given.
+cdef object MISSING = _messages.MISSING
+
 
 cdef extern from "Python.h":
     # No checks of type or index; borrowed.
@@ -202,8 +205,11 @@ cdef class MultiStore(EventStore):
         """Register a delayed bus: the next apply runs it."""
         self.add(event)
 
-    def apply(self, commit, *, robust=False, rounds=1):
+    @cython.embedsignature(False)
+    def apply(self, commit=MISSING, *, robust=False, rounds=1):
         """Apply the registered buses in the order in which they were registered."""
+        if commit is MISSING:
+            raise _messages.missing_argument("MultiEventBus.apply", "commit")
         if rounds != 1:
             return carry_out_in_rounds(self, self, commit, robust, rounds, gathering_of(self))
         failures = _messages.Failures() if robust else None
@@ -377,9 +383,10 @@ class MultiEventBus(MultiStore, AbstractEventBus[DelayedEventBus], EventBusOrche
     _commitbus_multi = True
 
 
+@cython.embedsignature(False)
 def use_orchestrator_or_create_multi_event_bus(
     event_bus_orchestrator,
-    commit,
+    commit=MISSING,
     *,
     commit_transaction=None,
     rollback_transaction=None,
@@ -388,6 +395,8 @@ def use_orchestrator_or_create_multi_event_bus(
     on_unapplied=None,
 ):
     """Run in the caller's unit of work or, without one, in a new one."""
+    if commit is MISSING:
+        raise _messages.missing_argument("use_orchestrator_or_create_multi_event_bus", "commit")
     return unit_of_work(
         MultiEventBus,
         event_bus_orchestrator,

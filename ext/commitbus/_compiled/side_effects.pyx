@@ -54,11 +54,24 @@ cdef extern from *:
     """
     bint WITH_GIL
 
+cdef extern from *:
+    """
+    #ifndef COMMITBUS_VERSION
+    #define COMMITBUS_VERSION ""
+    #endif
+    """
+    const char* COMMITBUS_VERSION
+
+# That of the Python files that this was built with, or nothing: see `commitbus._compiled`.
+version = COMMITBUS_VERSION.decode()
+
 cdef enum:
     FEW = 10  # arguments that need no memory of their own
 
 cdef tuple COMMIT = ("commit",)
 cdef tuple EMPTY = ()
+# What stands for an argument that was not given.
+cdef object MISSING = _messages.MISSING
 
 
 @cython.final
@@ -96,8 +109,10 @@ A function with its arguments, to be called with a ``commit`` of its own later."
             PyMem_Free(stack)
         return result
 
-    def __call__(self, *, commit):
+    def __call__(self, *, commit=MISSING):
         """Call the function with its arguments and ``commit``."""
+        if commit is MISSING:
+            raise _messages.missing_argument("SideEffectCall.__call__", "commit", "keyword-only")
         cdef PyObject* result = self.call(<PyObject*>commit)
         taken = <object>result
         Py_DECREF(taken)
@@ -237,12 +252,12 @@ cdef object tuple_new_call(PyTypeObject* cls, object args, PyObject* kwargs):
 _naming.see_through(SideEffectCall, SideEffectCall.function.__get__)
 
 # As fast as a SideEffectCall: what `def` makes of *args and **kwargs takes twice as long.
+cdef bytes if_committed_doc = \
+    b"if_committed(function, /, *args, **kwargs)\n--\n\n\
+Make a side effect of a function that knows nothing of ``commit``."
 cdef PyMethodDef if_committed_method
 if_committed_method.ml_name = b"if_committed"
 if_committed_method.ml_meth = <PyCFunction><void*>fastcall_if_committed
 if_committed_method.ml_flags = METH_FASTCALL | METH_KEYWORDS
-if_committed_method.ml_doc = (
-    b"if_committed(function, /, *args, **kwargs)\n--\n\n"
-    b"Make a side effect of a function that knows nothing of ``commit``."
-)
+if_committed_method.ml_doc = if_committed_doc
 if_committed = PyCFunction_NewEx(&if_committed_method, NULL, "commitbus.side_effects")

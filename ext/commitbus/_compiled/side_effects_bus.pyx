@@ -25,6 +25,9 @@ from commitbus._context import gathering
 from commitbus._interfaces import T, iterate
 from commitbus.middleware import surround_pair
 
+# What stands for an argument that was not given.
+cdef object MISSING = _messages.MISSING
+
 
 cdef extern from "Python.h":
     # No checks of type or index; borrowed.
@@ -140,8 +143,11 @@ cdef class PairStore(EventStore):
         """Add a pair, in constant time; nothing happens to it until it is applied."""
         self.add(event)
 
-    def apply(self, commit, *, robust=False, rounds=1):
+    @cython.embedsignature(False)
+    def apply(self, commit=MISSING, *, robust=False, rounds=1):
         """Apply the collected events in the order in which they were collected."""
+        if commit is MISSING:
+            raise _messages.missing_argument("SideEffectsBus.apply", "commit")
         if rounds != 1:
             return self.look(carry_out_in_rounds(self, self, commit, robust, rounds, None))
         failures = _messages.Failures() if robust else None

@@ -3,7 +3,14 @@
 # Type checkers read the pure twin.
 # pyright: reportMissingImports=false, reportUnknownVariableType=false, reportMissingModuleSource=false
 
-from commitbus._compiled.side_effects import SideEffectCall, if_committed  # isort: skip (its absence says that nothing was built)
+from commitbus._compiled.side_effects import SideEffectCall, if_committed, version  # isort: skip (its absence says that nothing was built)
+from commitbus import __version__ as _expected
+
+if version not in ("", _expected):  # else what it lacks would fail somewhere, later
+    raise ImportError(
+        f"the compiled twin was built for commitbus {version}, and lies beside the Python files of {_expected}; "
+        "install it again: pip install --force-reinstall commitbus"
+    )
 from commitbus._compiled.batch_event_bus import BatchEventBus
 from commitbus._compiled.delayed_event_bus import DelayedEventBus
 from commitbus._compiled.event_bus import AbstractEventBus, BasicEventBus

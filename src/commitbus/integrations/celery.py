@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 
 __all__ = ["CeleryEventBus"]
 
+
+def __dir__() -> list[str]:
+    """List the public names: what completion shows."""
+    return __all__
+
+
 # Celery and Kombu have no annotations.
 APP: Any = cast("Any", _celery).Celery
 SIGNATURE: Any = cast("Any", _canvas).Signature

@@ -26,6 +26,12 @@ if TYPE_CHECKING:
 
 __all__ = ["OnCommitEventBus", "leftovers", "orchestrator"]
 
+
+def __dir__() -> list[str]:
+    """List the public names: what completion shows."""
+    return __all__
+
+
 T = TypeVar("T")
 # Django's own code has no annotations.
 DEFAULT: str = cast("Any", _django).DEFAULT_DB_ALIAS

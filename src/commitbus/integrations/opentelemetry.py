@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 __all__ = ["instrument"]
 
 
+def __dir__() -> list[str]:
+    """List the public names: what completion shows."""
+    return __all__
+
+
 def instrument(
     tracer_provider: trace.TracerProvider | None = None, meter_provider: metrics.MeterProvider | None = None
 ) -> Callable[[], None]:

@@ -31,6 +31,11 @@ if TYPE_CHECKING:
 __all__ = ["AsyncProcrastinateEventBus", "ProcrastinateEventBus"]
 
 
+def __dir__() -> list[str]:
+    """List the public names: what completion shows."""
+    return __all__
+
+
 def _make_job(app: App, task: object, arguments: dict[str, Any]) -> Job:
     """Make the job of a task, with its arguments as they are now."""
     if isinstance(task, Task):

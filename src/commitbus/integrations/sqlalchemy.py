@@ -41,6 +41,12 @@ if TYPE_CHECKING:
 
 __all__ = ["leftovers", "orchestrator"]
 
+
+def __dir__() -> list[str]:
+    """List the public names: what completion shows."""
+    return __all__
+
+
 T = TypeVar("T")
 
 
