@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import sys
@@ -172,6 +173,7 @@ def dist(session: nox.Session) -> None:
     session.run("python", "-m", "build", "--outdir", str(tmp / "dist"), env=COMPILED)
     (wheel,) = (tmp / "dist").glob("*.whl")
     session.run("twine", "check", "--strict", *map(str, (tmp / "dist").iterdir()))
+    session.run("pyroma", "--min", "10", ".")
     session.run("check-wheel-contents", str(wheel))
     if sys.platform == "linux":
         session.run("auditwheel", "show", str(wheel))
@@ -185,6 +187,20 @@ def dist(session: nox.Session) -> None:
     with session.chdir(tmp):
         run = [python, "-m", "pytest", "-m", "not build", *session.posargs]
         session.run(*run, external=True, env={"CC": "false"})
+
+
+@nox.session(venv_backend="none")
+def releasable(session: nox.Session) -> None:
+    """Refuse what must not be published: no address, or no notes, or another version than the tag's."""
+    project = PYPROJECT["project"]
+    if ".invalid" in str(project):
+        session.error(
+            "the project has no address yet: set [project.urls] and the e-mail of the authors in pyproject.toml"
+        )
+    if (tag := os.environ.get("GITHUB_REF_NAME", "")).startswith("v") and tag != f"v{project['version']}":
+        session.error(f"the tag is {tag}, but pyproject.toml has version {project['version']}")
+    if "(unreleased)" in Path("CHANGELOG.md").read_text() or list(Path("changes").glob("*.*.md")):
+        session.error("CHANGELOG.md is not that of a release: run towncrier build, and set the date")
 
 
 @nox.session
@@ -241,7 +257,7 @@ def coverage(session: nox.Session) -> None:
     with session.chdir(copy):
         # The plugin needs the .c beside the .pyx, and line tracing, which makes the extension slow.
         flags = "-DCYTHON_TRACE=1 -DCYTHON_USE_SYS_MONITORING=0"
-        session.run("python", "ext/compiled_twin.py", "documented")
+        session.run("python", "ext/building.py", "documented")
         shutil.copytree("documented", "ext", dirs_exist_ok=True)
         sources = sorted(Path("ext/commitbus/_compiled").glob("*.pyx"))
         for source in sources:

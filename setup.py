@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: the extension modules, and whether to build them.
+"""What pyproject.toml cannot say: the extension modules, whether to build them, and the README of an index page.
 
 COMMITBUS_NO_EXTENSIONS=1       builds the pure package
 COMMITBUS_REQUIRE_EXTENSIONS=1  makes a failed compilation fatal; without it, the pure package is built
@@ -11,7 +11,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 
 sys.path.insert(0, "ext")
-from compiled_twin import BuildDocumented
+from building import BuildDocumented, readme
 
 
 def switched_on(name: str) -> bool:
@@ -31,4 +31,9 @@ if not switched_on("COMMITBUS_NO_EXTENSIONS") and sys.implementation.name == "cp
         )
         extensions.append(extension)
 
-setup(ext_modules=extensions, cmdclass={"build_ext": BuildDocumented})
+setup(
+    ext_modules=extensions,
+    cmdclass={"build_ext": BuildDocumented},
+    long_description=readme(),
+    long_description_content_type="text/markdown",
+)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -64,6 +65,20 @@ def test_the_sdist_is_complete(sdist: Path) -> None:
     assert {"tests/conftest.py", "benchmarks/reference.py", "examples/flights.py", "src/commitbus/py.typed"} <= names
     assert not {name for name in names if name.endswith((".c", ".so", ".pyc"))}
     assert "src/shared/__init__.py" not in names
+
+
+def test_the_readme_of_an_index_page_stands_alone(sdist: Path) -> None:
+    description = (sdist / "PKG-INFO").read_text(encoding="utf-8")
+    targets = re.findall(r"\]\(([^)]+)\)", description)
+    assert targets
+    assert not [target for target in targets if not target.startswith(("https://", "#"))]
+    pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", description)
+    assert pictures
+    # Where they point to is there, in the folder that the address stands for.
+    for target in targets:
+        if match := re.search(r"commitbus\.invalid/source/(blob|raw)/v[\d.]+/([^#]+)", target):
+            assert (match[1] == "raw") == (target in pictures)
+            assert (sdist / match[2]).exists(), target
 
 
 @pytest.mark.skipif(not CPYTHON, reason="only CPython has the extension")

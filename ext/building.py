@@ -1,4 +1,4 @@
-"""How the compiled twin is built: with the docstrings of the pure one, so that they are written once.
+"""What setup.py does: builds the compiled twin with the docstrings of the pure one, so that they are written once.
 
 What is compiled is a copy of the sources. Where a docstring of one line is the first line of the pure twin's, the whole
 text takes its place, in one line, so that the lines of tracebacks are those of the sources.
@@ -9,6 +9,7 @@ import contextlib
 import re
 import shutil
 import sys
+import tomllib
 from pathlib import Path
 
 from setuptools.command.build_ext import build_ext
@@ -85,6 +86,16 @@ class BuildDocumented(build_ext):
                 extension.sources = [str(folder / source) for source in compiled.sources]
                 extension.define_macros.append(("COMMITBUS_VERSION", f'"{self.distribution.get_version()}"'))
         super().build_extensions()
+
+
+def readme() -> str:
+    """Give the README with links and pictures that work on an index page, away from the repository."""
+    project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
+    text = Path("README.md").read_text(encoding="utf-8")
+    for start, kind in ((r"!\[[^]]*\]\(", "raw"), (r"(?<!!)\[[^]]*\]\(", "blob")):
+        there = f"{project['urls']['Source']}/{kind}/v{project['version']}/"
+        text = re.sub(rf"({start})(?!https?:|#)", rf"\g<1>{there}", text)
+    return text
 
 
 if __name__ == "__main__":
