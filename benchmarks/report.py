@@ -12,6 +12,8 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.pictures import write_dark
+
 if TYPE_CHECKING:
     from collections.abc import Generator
 
@@ -227,6 +229,7 @@ def plot(path: Path) -> Generator[tuple[Any, Any]]:
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     yield figure, axes
     figure.savefig(path, metadata={"Date": None})
+    write_dark(path)
     plt.close(figure)
 
 
@@ -323,7 +326,8 @@ def write(run: Path, name: str, command: str, into: Path, plots: bool) -> None:
             plot_failures(results, python, into / f"failures-{name}.svg")
 
     def picture(text: str, kind: str) -> list[str]:
-        return [f"![{text}]({kind}-{name}.svg)", ""] if plots else []
+        light, dark = (f"![{text}]({kind}-{name}{ending})" for ending in (".svg#only-light", "-dark.svg#only-dark"))
+        return [light, dark, ""] if plots else []
 
     page = [
         f"# Benchmarks on Python {python}",
