@@ -1,4 +1,4 @@
-"""Pictures for light pages and for dark ones: draws docs/diagrams anew with ``dot``: ``python -m benchmarks.pictures``."""
+"""Pictures for light and for dark pages; ``python -m benchmarks.pictures`` draws those of docs/diagrams, by ``dot``."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def main() -> None:
     style = [f"{kind}{value}" for kind, values in STYLE.items() for value in values]
     for source in sorted(DIAGRAMS.glob("*.dot")):
         path = source.with_suffix(".svg")
-        subprocess.run(["dot", "-Tsvg", *style, f"-o{path}", source], check=True)
+        subprocess.run(["dot", "-Tsvg", *style, f"-o{path}", source], check=True)  # noqa: S603, S607
         write_dark(path)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import doctest
+import importlib
 import inspect
 import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +129,46 @@ def test_every_rule_of_the_contract_has_tests() -> None:
     for path in (ROOT / "tests").glob("test_*.py"):
         tested |= set(re.findall(r"def test_rule_(\w+?)_", path.read_text()))
     assert rules == tested
+
+
+def test_the_badges_say_what_the_project_says() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    pythons = [name.rpartition(" ")[2] for name in project["classifiers"] if re.search(r"Python :: 3\.\d+$", name)]
+    said = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "docs/assets/badges").glob("*.svg")}
+    assert f">{pythons[0]} to {pythons[-1]}<" in said.pop("python")
+    assert f">{project['license']}<" in said.pop("license")
+    assert ("Typing :: Typed" in project["classifiers"]) == (">typed<" in said.pop("types"))
+    assert (not project.get("dependencies")) == (">none<" in said.pop("dependencies"))
+    assert not said
+
+
+def test_every_picture_has_a_dark_one() -> None:
+    pictures = pytest.importorskip("benchmarks.pictures")
+    light = [path for folder in ("benchmarks", "diagrams") for path in (ROOT / "docs" / folder).glob("*.svg")]
+    light = [path for path in light if not path.stem.endswith("-dark")]
+    assert {path.stem for path in light} >= {"commit", "delayed", "twins", "callbacks-3.11"}
+    for path in light:
+        drawn = path.with_name(f"{path.stem}-dark.svg").read_text(encoding="utf-8")
+        assert drawn == pictures.dark(path.read_text(encoding="utf-8")), path
+
+
+def test_the_reference_names_all_that_is_public() -> None:
+    """One page for each module; what a class inherits from another of ours is named there, with a link."""
+    pages = {path: path.read_text(encoding="utf-8") for path in (ROOT / "docs/reference").glob("*.md")}
+    where = {
+        name: text for text in pages.values() for name in re.findall(r"^::: commitbus\.(\w+)$", text, re.MULTILINE)
+    }
+    assert set(where) == set(PUBLIC)
+    for name, thing in PUBLIC.items():
+        if not isinstance(thing, type):
+            continue
+        own = {member for member in vars(thing) if not member.startswith("_")}
+        ours = [base for base in thing.__mro__[1:] if base in PUBLIC.values()]
+        inherited = {member for base in ours for member in vars(base) if not member.startswith("_")} - own
+        for member in inherited - {"applies_before_commit", "batch_size"}:
+            assert re.search(rf"Inherited from .*\[`{member}`\]\(", where[name]), f"{name}.{member}"
+    for module in ("aio", "testing"):
+        names = importlib.import_module(f"commitbus.{module}").__all__
+        assert set(
+            re.findall(rf"^::: commitbus\.{module}\.(\w+)$", pages[ROOT / f"docs/reference/{module}.md"], re.M)
+        ) == set(names)
