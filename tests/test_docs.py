@@ -113,6 +113,38 @@ def test_pages(page: Path, name: str) -> None:
     assert done.stdout.splitlines() == re.findall(r"(?m)^ *# ?> (.*)", code)
 
 
+SESSIONS = """
+import doctest, re, sys
+text = sys.stdin.read()
+names = {"__name__": "__main__"}
+exec("\\n".join(re.findall(r"```python\\n(.*?)```", text, re.DOTALL)), names)
+session = "\\n".join(re.findall(r"```pycon\\n(.*?)```", text, re.DOTALL))
+test = doctest.DocTestParser().get_doctest(session, names, "page", None, 0)
+results = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test)
+sys.exit(f"{results.failed} of {results.attempted} failed" if results.failed or not results.attempted else 0)
+"""
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "```pycon\n" in page.read_text(encoding="utf-8")], ids=str)
+@pytest.mark.parametrize("name", TWINS)
+def test_sessions(page: Path, name: str) -> None:
+    """What a page shows of Python's prompt is what it says."""
+    done = subprocess.run(
+        [sys.executable, "-c", SESSIONS],
+        env={**os.environ, "COMMITBUS_NO_EXTENSIONS": "1" if name == "pure" else "", "PYTHONIOENCODING": "utf-8"},
+        input=page.read_text(encoding="utf-8"),
+        capture_output=True,
+        encoding="utf-8",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_start_page_counts_the_mistakes() -> None:
+    mistakes = (ROOT / "docs/guides/mistakes.md").read_text(encoding="utf-8")
+    assert mistakes.count("\n### ") == 59
+    assert "fifty-nine of them" in (ROOT / "docs/index.md").read_text(encoding="utf-8")
+
+
 def test_every_guide_is_tested() -> None:
     pages = {page.relative_to(ROOT).as_posix() for page in PAGES}
     guides = [*(ROOT / "docs/guides").glob("*.md"), *(ROOT / "docs/coming-from").glob("*.md")]

@@ -621,8 +621,9 @@ def partly_applied(
     failed, count = sorted(error.errors), len(events)
     if not failed or failed[-1] >= count:
         found = f"position {failed[-1]}" if failed else "no position"
+        events_of_it = "1 event, at 0" if count == 1 else f"{count} events, from 0 to {count - 1}"
         raise ValueError(
-            f"PartlyApplied has {found}, but the batch has {count} events, from 0 to {count - 1}; "
+            f"PartlyApplied has {found}, but the batch has {events_of_it}; "
             "pass positions in the list that _apply_events() was given"
         ) from error
     for position in failed:
