@@ -260,7 +260,7 @@ def plot_callbacks(results: Results, python: str, path: Path) -> None:
 
 def plot_ratios(results: Results, python: str, path: Path) -> None:
     """Draw how many times as fast as the reference each twin is."""
-    with plot(path) as (_, axes):
+    with plot(path) as (figure, axes):
         names = list(FIGURES)[::-1]
         shown = ["compiled", "pure", *([YOURS] if has_yours(results) else [])]
         height = 0.76 / len(shown)
@@ -272,7 +272,7 @@ def plot_ratios(results: Results, python: str, path: Path) -> None:
         axes.axvline(1, color="black", linewidth=1)
         axes.set(xscale="log", xlabel="times as fast as the reference (a list, a loop, partials)", xlim=(0.3, 400))
         axes.set_yticks(range(len(names)), names, fontsize="small")
-        axes.set_title(f"commitbus against the plainest Python (Python {python})")
+        figure.suptitle(f"commitbus against the plainest Python (Python {python})")
         axes.legend(loc="lower right", frameon=False)
 
 
