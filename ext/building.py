@@ -77,7 +77,7 @@ class BuildDocumented(build_ext):
         if self.extensions:
             from Cython.Build import cythonize
 
-            folder = Path(self.build_temp).absolute()
+            folder = Path(self.build_temp)
             copy(Path("ext"), folder / "ext")
             with contextlib.chdir(folder):
                 made = cythonize(self.extensions, include_path=["ext"], quiet=not self.verbose)
