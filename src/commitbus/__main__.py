@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import gc
 import json
 import os
@@ -123,13 +124,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def missing_files() -> list[str]:
     """List what was installed of the drop-in `shared`, and is gone: uninstalling another distribution took it along."""
     try:
-        installed = metadata.files("commitbus") or []
+        distribution = metadata.distribution("commitbus")
     except metadata.PackageNotFoundError:
         return []
+    # Not distribution.files, which leaves out those that are gone, from 3.12 on.
+    recorded = [row[0] for row in csv.reader((distribution.read_text("RECORD") or "").splitlines()) if row]
     return [
-        str(file)
-        for file in installed
-        if file.parts[0] == "shared" and file.suffix == ".py" and not Path(str(file.locate())).exists()
+        name
+        for name in recorded
+        if name.startswith("shared/")
+        and name.endswith(".py")
+        and not Path(str(distribution.locate_file(name))).exists()
     ]
 
 
