@@ -78,7 +78,7 @@ def test_docstrings_are_complete(name: str) -> None:
 
 # What a page needs beyond commitbus: not in every environment that runs the suite. `.ci/run` has it all.
 NEEDS = {
-    "sqlalchemy.md": ["sqlalchemy"],
+    "sqlalchemy.md": ["sqlalchemy", "aiosqlite", "greenlet"],
     "sqlalchemy-events.md": ["sqlalchemy"],
     "django.md": ["django"],
     "fastapi.md": ["fastapi", "httpx2", "sqlalchemy", "aiosqlite", "greenlet"],

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -434,3 +436,29 @@ def test_a_partial_differs_from_its_equal(twin: Any) -> None:
         side_effects.assert_applied(partial(print, 1))
     with pytest.raises(AssertionError, match="These look alike, but are not equal: a functools.partial equals only"):
         side_effects.assert_applied(partial(print, 1))
+
+
+def test_what_the_guide_shows_of_the_fixtures(pytester: pytest.Pytester) -> None:
+    guide = Path(__file__).parent.parent / "docs/guides/testing.md"
+    fixture, everywhere, real = re.findall(r"```py\n(.*?)```", guide.read_text(encoding="utf-8"), re.DOTALL)
+    pytester.makeconftest(f"import pytest\n\n{everywhere}")
+    pytester.makepyfile(f"""
+from commitbus import BasicEventBus, SideEffectCall
+
+def send(address, *, commit):
+    print("really sent to", address)
+
+def sign_up(address):
+    bus = BasicEventBus()
+    bus.publish(SideEffectCall(send, address))
+    bus.apply(commit=True)
+
+{fixture}
+{real}
+def test_blocked_by_itself():
+    sign_up("grace@example.org")
+""")
+    done = pytester.runpytest_subprocess("-s", "-p", "no:cacheprovider")
+    done.assert_outcomes(passed=3)
+    assert done.stdout.str().count("really sent to") == 1
+    done.stdout.fnmatch_lines(["*really sent to ada@example.org*"])
