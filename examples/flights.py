@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import os
 import sqlite3
 import sys
 import time
@@ -30,6 +31,7 @@ from datetime import date
 from functools import partial
 from importlib.metadata import PackageNotFoundError, files
 from itertools import groupby, repeat
+from pathlib import Path
 
 import commitbus
 from commitbus import (
@@ -280,6 +282,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.fail_on is not None and options.fail_on.year != YEAR:
         parser.error(f"argument --fail-on: the data has only days of {YEAR}, not {options.fail_on}")
+    if not Path(options.database).parent.is_dir():
+        parser.error(f"argument --database: there is no folder {Path(options.database).parent}")
     fail_on = "" if options.fail_on is None else options.fail_on.isoformat()
     commit = not options.dry_run
 
@@ -355,4 +359,10 @@ def explain(connection: sqlite3.Connection, day: str, error: Exception, commit: 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except (BrokenPipeError, KeyboardInterrupt):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to be flushed at the exit
+        sys.exit(1)
+    except (OSError, sqlite3.Error) as error:
+        sys.exit(f"flights.py: {error}")

@@ -29,6 +29,7 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -331,6 +332,11 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--orders takes a positive number, and --kills none below 0")
     if options.kills and options.chaos is None:
         parser.error("--kills needs --chaos")
+    if options.plot and not Path(options.plot).parent.is_dir():
+        parser.error(f"argument --plot: there is no folder {Path(options.plot).parent}")
+    for module in ["procrastinate", "psycopg"] * bool(options.postgres) + ["matplotlib"] * bool(options.plot):
+        if find_spec(module) is None:
+            parser.error(f"{module} is not installed; the first lines of {Path(__file__).name} say what it needs")
     console = Console(width=None if sys.stdout.isatty() else 110)
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory() as name, Progress(console=Console(stderr=True), transient=True) as progress:
@@ -339,7 +345,12 @@ def main(arguments: list[str] | None = None) -> int:
         if options.postgres:
             ways += [partial(Outbox, folder, options.postgres, key) for key in (False, True)]
         for make in ways:
-            way = make()
+            try:
+                way = make()
+            except Exception as error:
+                if not type(error).__module__.startswith("psycopg"):
+                    raise
+                sys.exit(f"orders.py: {str(error).splitlines()[0]}")
             task = progress.add_task(way.promise, total=options.kills or options.orders)
 
             def advance(done: int, task: Any = task) -> None:
@@ -362,4 +373,4 @@ if __name__ == "__main__":
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
     except OSError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+        sys.exit(f"orders.py: {error}")

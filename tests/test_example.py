@@ -79,3 +79,20 @@ def test_a_bad_day(day: str) -> None:
     done = run("--fail-on", day)
     assert done.returncode == 2
     assert "argument --fail-on" in done.stderr
+
+
+def test_a_missing_folder_and_a_file_that_is_no_database(tmp_path: Path) -> None:
+    done = run("--database", str(tmp_path / "missing" / "flights.sqlite"))
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("flights.py: error: argument --database: there is no folder ")
+    other = tmp_path / "other"
+    other.write_text("no database" * 100)
+    done = run("--database", str(other))
+    assert done.returncode == 1
+    assert done.stderr == "flights.py: file is not a database\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes break in another way there")
+def test_a_reader_that_goes_away() -> None:
+    done = subprocess.run(["sh", "-c", f"{sys.executable} {EXAMPLE} | true"], capture_output=True, text=True)
+    assert "Traceback" not in done.stderr

@@ -201,3 +201,11 @@ def test_a_reader_that_goes_away() -> None:
     command = f"{sys.executable} -m commitbus --seconds 0.3 | true"
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
     assert done.stderr == ""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a disk that is always full is Linux's")
+def test_a_full_disk() -> None:
+    command = f"{sys.executable} -m commitbus --seconds 0.1 > /dev/full"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "python -m commitbus: [Errno 28] No space left on device\n"

@@ -66,8 +66,20 @@ def test_with_an_outbox_nothing_is_lost(name: str) -> None:
         assert mails >= committed
 
 
-@pytest.mark.parametrize("arguments", [["--orders", "0"], ["--kills", "3"], ["--chaos", "x"]])
+@pytest.mark.parametrize(
+    "arguments", [["--orders", "0"], ["--kills", "3"], ["--chaos", "x"], ["--plot", "/no/such/folder/orders.svg"]]
+)
 def test_wrong_options(arguments: list[str]) -> None:
     done = run(*arguments)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("orders.py: error:")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("procrastinate") is None, reason="procrastinate is not installed")
+@pytest.mark.skipif(importlib.util.find_spec("psycopg") is None, reason="psycopg is not installed")
+@pytest.mark.parametrize("address", ["nonsense", "postgresql://nobody@127.0.0.1:1/test"])
+def test_a_server_that_is_not_there(address: str) -> None:
+    done = run("--orders", "1", "--postgres", address)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("orders.py: ")
+    assert "Traceback" not in done.stderr

@@ -211,8 +211,10 @@ def run() -> int:
     try:
         status = main()
         sys.stdout.flush()
-    except BrokenPipeError:
+    except (OSError, KeyboardInterrupt) as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to be flushed at the exit
+        if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+            print(f"python -m commitbus: {error}", file=sys.stderr)
         return 1
     return status
 
