@@ -172,6 +172,7 @@ def test_the_badges_say_what_the_project_says() -> None:
     assert ("Typing :: Typed" in project["classifiers"]) == (">typed<" in said.pop("types"))
     assert (not project.get("dependencies")) == (">none<" in said.pop("dependencies"))
     assert not said
+    assert f"\nversion: {project['version']}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
 
 
 def test_every_picture_has_a_dark_one() -> None:
