@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import doctest
 import importlib
 import os
 import subprocess
 import sys
+import traceback
+import types
 from typing import Any
 
 import pytest
@@ -20,6 +23,16 @@ TWINS = ["pure"] if PURE_ONLY else ["pure", "compiled"]
 
 def load(name: str) -> Any:
     return importlib.import_module(f"commitbus._{name}")
+
+
+def compare_notes() -> None:
+    """Have doctest compare a whole message with its notes: before 3.11.4 it looked at the last line alone."""
+    only = traceback.format_exception_only
+    names = {**vars(traceback), "format_exception_only": lambda *args: ["".join(only(*args))]}
+    doctest.traceback = types.SimpleNamespace(**names)  # type: ignore[attr-defined]
+
+
+compare_notes()
 
 
 @pytest.fixture(params=TWINS)

@@ -397,9 +397,9 @@ def test_what_an_orchestrator_hands_out_is_applied_by_the_transaction_alone(log:
 
 def test_a_bus_that_holds_buses(log: list[Any]) -> None:
     multi = commitbus.MultiEventBus()
-    with pytest.raises(TypeError, match="wrap each of its buses"):
+    with pytest.raises(TypeError, match="make an OnCommitEventBus for each bus of a Multi"):
         orchestrator().wrap(multi)  # type: ignore[arg-type, unused-ignore]
-    with pytest.raises(TypeError, match="wrap each of its buses"):
+    with pytest.raises(TypeError, match="make an OnCommitEventBus for each bus of a Multi"):
         OnCommitEventBus(multi)
 
 

@@ -114,7 +114,10 @@ def test_pages(page: Path, name: str) -> None:
 
 
 SESSIONS = """
-import doctest, re, sys
+import doctest, re, sys, traceback, types
+only = traceback.format_exception_only  # as in conftest.py
+names = {**vars(traceback), "format_exception_only": lambda *args: ["".join(only(*args))]}
+doctest.traceback = types.SimpleNamespace(**names)
 text = sys.stdin.read()
 names = {"__name__": "__main__"}
 exec("\\n".join(re.findall(r"```python\\n(.*?)```", text, re.DOTALL)), names)

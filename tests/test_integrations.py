@@ -54,7 +54,9 @@ def test_one_whose_library_is_missing_says_what_to_install(name: str) -> None:
         f"import {name}\n"
     )
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith(f"ModuleNotFoundError: {name} needs a module that is not installed, {library}"), last
+    # Or another one that it needs, where that is missing in truth.
+    found = library if importlib.util.find_spec("psycopg") or library != "procrastinate" else "psycopg"
+    assert last.startswith(f"ModuleNotFoundError: {name} needs a module that is not installed, {found}"), last
     assert last.endswith(f"install it with: pip install 'commitbus[{library}]'")
 
 

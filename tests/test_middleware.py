@@ -210,7 +210,7 @@ def test_rule_24_a_middleware_that_returns_something(make: Any, add: Any) -> Non
     add(middleware)
     bus = make()
     bus.publish(1)
-    with pytest.raises(TypeError, match=r"middleware returned contextlib\._Gen\w+; a middleware returns nothing: it"):
+    with pytest.raises(TypeError, match="middleware returned a context manager, which nothing would enter; remove"):
         bus.apply(True)
     assert bus.pending_events() == (1,)
 

@@ -143,7 +143,9 @@ def test_rule_22_in_that_order_alone(twin: Any, make: Any, kind: str) -> None:
     inner = scene.top.savepoint()
     scene.publish(2)
     for end in (outer.release, outer.rollback):
-        with pytest.raises(RuntimeError, match="cannot end before <Savepoint of .*: the last on a bus ends first; end"):
+        with pytest.raises(
+            RuntimeError, match="cannot end before <Savepoint of .*, which was opened later; end that one first"
+        ):
             end()
     assert scene.left() == [1, 2]
     assert inner.rollback() == [2]
@@ -858,3 +860,10 @@ def test_rule_22_an_interrupt_at_every_line(twin: Any, make: Any, log: Log) -> N
             multi.apply(True)
         assert log.events == ([1, 2] if new is None else [1, 2, 5]), number
     assert number > 50
+
+
+def test_a_savepoint_is_neither_copied_nor_pickled(twin: Any) -> None:
+    with twin.BasicEventBus().savepoint() as savepoint:
+        for function in (pickle.dumps, copy.copy, copy.deepcopy):
+            with pytest.raises(TypeError, match="can be neither copied nor pickled: it marks a place"):
+                function(savepoint)

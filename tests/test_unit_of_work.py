@@ -572,3 +572,34 @@ def test_rule_18_with_an_orchestrator_nothing_is_called(twin: Any, make: Any, tr
         raise Boom
     assert transaction.calls == []
     assert caller.events_to_apply() == [1]
+
+
+def test_a_multi_bus_within_itself(twin: Any) -> None:
+    """It is applied as anywhere: the unit of work looks for what belongs before the commit only once in each bus."""
+    log: list[object] = []
+    with twin.use_orchestrator_or_create_multi_event_bus(
+        None, True, commit_transaction=lambda: log.append("committed")
+    ) as (buses, commit_and_execute):
+        buses.wrap(buses)
+        buses.wrap(twin.BasicEventBus()).publish(lambda *, commit: log.append("applied"))
+        commit_and_execute()
+    assert log == ["committed", "applied"]
+
+
+def test_rule_19_what_was_left_by_the_call_or_published_after_it(twin: Any) -> None:
+    with (
+        pytest.warns(twin.UnappliedEventsWarning, match="^1 event was not applied: published after the call that"),
+        twin.use_orchestrator_or_create_multi_event_bus(None, True) as (buses, commit_and_execute),
+    ):
+        commit_and_execute()
+        buses.wrap(twin.BasicEventBus()).publish(lambda *, commit: None)
+
+
+def test_rule_18_an_asynchronous_commit_commits_nothing(twin: Any) -> None:
+    async def commit() -> None: ...
+
+    with (
+        pytest.raises(TypeError, match="so nothing was committed; use the unit of work of commitbus.aio"),
+        twin.use_orchestrator_or_create_multi_event_bus(None, True, commit_transaction=commit) as (_, call),
+    ):
+        call()

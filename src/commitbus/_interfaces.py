@@ -254,12 +254,12 @@ class PartlyApplied(Exception):
         if not all(isinstance(at, int) and isinstance(error, Exception) for at, error in found.items()):
             raise TypeError(
                 "PartlyApplied() takes a mapping of positions in the batch to the exceptions of these events; "
-                "pass for example {0: error}"
+                "pass for example {0: error}, where error is an Exception"
             )
         if not found or min(found) < 0:
             raise ValueError(
                 "PartlyApplied() takes the position of at least one event, counted from 0; "
-                "return where every event was applied"
+                "where no event failed, return instead of raising"
             )
         super().__init__(found)
         self.errors = found

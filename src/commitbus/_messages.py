@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import AsyncGenerator, Coroutine, Generator, Mapping
-from contextlib import suppress
+from contextlib import _AsyncGeneratorContextManager, _GeneratorContextManager, suppress
 from types import BuiltinFunctionType, FunctionType
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,15 @@ if TYPE_CHECKING:
     from commitbus._interfaces import PartlyApplied
 
 _FUNCTIONS = (FunctionType, BuiltinFunctionType, type)
+# What is told of a coroutine where there is no bus that could await it.
+ASYNC_COMMIT = "so nothing was committed; use the unit of work of commitbus.aio, which awaits it"
+ASYNC_MIDDLEWARE = "make it a plain function that calls call(): commitbus.aio's buses alone await one"
 MISSING: object = object()  # stands for an argument that was not given, in the compiled twin
+
+
+def _kind(value: object) -> str:
+    """Name the type of what was passed, or the class that was passed for one of its instances."""
+    return f"the class {type_name(value)}" if isinstance(value, type) else type_name(type(value))
 
 
 # Notes on errors that pass through a bus
@@ -194,7 +202,9 @@ def not_callable(event: object) -> TypeError:
 def not_a_bus(value: object) -> TypeError:
     """Refuse to delay what is no bus."""
     return TypeError(
-        f"DelayedEventBus() takes the AbstractEventBus to wrap, not {type_name(type(value))}; "
+        "DelayedEventBus() takes an AbstractEventBus, not a DelayedEventBus; this one is delayed already, use it as is"
+        if is_delayed(value)
+        else f"DelayedEventBus() takes the AbstractEventBus to wrap, not {_kind(value)}; "
         "pass an instance of a bus, for example DelayedEventBus(BasicEventBus())"
     )
 
@@ -206,14 +216,14 @@ def not_wrappable(value: object, delayed: bool) -> TypeError:
         if delayed
         else "pass an instance of a bus, or register an existing DelayedEventBus with publish()"
     )
-    return TypeError(f"wrap() takes an AbstractEventBus, not {type_name(type(value))}; {advice}")
+    return TypeError(f"wrap() takes an AbstractEventBus, not {_kind(value)}; {advice}")
 
 
 def not_delayed(value: object) -> TypeError:
     """Refuse to register what is no delayed bus."""
     return TypeError(
-        f"publish() of a MultiEventBus takes a DelayedEventBus, not {type_name(type(value))}; "
-        "register any other bus with wrap(event_bus)"
+        f"publish() of a MultiEventBus takes a DelayedEventBus, not {_kind(value)}; "
+        "register any other bus with wrap(event_bus), and publish events on what that gives"
     )
 
 
@@ -289,7 +299,7 @@ def not_collected(bus: object, value: object) -> TypeError:
 def not_an_orchestrator(value: object) -> TypeError:
     """Refuse an orchestrator that is none."""
     return TypeError(
-        f"event_bus_orchestrator must be an EventBusOrchestrator or None, not {type_name(type(value))}; "
+        f"event_bus_orchestrator must be an EventBusOrchestrator or None, not {_kind(value)}; "
         "pass the orchestrator that the caller gave you, or None to create a MultiEventBus"
     )
 
@@ -351,7 +361,7 @@ def savepoint_ended() -> RuntimeError:
 
 def savepoint_not_last(savepoint: object, last: object) -> RuntimeError:
     """Refuse to end savepoints in another order than they were opened in."""
-    return RuntimeError(f"{savepoint!r} cannot end before {last!r}: the last on a bus ends first; end that one")
+    return RuntimeError(f"{savepoint!r} cannot end before {last!r}, which was opened later; end that one first")
 
 
 def _not_a_number(name: str, kinds: str, least: int, value: object, advice: str) -> Exception:
@@ -506,8 +516,8 @@ def not_applied_in_commit(bus: object) -> TypeError:
 def not_for_on_commit(value: object) -> TypeError:
     """Refuse a bus that a hook of Django cannot apply."""
     return TypeError(
-        f"OnCommitEventBus() takes the AbstractEventBus to apply, not {type_name(type(value))}; "
-        "one that is not asynchronous, since Django awaits no hook, and no MultiEventBus: wrap each of its buses"
+        f"OnCommitEventBus() takes the AbstractEventBus to apply, not {_kind(value)}; pass an instance of a bus that "
+        "is not asynchronous, since Django awaits no hook, and make an OnCommitEventBus for each bus of a MultiEventBus"
     )
 
 
@@ -658,9 +668,14 @@ def pair_has_no(name: str) -> AttributeError:
     )
 
 
-def unapplied(count: int) -> str:
-    """Say that a unit of work was left with events that nobody applied."""
+def unapplied(count: int, called: bool) -> str:
+    """Say that a unit of work was left with events that nobody applied, or that were left by the apply."""
     was = "1 event was" if count == 1 else f"{count} events were"
+    if called:
+        return (
+            f"{was} not applied: published after the call that committed, or left by it; call the function that "
+            "use_orchestrator_or_create_multi_event_bus() yielded again before the block ends, or pass on_unapplied"
+        )
     return (
         f"{was} published but never applied; call the function that "
         "use_orchestrator_or_create_multi_event_bus() yielded before the block ends, "
@@ -714,8 +729,15 @@ def not_a_recorded_bus(value: object) -> TypeError:
     return TypeError(f"of() takes a bus or a class of buses, not {type_name(type(value))}; pass the bus itself")
 
 
+def savepoint_is_no_value() -> TypeError:
+    """Refuse to copy or pickle a savepoint."""
+    return TypeError("a Savepoint can be neither copied nor pickled: it marks a place in a bus of this process")
+
+
 def missing_argument(function: str, parameter: str, kind: str = "positional") -> TypeError:
     """Say what Python says where an argument is missing: for the compiled twin, whose own words name less."""
+    if " and " in parameter:
+        return TypeError(f"{function}() missing 2 required {kind} arguments: {parameter}")
     return TypeError(f"{function}() missing 1 required {kind} argument: {parameter!r}")
 
 
@@ -737,7 +759,7 @@ def call_repr(function: object, args: tuple[object, ...], kwargs: Mapping[str, o
     return f"{'if_committed' if conditional else 'SideEffectCall'}({', '.join(parts)})"
 
 
-def refuse_coroutine(function: object, result: object) -> None:
+def refuse_coroutine(function: object, result: object, advice: str = "") -> None:
     """Raise when a function that should have acted returned what would only act when it is run.
 
     Parameters
@@ -746,11 +768,13 @@ def refuse_coroutine(function: object, result: object) -> None:
         What was called.
     result : object
         What it returned. A coroutine or a generator is closed.
+    advice : str, optional
+        What to do about a coroutine, where `function` is no handler.
 
     Raises
     ------
     TypeError
-        When `result` is a coroutine, a generator or an asynchronous generator.
+        When `result` is a coroutine, a generator, an asynchronous generator, or what ``contextmanager`` makes of one.
     """
     cls = type(result)
     if issubclass(cls, Coroutine):
@@ -758,12 +782,16 @@ def refuse_coroutine(function: object, result: object) -> None:
         if getattr(collected, "__module__", None) == "commitbus.aio":  # of an asynchronous bus
             result.close()  # type: ignore[attr-defined]
             raise not_applied_async(function.args[0])  # type: ignore[attr-defined]
-        kind, advice = "a coroutine, which nothing would await", "make it a plain function, "
-        advice += "or have it schedule the work, for example with asyncio.run or a task queue"
+        kind = "a coroutine, which nothing would await"
+        advice = advice or (
+            "apply it with a bus of commitbus.aio, by await bus.apply_async(commit), or make it a plain function"
+        )
     elif issubclass(cls, Generator):
         kind, advice = "a generator, which nothing would run", "remove the yield"
     elif issubclass(cls, AsyncGenerator):
         kind, advice = "an asynchronous generator, which nothing would run", "make it a plain function"
+    elif issubclass(cls, (_GeneratorContextManager, _AsyncGeneratorContextManager)):
+        kind, advice = "a context manager, which nothing would enter", "remove @contextmanager and the yield"
     else:
         return
     with suppress(Exception):

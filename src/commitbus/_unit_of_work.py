@@ -37,9 +37,11 @@ class Yielded(tuple[EventBusOrchestrator, "Callable[[], list[Any]]"]):
 BEFORE_COMMIT_ROUNDS = 100
 
 
-def before_commit(buses: Any) -> list[Any]:
+def before_commit(buses: Any, seen: tuple[Any, ...] = ()) -> list[Any]:
     """List what is to be applied before the commit, in the order of registration: it belongs to the transaction."""
     found: list[Any] = []
+    if any(buses is one for one in seen):  # a multi bus that is registered within itself
+        return found
     for delayed in buses._commitbus_get():
         actual: Any = getattr(delayed, "actual_event_bus", None)
         if actual is None:
@@ -47,7 +49,7 @@ def before_commit(buses: Any) -> list[Any]:
         if type(actual).applies_before_commit:
             found.append(delayed)
         elif actual._commitbus_multi:
-            found += before_commit(actual)
+            found += before_commit(actual, (*seen, buses))
     return found
 
 
@@ -118,7 +120,7 @@ class Unit:
                     result = self.commit_transaction(); self.committed = True  # fmt: skip  # noqa: E702
                     if result is not None:
                         self.committed = False
-                        _messages.refuse_coroutine(self.commit_transaction, result)
+                        _messages.refuse_coroutine(self.commit_transaction, result, _messages.ASYNC_COMMIT)
             except BaseException as error:
                 if not self.committed:
                     self.roll_back(error)
@@ -232,7 +234,7 @@ class Unit:
             _messages.note_unapplied(error, events)
         else:
             # This method, `leave`, the generator, contextlib's __exit__, and the caller's `with`.
-            warnings.warn(_messages.unapplied(len(events)), UnappliedEventsWarning, stacklevel=stacklevel)
+            warnings.warn(_messages.unapplied(len(events), self.called), UnappliedEventsWarning, stacklevel=stacklevel)
 
 
 def unit_of_work(

@@ -158,7 +158,7 @@ class Call:
         finally:
             rest._stack = None
         if result is not None:
-            _messages.refuse_coroutine(function, result)
+            _messages.refuse_coroutine(function, result, _messages.ASYNC_MIDDLEWARE)
             raise _messages.middleware_returned(function, result)
 
 

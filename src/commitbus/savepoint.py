@@ -184,6 +184,10 @@ class Savepoint:
                 return marks[-1].savepoint
         return None
 
+    def __reduce__(self) -> Any:
+        """Refuse to be copied or pickled."""
+        raise _messages.savepoint_is_no_value()
+
     def __repr__(self) -> str:
         """Name the bus."""
         return "<Savepoint, ended>" if self._bus is None else f"<Savepoint of {describe_bus(self._bus)}>"

@@ -385,7 +385,7 @@ class MultiEventBus(MultiStore, AbstractEventBus[DelayedEventBus], EventBusOrche
 
 @cython.embedsignature(False)
 def use_orchestrator_or_create_multi_event_bus(
-    event_bus_orchestrator,
+    event_bus_orchestrator=MISSING,
     commit=MISSING,
     *,
     commit_transaction=None,
@@ -396,7 +396,9 @@ def use_orchestrator_or_create_multi_event_bus(
 ):
     """Run in the caller's unit of work or, without one, in a new one."""
     if commit is MISSING:
-        raise _messages.missing_argument("use_orchestrator_or_create_multi_event_bus", "commit")
+        both = event_bus_orchestrator is MISSING
+        missing = "'event_bus_orchestrator' and 'commit'" if both else "commit"
+        raise _messages.missing_argument("use_orchestrator_or_create_multi_event_bus", missing)
     return unit_of_work(
         MultiEventBus,
         event_bus_orchestrator,
