@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -690,3 +691,15 @@ def test_rule_4c_a_coroutine_is_refused_by_the_name_of_its_own_event(twin: Any) 
     with pytest.raises(TypeError, match=r"\.second returned a coroutine"):
         bus.apply(True)
     assert bus.pending_events() == (second, first, first, first)
+
+
+def test_rule_4c_a_handler_that_contextmanager_made_of_a_generator(twin: Any) -> None:
+    @contextmanager
+    def send(*, commit: bool) -> Any:
+        yield
+
+    bus = twin.BasicEventBus()
+    bus.publish(send)
+    with pytest.raises(TypeError, match="send returned a context manager, which nothing would enter; remove @contextm"):
+        bus.apply(True)
+    assert bus.pending_events() == (send,)

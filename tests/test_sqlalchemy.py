@@ -559,8 +559,12 @@ def test_a_session_that_is_closed_with_leftovers_warns(engine: Any, log: list[An
     orchestrator(session).wrap(Bus(log)).publish(Boom())
     with pytest.raises(Boom):
         session.commit()
-    with pytest.warns(UnappliedEventsWarning, match="1 event was not applied after a commit"):
+    with pytest.warns(UnappliedEventsWarning, match="1 event was not applied after a commit") as caught:
         session.close()
+    assert caught[0].filename == __file__
+    with pytest.warns(UnappliedEventsWarning) as caught, session:
+        pass
+    assert caught[0].filename == __file__  # and not SQLAlchemy's, which closes it
     leftovers(session).discard_pending_events()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 import weakref
 from contextlib import suppress
@@ -177,6 +178,17 @@ def _bound(session: object, function: str) -> _Bound:
 _wrapped: dict[int, tuple[weakref.ref[Any], weakref.ref[SessionBuses]]] = {}
 
 
+_INNER = {"commitbus", "sqlalchemy"}
+
+
+def _stacklevel() -> int:
+    """Find the caller's line: of its ``with``, SQLAlchemy's own would be named, and so be warned of only once."""
+    level, frame = 1, sys._getframe(1)
+    while (back := frame.f_back) is not None and frame.f_globals["__name__"].partition(".")[0] in _INNER:
+        level, frame = level + 1, back
+    return level
+
+
 class SessionBuses(AsyncMultiEventBus):
     """The buses of one session."""
 
@@ -246,7 +258,7 @@ class _Bound:
         if name != "rollback":
             self.buses.is_closed = True
             if count := len(events_to_apply(self.left)):
-                warnings.warn(_messages.session_left(count), UnappliedEventsWarning, stacklevel=3)
+                warnings.warn(_messages.session_left(count), UnappliedEventsWarning, stacklevel=_stacklevel())
         return result
 
     def after_transaction_create(self, session: Session, transaction: SessionTransaction) -> None:  # noqa: ARG002
