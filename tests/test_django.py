@@ -535,6 +535,9 @@ def test_outside_of_a_transaction_an_error_is_the_publisher_s(log: list[Any]) ->
         bus.publish_all([1, Boom(), 2])
     assert log == [1]
     assert not any("committed" in note for note in notes(caught.value))
+    (note,) = notes(caught.value)
+    assert note.endswith("; it was published outside of a transaction, and is kept nowhere: publish it again")
+    assert "pending" not in note
     assert leftovers().events_to_apply() == []
 
 

@@ -560,6 +560,17 @@ def applied_by_the_transaction(bus: object) -> TypeError:
     )
 
 
+def note_kept_nowhere(error: BaseException) -> None:
+    """Mend the note that an event stays pending, where it was published outside of a transaction."""
+    with suppress(Exception):
+        for one in error.exceptions if isinstance(error, BaseExceptionGroup) else (error,):
+            for place, note in enumerate(one.__notes__):
+                said, separator, _ = note.rpartition("; ")
+                if separator and note.startswith("commitbus: event"):
+                    where = "it was published outside of a transaction, and is kept nowhere: publish it again"
+                    one.__notes__[place] = f"{said}; {where}"
+
+
 def failed_on_commit(count: int) -> str:
     """Say that events failed in the hooks of a commit."""
     return f"{count} {'event' if count == 1 else 'events'} failed after the commit"

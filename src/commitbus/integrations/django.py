@@ -111,7 +111,7 @@ class OnCommitEventBus(EventBus[T], Generic[T]):
         django.db.transaction.TransactionManagementError
             Outside of a transaction, where the bus was made with ``outside="raise"``, or autocommit is off.
         BaseException
-            Outside of a transaction, whatever the handler raises.
+            Outside of a transaction, whatever the handler raises; the event is kept nowhere: publish it again.
         """
         run: _Run | None = getattr(self._last, "run", _no_run)()
         if run is not None and run.goes_on():
@@ -248,7 +248,8 @@ class _Run:
         except BaseException as error:
             _messages.drop_own_frames(error)
             if self.state.errors is None and not self.connection.in_atomic_block:
-                raise error  # published outside of a transaction: as Django does
+                _messages.note_kept_nowhere(error)
+                raise error  # published outside of a transaction: as Django does, the publisher has it
             self.state.keep(self)
             if self.state.errors is None:
                 self.state.note(error)  # no commit runs this, but a test

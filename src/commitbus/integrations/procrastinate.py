@@ -188,7 +188,9 @@ class ProcrastinateEventBus(BatchEventBus[Job], _Outbox):  # in this order: the 
         ----------
         commit : bool
             Whether to store them.
-        robust, rounds
+        robust : bool, default False
+            As on any bus.
+        rounds : int, default 1
             As on any bus.
 
         Returns
@@ -267,8 +269,12 @@ class AsyncProcrastinateEventBus(AsyncEventBus[Job], _Outbox):
         ----------
         commit : bool
             Whether to store them.
-        robust, rounds, concurrency
+        robust : bool, default False
             Not looked at: all jobs are stored, or none.
+        rounds : int, default 1
+            Not looked at.
+        concurrency : int, default 1
+            Not looked at.
 
         Returns
         -------
