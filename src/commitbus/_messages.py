@@ -563,7 +563,8 @@ def applied_by_the_transaction(bus: object) -> TypeError:
 def note_kept_nowhere(error: BaseException) -> None:
     """Mend the note that an event stays pending, where it was published outside of a transaction."""
     with suppress(Exception):
-        for one in error.exceptions if isinstance(error, BaseExceptionGroup) else (error,):
+        several: tuple[BaseException, ...] = getattr(error, "exceptions", (error,))
+        for one in several:
             for place, note in enumerate(one.__notes__):
                 said, separator, _ = note.rpartition("; ")
                 if separator and note.startswith("commitbus: event"):
