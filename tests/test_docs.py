@@ -114,10 +114,9 @@ def test_pages(page: Path, name: str) -> None:
 
 
 SESSIONS = """
-import doctest, re, sys, traceback, types
-only = traceback.format_exception_only  # as in conftest.py
-names = {**vars(traceback), "format_exception_only": lambda *args: ["".join(only(*args))]}
-doctest.traceback = types.SimpleNamespace(**names)
+import doctest, re, sys
+sys.path.append(sys.argv[1])
+import conftest  # it has doctest compare notes
 text = sys.stdin.read()
 names = {"__name__": "__main__"}
 exec("\\n".join(re.findall(r"```python\\n(.*?)```", text, re.DOTALL)), names)
@@ -133,7 +132,7 @@ sys.exit(f"{results.failed} of {results.attempted} failed" if results.failed or 
 def test_sessions(page: Path, name: str) -> None:
     """What a page shows of Python's prompt is what it says."""
     done = subprocess.run(
-        [sys.executable, "-c", SESSIONS],
+        [sys.executable, "-c", SESSIONS, str(Path(__file__).parent)],
         env={**os.environ, "COMMITBUS_NO_EXTENSIONS": "1" if name == "pure" else "", "PYTHONIOENCODING": "utf-8"},
         input=page.read_text(encoding="utf-8"),
         capture_output=True,
