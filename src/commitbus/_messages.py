@@ -746,11 +746,10 @@ def savepoint_is_no_value() -> TypeError:
     return TypeError("a Savepoint can be neither copied nor pickled: it marks a place in a bus of this process")
 
 
-def missing_argument(function: str, parameter: str, kind: str = "positional") -> TypeError:
+def missing_arguments(function: str, *parameters: str, kind: str = "positional") -> TypeError:
     """Say what Python says where an argument is missing: for the compiled twin, whose own words name less."""
-    if " and " in parameter:
-        return TypeError(f"{function}() missing 2 required {kind} arguments: {parameter}")
-    return TypeError(f"{function}() missing 1 required {kind} argument: {parameter!r}")
+    count, names = len(parameters), " and ".join(map(repr, parameters))
+    return TypeError(f"{function}() missing {count} required {kind} argument{'s' * (count > 1)}: {names}")
 
 
 def no_arguments(cls: type) -> TypeError:

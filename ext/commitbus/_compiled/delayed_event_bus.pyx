@@ -54,7 +54,7 @@ cdef class DelayedStore(Source):
     def __init__(self, actual_event_bus=MISSING):
         """Wrap a bus."""
         if actual_event_bus is MISSING:
-            raise _messages.missing_argument("DelayedEventBus.__init__", "actual_event_bus")
+            raise _messages.missing_arguments("DelayedEventBus.__init__", "actual_event_bus")
         # Every AbstractEventBus is one, and this check takes no time.
         if not isinstance(actual_event_bus, EventStore):
             raise _messages.not_a_bus(actual_event_bus)
@@ -123,14 +123,14 @@ cdef class DelayedStore(Source):
     def apply(self, commit=MISSING):
         """Collect what is pending in the wrapped bus; nothing is carried out."""
         if commit is MISSING:
-            raise _messages.missing_argument("DelayedEventBus.apply", "commit")
+            raise _messages.missing_arguments("DelayedEventBus.apply", "commit")
         return self.collect(commit)
 
     @cython.embedsignature(False)
     def apply_without_delay(self, commit=MISSING, *, robust=False, rounds=1):
         """Carry out what ``apply`` collected so far, in order."""
         if commit is MISSING:
-            raise _messages.missing_argument("DelayedEventBus.apply_without_delay", "commit")
+            raise _messages.missing_arguments("DelayedEventBus.apply_without_delay", "commit")
         cdef EventStore actual = self.wrapped()
         cdef PairStore store = self.collected
         if rounds != 1:

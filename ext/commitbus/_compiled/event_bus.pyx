@@ -341,7 +341,7 @@ cdef class EventStore(Source):
     def apply(self, commit=MISSING, *, robust=False, rounds=1):
         """Apply the pending events in the order in which they were published."""
         if commit is MISSING:
-            raise _messages.missing_argument("AbstractEventBus.apply", "commit")
+            raise _messages.missing_arguments("AbstractEventBus.apply", "commit")
         if rounds != 1:
             return carry_out_in_rounds(self, self, commit, robust, rounds, None)
         failures = _messages.Failures() if robust else None
@@ -357,7 +357,7 @@ cdef class EventStore(Source):
         cdef list pairs = []
         cdef bint method = False
         if commit is MISSING:
-            raise _messages.missing_argument("AbstractEventBus.collect", "commit")
+            raise _messages.missing_arguments("AbstractEventBus.collect", "commit")
         collect_event = look_up(self, "_collect_event", &method)
         if method and not is_default(collect_event, method):
             collect_event = self._collect_event

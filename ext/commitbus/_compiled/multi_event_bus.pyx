@@ -209,7 +209,7 @@ cdef class MultiStore(EventStore):
     def apply(self, commit=MISSING, *, robust=False, rounds=1):
         """Apply the registered buses in the order in which they were registered."""
         if commit is MISSING:
-            raise _messages.missing_argument("MultiEventBus.apply", "commit")
+            raise _messages.missing_arguments("MultiEventBus.apply", "commit")
         if rounds != 1:
             return carry_out_in_rounds(self, self, commit, robust, rounds, gathering_of(self))
         failures = _messages.Failures() if robust else None
@@ -396,9 +396,8 @@ def use_orchestrator_or_create_multi_event_bus(
 ):
     """Run in the caller's unit of work or, without one, in a new one."""
     if commit is MISSING:
-        both = event_bus_orchestrator is MISSING
-        missing = "'event_bus_orchestrator' and 'commit'" if both else "commit"
-        raise _messages.missing_argument("use_orchestrator_or_create_multi_event_bus", missing)
+        both = ("event_bus_orchestrator",) if event_bus_orchestrator is MISSING else ()
+        raise _messages.missing_arguments("use_orchestrator_or_create_multi_event_bus", *both, "commit")
     return unit_of_work(
         MultiEventBus,
         event_bus_orchestrator,

@@ -112,7 +112,7 @@ A function with its arguments, to be called with a ``commit`` of its own later."
     def __call__(self, *, commit=MISSING):
         """Call the function with its arguments and ``commit``."""
         if commit is MISSING:
-            raise _messages.missing_argument("SideEffectCall.__call__", "commit", "keyword-only")
+            raise _messages.missing_arguments("SideEffectCall.__call__", "commit", kind="keyword-only")
         cdef PyObject* result = self.call(<PyObject*>commit)
         taken = <object>result
         Py_DECREF(taken)

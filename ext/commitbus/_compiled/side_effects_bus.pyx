@@ -147,7 +147,7 @@ cdef class PairStore(EventStore):
     def apply(self, commit=MISSING, *, robust=False, rounds=1):
         """Apply the collected events in the order in which they were collected."""
         if commit is MISSING:
-            raise _messages.missing_argument("SideEffectsBus.apply", "commit")
+            raise _messages.missing_arguments("SideEffectsBus.apply", "commit")
         if rounds != 1:
             return self.look(carry_out_in_rounds(self, self, commit, robust, rounds, None))
         failures = _messages.Failures() if robust else None
