@@ -835,13 +835,17 @@ def test_a_timeout_during_the_commit() -> None:
     async def main() -> None:
         transaction = Slow(log)
 
+        timer = asyncio.timeout(None)
+
         async def release() -> None:
+            await transaction.begun.wait()
+            timer.reschedule(0)
             await asyncio.sleep(0.02)
             transaction.go_on.set()
 
         task = asyncio.ensure_future(release())
         with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.001):
+            async with timer:
                 await slow_work(transaction, bus)
         await task
 
@@ -858,12 +862,16 @@ def test_a_cancel_scope_of_anyio_during_the_commit() -> None:
     async def main() -> None:
         transaction = Slow(log)
 
+        scope = anyio.CancelScope()
+
         async def release() -> None:
+            await transaction.begun.wait()
+            scope.cancel()
             await asyncio.sleep(0.02)
             transaction.go_on.set()
 
         task = asyncio.ensure_future(release())
-        with anyio.move_on_after(0.001) as scope:
+        with scope:
             await slow_work(transaction, bus)
         assert scope.cancelled_caught
         await task

@@ -20,7 +20,7 @@ import commitbus
 BATCH: Any = importlib.import_module("commitbus._pure.batch")
 PACKAGE = str(Path(commitbus.__file__).parent)
 KINDS = ["abstract", "functions", "calls", "shared", "delayed", "collected", "collect", "multi", "nested"]
-MORE = [*KINDS, "batch", "around", "rounds"]  # those that need memory on their way
+MORE = [*KINDS, "batch", "around", "rounds", "hooked", "hooked within"]  # those that need memory on their way
 pytestmark = pytest.mark.skipif(not CPYTHON, reason="PyPy can be interrupted in more places: see docs/guarantees.md")
 
 
@@ -63,12 +63,17 @@ class Scene:
                 if errors:
                     raise twin.PartlyApplied(errors)
 
+        class Hooked(Bus):
+            def _collect_event(self, event: int, commit: bool) -> Any:
+                return super()._collect_event(event, commit)
+
         def handle(event: int, *, commit: bool) -> None:
             scene.handle(event)
 
         make = {"functions": partial, "calls": twin.SideEffectCall, "shared": twin.SideEffectCall}.get(kind)
         buses = {"functions": twin.BasicEventBus, "calls": twin.BasicEventBus, "shared": twin.SharedSideEffectsEventBus}
         buses["batch"] = Batching
+        buses["hooked"] = buses["hooked within"] = Hooked
         # Outside of what is interrupted: one that is lost before it is returned could not be removed.
         self.remove = commitbus.add_middleware(lambda call, bus, event, commit: call()) if kind == "around" else None
         self.bus = buses.get(kind, Bus)()
@@ -76,7 +81,8 @@ class Scene:
         self.delayed = twin.DelayedEventBus(self.bus)
         self.multi = twin.MultiEventBus()
         self.outer = twin.MultiEventBus()
-        if kind in {"multi", "nested"}:
+        self.savepoint = self.delayed.savepoint() if kind == "hooked within" else None
+        if kind in {"multi", "nested", "hooked"}:
             self.multi.publish(self.delayed)
         if kind == "nested":
             self.wrapper = self.outer.wrap(self.multi)
@@ -100,7 +106,9 @@ class Scene:
             self.delayed.apply_without_delay(True, **options)
         elif self.kind == "collect":
             self.log += [event for event, _ in self.bus.collect(True)]
-        elif self.kind == "multi":
+        elif self.kind == "hooked within":
+            self.delayed.apply(True)  # of which savepoints say what is newer
+        elif self.kind in {"multi", "hooked"}:
             self.multi.apply_and_get_applied_events(True, **options)
         elif self.kind == "nested":
             self.outer.apply(True, **options)
@@ -129,7 +137,11 @@ class Scene:
             pass
         else:
             pytest.fail(f"{where}: the context is still set")
-        if left and self.kind == "multi":
+        if self.savepoint is not None:
+            assert self.savepoint.rollback() == [], f"{where}: what is older was dropped"
+            assert self.left() == list(range(5)), f"{where}: what is older was dropped"
+            return
+        if left and self.kind in {"multi", "hooked"}:
             assert self.delayed in self.multi.pending_events(), f"{where}: forgotten"
         if left and self.kind == "nested":
             inner = (*self.multi.pending_events(), *self.wrapper.collected_events())
@@ -139,7 +151,7 @@ class Scene:
         self.kind, kind = {"delayed": "abstract", "collect": "abstract"}.get(self.kind, self.kind), self.kind
         if kind != "delayed":
             self.act()
-            if self.kind in {"multi", "nested", "collected"} and self.bus.pending_events():
+            if self.kind in {"multi", "nested", "collected", "hooked"} and self.bus.pending_events():
                 self.delayed.apply(True)
                 self.delayed.apply_without_delay(True)
             assert self.left() == []
@@ -179,7 +191,7 @@ def points(scene: Scene, number: int, install: Any, events: set[str], act: Any) 
         # Only a tracer or profiler can raise in these places, where no signal arrives: at a `try:`, which no handler
         # around it covers, and where a `with lock` has just acquired the lock or is about to release it.
         line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
-        if what in events and not line.startswith(("try:", "with lock:", "with _lock.lock:")):
+        if what in events and not line.startswith(("with lock:", "with _lock.lock:")):
             count += 1
             if count == number:
                 install(None)

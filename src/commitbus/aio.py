@@ -14,24 +14,25 @@ from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager, nullcontext, suppress
 from functools import partial
 from inspect import isawaitable, iscoroutinefunction, ismethod
+from types import CoroutineType, MethodType
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 from commitbus import _messages, _naming
+from commitbus._awaited import BEHIND, EVENT, EVENTS, GONE, ITERATOR, SPARSE, new_batch
 from commitbus._context import committed
 from commitbus._interfaces import EventBusOrchestrator
 from commitbus._looking import events_to_apply
 from commitbus._rounds import check_rounds
 from commitbus._unit_of_work import BEFORE_COMMIT_ROUNDS, Unit, Yielded, apply_now, before_commit
+from commitbus.delayed_event_bus import DelayedEventBus
 from commitbus.event_bus import AbstractEventBus
-from commitbus.middleware import Middleware, added
+from commitbus.middleware import Middleware, added, tell_changes
 from commitbus.multi_event_bus import MultiEventBus
 from commitbus.savepoint import refuse_open
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Coroutine
     from contextlib import AbstractAsyncContextManager
-
-    from commitbus.delayed_event_bus import DelayedEventBus
 
 __all__ = [
     "AsyncEventBus",
@@ -73,6 +74,7 @@ class AsyncEventBus(AbstractEventBus[T]):
     """
 
     __slots__ = ()
+    _commitbus_awaited = True
 
     @abstractmethod
     async def _apply_event_async(self, event: T, commit: bool) -> None:
@@ -123,9 +125,13 @@ class AsyncEventBus(AbstractEventBus[T]):
         RuntimeError
             When a savepoint that covers this bus is open.
         """
+        if not robust and rounds is ONE and concurrency is ONE and not _surrounded:
+            return await _run(self, self, commit, None)
         _check_concurrency(concurrency)
 
         async def apply_once(failures: _messages.Failures | None) -> list[Any]:
+            if failures is None and concurrency == 1 and not _surrounded:
+                return await _run(self, self, commit, None)
             handler = self._apply_event_async
 
             def look(items: list[Any]) -> list[tuple[Any, Handler]]:
@@ -141,6 +147,10 @@ class AsyncEventBus(AbstractEventBus[T]):
     def _collect_event(self, event: T, commit: bool) -> Callable[..., Any]:  # noqa: ARG002
         """Give a coroutine function that applies one event; whoever calls it awaits what it returns."""
         return partial(_apply_collected, self, event)
+
+
+# What is passed where an option is not given: looked for by its identity, so that True and 1.0 are looked at, too.
+ONE = 1
 
 
 async def _apply_collected(bus: AsyncEventBus[T], event: T, /, *, commit: bool) -> None:
@@ -187,6 +197,9 @@ class BasicAsyncEventBus(AsyncEventBus[Callable[..., object]]):
 
     async def _apply_event_async(self, event: Callable[..., object], commit: bool) -> None:
         await _finish(lambda commit: event(commit=commit), commit, event)
+
+
+_CALL = BasicAsyncEventBus._apply_event_async
 
 
 class AsyncMultiEventBus(MultiEventBus):
@@ -238,6 +251,8 @@ class AsyncMultiEventBus(MultiEventBus):
             As in `AsyncEventBus.apply_async`. The buses before are done; the one that failed and those after it
             stay registered, with what is left in them.
         """
+        if not robust and rounds is ONE and concurrency is ONE and not _surrounded:
+            return await _run_buses(self, self, commit, [])
         return await self._apply_buses(commit, robust, rounds, concurrency, None)
 
     async def apply_and_get_applied_events_async(
@@ -262,7 +277,10 @@ class AsyncMultiEventBus(MultiEventBus):
         """
         out: list[Any] = []
         try:
-            await self._apply_buses(commit, robust, rounds, concurrency, out)
+            if not robust and rounds is ONE and concurrency is ONE and not _surrounded:
+                await _run_buses(self, self, commit, out)
+            else:
+                await self._apply_buses(commit, robust, rounds, concurrency, out)
             return out
         except BaseException:
             out.clear()  # the traceback keeps this frame, and must keep no event
@@ -274,6 +292,8 @@ class AsyncMultiEventBus(MultiEventBus):
         _check_concurrency(concurrency)
 
         async def apply_once(failures: _messages.Failures | None) -> list[Any]:
+            if failures is None and concurrency == 1 and not _surrounded:
+                return await _run_buses(self, self, commit, [] if out is None else out)
             return await _take_turns(self, self, commit, failures, concurrency, [] if out is None else out)
 
         return _in_rounds(self, rounds, robust, apply_once)
@@ -328,10 +348,7 @@ class _Turn:
     async def _apply_inner(self, inner: Any, commit: bool) -> None:
         """Apply what is registered with a multi bus that is wrapped in this one."""
         delayed: Any = self.delayed
-        _, collected = delayed._commitbus_parts()
-        if collected is not None:
-            for event, _ in collected.discard_pending_events():
-                inner.publish(event)
+        _uncollect(delayed)
         delayed._commitbus_let_go(weakref.ref(self.multi))
         failures = None if self.failures is None else self.failures.inner()
         await _take_turns(self.root, inner, commit, failures, self.concurrency, self.out)
@@ -378,6 +395,148 @@ async def _take_turns(
             multi._commitbus_end(items)
 
 
+COROUTINE: Any = CoroutineType
+_surrounded = False  # whether there is middleware
+
+
+def _use_middleware(stack: tuple[Middleware, ...] | None) -> None:
+    global _surrounded
+    _surrounded = stack is not None
+
+
+tell_changes(_use_middleware)
+
+
+async def _run(home: Any, bus: Any, commit: bool, owner: weakref.ref[Any] | None) -> list[Any]:
+    """Apply what is pending, one event after another: the path of every apply that needs no more than that.
+
+    `home` is the bus, or the delayed bus whose turn it is: what is left goes back there. `owner` is the multi bus that
+    lets go of it then.
+    """
+    hook = bus._apply_event_async
+    calls = type(hook) is MethodType and hook.__func__ is _CALL and hook.__self__ is bus
+    look: Any = None
+    events: Any = []
+    iterator = iter(events)
+    batch: Any = new_batch(events, iterator)
+    left: Any = None
+    event: Any = None  # while a handler is under way, what that is; None between two
+    try:
+        try:
+            if owner is None:
+                home._commitbus_take_into(events)
+            elif home._commitbus_take_turn(owner, commit, events):
+                look, calls = home.side_effects_bus._commitbus_look, False
+                hook = _call_pair(look)
+            for event in iterator:
+                event = event(commit=commit) if calls else hook(event, commit)
+                if type(event) is COROUTINE:
+                    event = await event
+                    if event is None:
+                        continue
+                elif event is None:
+                    continue
+                elif isawaitable(event):
+                    event = await event
+                if event is not None:
+                    _refuse(batch, look, event)
+                event = None
+        except BaseException:
+            # Put back first, and without a call, which could fail: nothing is lost from here on. One line: an interrupt
+            # finds it here or there.
+            # fmt: off
+            batch[EVENT] = event; left = batch; batch[BEHIND], home._commitbus_left, batch = home._commitbus_left, left, None  # noqa: E501, E702
+            # fmt: on
+            raise
+    except BaseException as error:
+        if batch is not None:  # a tracer has raised at one of the lines above
+            # fmt: off
+            batch[EVENT] = event; left = batch; batch[BEHIND], home._commitbus_left, batch = home._commitbus_left, left, None  # noqa: E501, E702
+            # fmt: on
+        events = event = iterator = None  # the traceback keeps this frame, and must keep no event
+        # fmt: off
+        try: _stopped(home, bus, left, error, look)  # noqa: E701, SIM105 (a call, where there may be no stack left)
+        # fmt: on
+        except Exception:  # noqa: S110
+            pass  # no stack or no memory: that costs the note
+        left = None
+        raise error  # and not only `raise`, which would bring back the frames that were dropped
+    return cast("list[Any]", events) if look is None else [event for event, _ in look(events)]
+
+
+def _call_pair(look: Callable[[list[Any]], list[tuple[Any, Any]]]) -> Callable[[Any, bool], object]:
+    """Give a hook for what was collected, some of which has a callable of its own."""
+
+    def call(item: Any, commit: bool) -> object:
+        ((_, function),) = look([item])
+        return function(commit=commit)
+
+    return call
+
+
+def _refuse(batch: list[Any], look: Any, result: object) -> None:
+    """Refuse what a handler returned, if it would only act when it is run."""
+    item = batch[EVENTS][len(batch[EVENTS]) - batch[ITERATOR].__length_hint__() - 1]
+    _messages.refuse_coroutine(item if look is None else look([item])[0][0], result)
+
+
+def _stopped(home: Any, bus: Any, left: list[Any], error: BaseException, look: Any) -> None:
+    """See to a batch that was put back, and make the note."""
+    item, done, count, tried = home._commitbus_settle(left)
+    _messages.drop_own_frames(error)
+    if tried:
+        event = item if look is None else look([item])[0][0]
+        _messages.note_stopped(error, bus, event, done, 1, 1, count, 0)
+    elif done < count:
+        _messages.note_interrupted(error, bus, done, count)
+
+
+async def _run_buses(root: AsyncMultiEventBus, multi: Any, commit: bool, out: list[Any]) -> list[Any]:
+    """Apply the buses that are registered with a multi bus, one after another; as `_run` does it."""
+    owner = weakref.ref(multi)
+    buses: Any = []
+    running = buses
+    iterator = iter(buses)
+    batch: Any = new_batch(buses, iterator)
+    left: Any = None
+    delayed: Any = None  # whose turn it is
+    actual: Any = None
+    try:
+        try:
+            # A savepoint that a handler opens covers those whose turn is still to come.
+            multi._commitbus_begin(running)
+            multi._commitbus_take_into(buses)
+            for delayed in iterator:
+                actual, _ = delayed._commitbus_parts()
+                if actual._commitbus_awaited and type(delayed) is DelayedEventBus:
+                    out += await _run(delayed, actual, commit, owner)
+                else:
+                    await _Turn(root, multi, delayed, None, 1, out)(commit)
+                delayed = None
+        except BaseException:
+            # fmt: off
+            batch[EVENT] = delayed; left = batch; batch[BEHIND], multi._commitbus_left, batch = multi._commitbus_left, left, None  # noqa: E501, E702
+            # fmt: on
+            raise
+    except BaseException as error:
+        if batch is not None:
+            # fmt: off
+            batch[EVENT] = delayed; left = batch; batch[BEHIND], multi._commitbus_left, batch = multi._commitbus_left, left, None  # noqa: E501, E702
+            # fmt: on
+        buses = delayed = actual = iterator = None
+        # fmt: off
+        try: _stopped(multi, multi, left, error, None)  # noqa: E701, SIM105
+        # fmt: on
+        except Exception:  # noqa: S110
+            pass
+        left = None
+        raise error
+    finally:
+        multi._commitbus_end(running)
+        running = None
+    return cast("list[Any]", buses)
+
+
 async def _carry_out(
     store: Any,
     bus: Any,
@@ -387,76 +546,102 @@ async def _carry_out(
     failures: _messages.Failures | None,
     concurrency: int,
 ) -> list[Any]:
-    """Apply what is pending in a store: the one path behind every apply that is awaited.
+    """Apply what is pending in a store: the path of an apply that is robust, concurrent, or has middleware around it.
 
     `bus` is named in notes, and `published_on` is given to middleware: None where the events are buses. `look` gives
     the event and the handler of each item. Returns the events that were applied.
     """
     stack = added() if published_on is not None else None
-    items: list[Any] = []
+    items: list[Any] = []  # those that are finished are replaced by GONE
+    batch: Any = new_batch(items, SPARSE)
+    batch[EVENT] = 0
+    left: Any = None
     pairs: list[tuple[Any, Any]] = []
-    done: set[int] = set()
-    tried = 0
     stopped = False
     try:
-        store._commitbus_take_into(items)
-        if not items:
-            return []
-        pairs = look(items)
-        count = len(pairs)
-        skipped = 0 if failures is None else failures.start(bus, items, 0, pairs[0][0])
-        todo = iter(range(skipped, count))
-        tried = skipped
+        try:
+            store._commitbus_take_into(items)
+            if not items:
+                return []
+            pairs = look(items)
+            count = len(pairs)
+            skipped = 0 if failures is None else failures.start(bus, items, 0, pairs[0][0])
+            todo = iter(range(skipped, count))
+            batch[EVENT] = skipped
 
-        async def work() -> None:
-            nonlocal tried, stopped
-            for number in todo:  # shared by all workers: each event goes to one
-                if stopped:
-                    return
-                tried = max(tried, number + 1)
-                event, handler = pairs[number]
-                try:
-                    if stack is None:
-                        await _finish(handler, commit, event)
-                    else:
-                        await _surround(stack, published_on, event, partial(_finish, handler, commit, event), commit)
-                except BaseException as error:
-                    if failures is None or not isinstance(error, Exception):
-                        stopped = True
-                        _note_stopped(error, bus, event, number, count, concurrency)
-                        event = handler = None  # the traceback keeps this frame, and must keep no event
-                        raise
-                    failures.positions.append(number)
-                    failures.errors.append(error)
-                    _messages.drop_own_frames(error)
-                    failures.note(len(failures.errors) - 1, bus, event, number, 1, 1)
-                else:
-                    if isinstance(handler, _Turn) and handler.again and failures is not None:
+            async def work() -> None:
+                nonlocal stopped
+                for number in todo:  # shared by all workers: each event goes to one
+                    if stopped:
+                        return
+                    batch[EVENT] = max(batch[EVENT], number + 1)
+                    event, handler = pairs[number]
+                    try:
+                        if stack is None:
+                            await _finish(handler, commit, event)
+                        else:
+                            finish = partial(_finish, handler, commit, event)
+                            await _surround(stack, published_on, event, finish, commit)
+                        if not isinstance(handler, _Turn) or not handler.again or failures is None:
+                            items[number] = GONE
+                    except BaseException as error:
+                        if failures is None or not isinstance(error, Exception):
+                            stopped = True
+                            _note_stopped(error, bus, event, number, count, concurrency)
+                            event = handler = None  # the traceback keeps this frame, and must keep no event
+                            raise
                         failures.positions.append(number)
-                        failures.again.add(number)
+                        failures.errors.append(error)
+                        _messages.drop_own_frames(error)
+                        failures.note(len(failures.errors) - 1, bus, event, number, 1, 1)
                     else:
-                        done.add(number)
-                event = handler = None
+                        if items[number] is not GONE:
+                            cast("Any", failures).positions.append(number)
+                            cast("Any", failures).again.add(number)
+                    event = handler = None
 
-        if concurrency == 1 or count - skipped == 1:
-            await work()
-        else:
-            await _work_at_once(work, min(concurrency, count - skipped))
-        return [pairs[number][0] for number in sorted(done)]
-    except BaseException as error:
-        if failures is not None and not isinstance(error, Exception):
-            failures.chain(error, bus)
-        _messages.drop_own_frames(error)
-        raise error  # and not only `raise`, which would bring back the frames that were dropped
-    finally:
-        left = [item for number, item in enumerate(items) if number not in done]
-        if left:
-            begun = sum(number not in done for number in range(tried))
-            if failures is not None:
+            if concurrency == 1 or count - skipped == 1:
+                await work()
+            else:
+                await _work_at_once(work, min(concurrency, count - skipped))
+            applied = [pairs[number][0] for number in range(count) if items[number] is GONE]
+            if failures is not None and failures.positions:
                 failures.positions.sort()
                 failures.set_aside(bus, items)
-            store._commitbus_put_back(left, begun)
-        items, left, pairs = [], [], []  # the traceback keeps this frame, and must keep no event
+                # fmt: off
+                left = batch; batch[BEHIND], store._commitbus_left, batch = store._commitbus_left, left, None  # noqa: E702
+                # fmt: on
+                store._commitbus_settle(left)
+            batch = left = None
+            return applied
+        except BaseException:
+            # As in `_run`.
+            if batch is not None:
+                # fmt: off
+                left = batch; batch[BEHIND], store._commitbus_left, batch = store._commitbus_left, left, None  # noqa: E702
+                # fmt: on
+            raise
+    except BaseException as error:
+        if batch is not None:
+            # fmt: off
+            left = batch; batch[BEHIND], store._commitbus_left, batch = store._commitbus_left, left, None  # noqa: E702
+            # fmt: on
+        # fmt: off
+        try: _see_to(store, bus, left, error, failures)  # noqa: E701, SIM105
+        # fmt: on
+        except Exception:  # noqa: S110
+            pass
+        raise error
+    finally:
+        items, pairs, batch, left = [], [], None, None  # the traceback keeps this frame, and must keep no event
+
+
+def _see_to(store: Any, bus: Any, left: Any, error: BaseException, failures: _messages.Failures | None) -> None:
+    if left is not None:
+        store._commitbus_settle(left)
+    if failures is not None and not isinstance(error, Exception):
+        failures.chain(error, bus)
+    _messages.drop_own_frames(error)
 
 
 async def _work_at_once(work: Callable[[], Coroutine[Any, Any, None]], workers: int) -> None:
@@ -507,25 +692,58 @@ async def apply_batch(
     bus: AsyncEventBus[T], function: Callable[[list[T], bool], Awaitable[None]], commit: bool
 ) -> list[T]:
     """Apply all that is pending in one call, as one batch: it is done when `function` returns."""
-    any_bus: Any = bus
-    refuse_open(any_bus)
+    store: Any = bus
+    refuse_open(store)
     items: list[Any] = []
+    batch: Any = new_batch(items, iter(items))
+    left: Any = None
     try:
-        any_bus._commitbus_take_into(items)
-        if items:
-            await _surround(added() or (), bus, list(items), partial(function, list(items), commit), commit)
-        applied, items = items, []
-        return applied
+        try:
+            store._commitbus_take_into(items)
+            if items:
+                await _surround(added() or (), bus, list(items), partial(function, list(items), commit), commit)
+            batch = None
+            return items
+        except BaseException:
+            # As in `_run`.
+            # fmt: off
+            left = batch; batch[BEHIND], store._commitbus_left, batch = store._commitbus_left, left, None  # noqa: E702
+            # fmt: on
+            raise
     except BaseException as error:
         if items:
             with suppress(Exception):
                 _messages.note_stopped(error, bus, items[0], 0, len(items), 1, len(items), 0)
-        _messages.drop_own_frames(error)
-        raise error
-    finally:
-        if items:
-            any_bus._commitbus_put_back(items, 0)
         items = []  # the traceback keeps this frame, and must keep no event
+        # fmt: off
+        try: _see_to(store, bus, left, error, None)  # noqa: E701, SIM105
+        # fmt: on
+        except Exception:  # noqa: S110
+            pass
+        left = None
+        raise error
+
+
+def _uncollect(delayed: Any) -> None:
+    """Move what a delayed bus has collected back to the bus that it wraps, before what is pending there."""
+    actual, store = delayed._commitbus_parts()
+    if store is None:
+        return
+    items: list[Any] = []
+    batch: Any = new_batch(items, iter(items))
+    try:
+        store._commitbus_take_into(items)
+        again = [event for event, _ in store._commitbus_look(items)]
+        left = new_batch(again, iter(again))
+        # fmt: off
+        left[BEHIND], actual._commitbus_left, batch = actual._commitbus_left, left, None
+        # fmt: on
+    except BaseException:
+        if batch is not None:
+            batch[BEHIND], store._commitbus_left = store._commitbus_left, batch
+            store._commitbus_settle(batch)
+        raise
+    actual._commitbus_settle(left)
 
 
 async def apply_before_commit_async(buses: Any) -> list[Any]:
@@ -550,9 +768,7 @@ async def _apply_now(delayed: Any) -> list[Any]:
     bus: Any = delayed.actual_event_bus
     if not isinstance(bus, AsyncEventBus):
         return apply_now(delayed)
-    _, collected = delayed._commitbus_parts()
-    if collected is not None and (pairs := collected.discard_pending_events()):
-        bus.publish_all([event for event, _ in pairs] + bus.discard_pending_events())
+    _uncollect(delayed)
     return cast("list[Any]", await cast("Any", bus).apply_async(True))
 
 

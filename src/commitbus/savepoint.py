@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
+from contextlib import contextmanager
 from itertools import count
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -13,7 +14,7 @@ from commitbus._looking import Shown, collected_in, flatten, holds_buses
 from commitbus._naming import describe_bus, is_delayed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Generator, Iterable
     from types import TracebackType
     from typing import Self
 
@@ -78,14 +79,26 @@ class Savepoint:
 
     # Strong references, until it ends: to the bus, to all buses that it covers, and to the delayed ones among
     # these; and for each multi bus, by its identity, the delayed buses that were registered.
-    # And: whether a rollback was begun and, while it runs, the thread that runs it.
-    __slots__ = ("__weakref__", "_begun", "_bus", "_delayed", "_number", "_registered", "_stores", "_thread")
+    # And: whether a rollback was begun and, while it runs, the thread that runs it; and the buses, by identity, in
+    # which it has dropped what was published since: what comes after that is newer.
+    __slots__ = (
+        "__weakref__",
+        "_begun",
+        "_bus",
+        "_delayed",
+        "_dropped",
+        "_number",
+        "_registered",
+        "_stores",
+        "_thread",
+    )
 
     def __init__(self, bus: Any) -> None:
         if not isinstance(bus, Shown):
             raise _messages.not_for_savepoints(bus)
         self._bus: Any = bus
         self._begun = False
+        self._dropped: set[int] = set()
         self._number = next(_numbers)  # in the order in which they were opened
         self._thread: int | None = None
         self._stores: list[Any] = []
@@ -200,20 +213,19 @@ class Savepoint:
             self._cover_buses(bus, [])
         else:
             self._mark(bus, None)
-            self._place(bus, bus._commitbus_mark()[0], 0)
+            self._place(bus, None)
 
     def _cover_delayed(self, delayed: Any) -> None:
         actual, _ = delayed._commitbus_parts()
         if any(mark.savepoint is self and mark.delayed is delayed for mark in actual._commitbus_marks or ()):
             return
         self._delayed.append(delayed)
+        # Marked first, and measured then: from here on what another thread, or a finalizer, applies or collects waits,
+        # is refused, or is counted. (What was measured before could be applied, and a rollback put it back.)
+        self._mark_collected(delayed)
         self._mark(actual, delayed)
-        # Only now, as what another thread applies or collects from here on waits, or is refused.
-        _, collected = delayed._commitbus_parts()
-        start = 0 if collected is None else collected._commitbus_mark()[0]
-        self._place(actual, actual._commitbus_mark()[0], start)
-        if collected is not None:
-            collected._commitbus_marks = (*(collected._commitbus_marks or ()), Mark(self, None, 0, 0, ()))
+        self._mark_collected(delayed)  # it may have been made meanwhile
+        self._place(actual, delayed)
         if holds_buses(actual):
             self._cover_buses(actual, collected_in(delayed))
 
@@ -223,9 +235,11 @@ class Savepoint:
             self._registered[id(multi)] = (multi, {})
             self._mark(multi, None)
         _, known = self._registered[id(multi)]
-        # Also those of an apply that is under way, whose turn may be still to come.
+        # Also those of an apply that is under way, whose turn may be still to come. Registered ones are looked at
+        # before and after these: another thread may take them, or put them back.
+        before = multi._commitbus_get()
         running = [delayed for batch in multi._commitbus_running() for delayed in batch]
-        for delayed in (*multi._commitbus_get(), *collected, *running):
+        for delayed in (*before, *multi._commitbus_get(), *collected, *running):
             # A pair that was put on a side_effects_bus by hand is an event among the buses.
             if is_delayed(delayed) and id(delayed) not in known:
                 known[id(delayed)] = delayed
@@ -235,10 +249,27 @@ class Savepoint:
         store._commitbus_marks = (*(store._commitbus_marks or ()), Mark(self, delayed, 0, 0, ()))
         self._stores.append(store)
 
-    def _place(self, store: Any, start: int, collected: int) -> None:
-        """Say where the mark is that was made last."""
-        *others, last = store._commitbus_marks
-        store._commitbus_marks = (*others, last._replace(start=start, collected=collected))
+    def _mark_collected(self, delayed: Any) -> None:
+        """Mark what a delayed bus has collected, once."""
+        _, collected = delayed._commitbus_parts()
+        if collected is None:
+            return
+        marks: tuple[Mark, ...] = collected._commitbus_marks or ()
+        if not [mark for mark in marks if mark.savepoint is self]:
+            collected._commitbus_marks = (*marks, Mark(self, None, 0, 0, ()))
+
+    def _place(self, store: Any, delayed: Any) -> None:
+        """Say where the mark of a bus is: all that is in it by now is older."""
+        measured = (-1, -1)
+        while measured != (now := _measure(store, delayed)):  # a finalizer may have collected in between
+            measured = collected, start = now
+            marks = cast("tuple[Mark, ...]", store._commitbus_marks)
+            store._commitbus_marks = tuple(
+                mark._replace(start=start, collected=collected, kept=())
+                if mark.savepoint is self and mark.delayed is delayed
+                else mark
+                for mark in marks
+            )
 
     def _check(self) -> None:
         if self._bus is None:
@@ -273,8 +304,13 @@ class Savepoint:
             return self._drop_delayed(bus, done)
         if holds_buses(bus):
             return self._drop_buses(bus, done)
-        (mark,) = (mark for mark in bus._commitbus_marks if mark.savepoint is self)
-        return cast("list[Any]", bus._commitbus_cut(mark.start, ()))
+        with _lock.lock:  # a thread that collects moves events, and the marks with them
+            if id(bus) in self._dropped:
+                return []  # before an interrupt
+            (mark,) = (mark for mark in bus._commitbus_marks if mark.savepoint is self)
+            dropped: list[Any] = bus._commitbus_cut(mark.start, ())
+            self._dropped.add(id(bus))
+        return dropped
 
     def _drop_delayed(self, delayed: Any, done: set[int]) -> list[Any]:
         actual, _ = delayed._commitbus_parts()
@@ -284,13 +320,17 @@ class Savepoint:
             _, collected = delayed._commitbus_parts()
             marks = open_marks(actual) or ()
             (mark,) = (one for one in marks if one.savepoint is self and one.delayed is delayed)
-            if collected is not None:
-                pairs = collected._commitbus_cut(mark.collected, mark.kept)
-                # What older savepoints keep of it has moved to the front.
-                actual._commitbus_marks = tuple(
-                    one._replace(kept=_shifted(one.kept, mark)) if one.delayed is delayed else one for one in marks
-                )
-            newer: list[Any] = [] if holds_buses(actual) else actual._commitbus_cut(mark.start, ())
+            newer: list[Any] = []
+            if id(delayed) not in self._dropped:  # else before an interrupt
+                if collected is not None:
+                    pairs = collected._commitbus_cut(mark.collected, mark.kept)
+                    # What older savepoints keep of it has moved to the front.
+                    actual._commitbus_marks = tuple(
+                        one._replace(kept=_shifted(one.kept, mark)) if one.delayed is delayed else one for one in marks
+                    )
+                if not holds_buses(actual):
+                    newer = actual._commitbus_cut(mark.start, ())
+                self._dropped.add(id(delayed))
         for event, _ in pairs:
             dropped += self._let_go(event, actual) if is_delayed(event) else [event]
         if holds_buses(actual):
@@ -341,6 +381,12 @@ class Savepoint:
     def _covers(self, delayed: Any) -> bool:
         """Whether what a delayed bus wraps is covered, through another bus."""
         return any(mark.savepoint is self for mark in delayed._commitbus_parts()[0]._commitbus_marks or ())
+
+
+def _measure(bus: Any, delayed: Any) -> tuple[int, int]:
+    """Tell how much a delayed bus has collected, and how much was published on a bus since something was put back."""
+    collected = None if delayed is None else delayed._commitbus_parts()[1]
+    return 0 if collected is None else collected._commitbus_mark()[0], bus._commitbus_mark()[0]
 
 
 def open_marks(bus: Any) -> tuple[Mark, ...] | None:
@@ -395,13 +441,28 @@ def check_open(bus: Any) -> None:
         When a savepoint that covers the bus is open.
     """
     while (marks := open_marks(bus)) is not None:
-        if _collecting.get(id(bus)) == get_ident():
-            del _collecting[id(bus)]  # once: what a class overrides may not apply in place of collecting
-            return  # a delayed bus that the savepoints cover collects
         savepoint = marks[-1].savepoint
         if not savepoint._begun or savepoint._thread is not None:
             raise _messages.savepoint_is_open(bus, savepoint)
-        savepoint.rollback()  # an interrupt has stopped that, and nobody may have the savepoint any more
+        if savepoint._bus is not None:  # else its own thread has just ended it
+            savepoint.rollback()  # an interrupt has stopped that, and nobody may have the savepoint any more
+
+
+def may_collect(bus: Any) -> bool:
+    """Tell whether a delayed bus that the open savepoints cover collects; refuse it otherwise, where any is open.
+
+    Once: what a class overrides may not collect twice.
+
+    Raises
+    ------
+    RuntimeError
+        When a savepoint that covers the bus is open.
+    """
+    if _collecting.get(id(bus)) == get_ident() and open_marks(bus) is not None:
+        del _collecting[id(bus)]
+        return True
+    check_open(bus)
+    return False
 
 
 def refuse_open(bus: Any) -> None:
@@ -452,74 +513,120 @@ def cut(pending: list[Any], start: int, kept: tuple[tuple[int, int], ...]) -> li
     return dropped
 
 
-def moved(bus: Any, delayed: Any, position: int, left: int) -> tuple[Mark, ...] | None:
-    """Give the marks of a bus of which a delayed bus collects all, to `position` in what it has collected.
+def begun_anew(bus: Any) -> tuple[Mark, ...]:
+    """Give the marks of a bus of which all is taken: what is published from now on is newer than any."""
+    return tuple(mark._replace(start=0) for mark in open_marks(bus) or ())
 
-    `left` is how many events had been put back before those that are pending.
+
+class Collecting:
+    """What a delayed bus collects from another, while savepoints are open, or come and go.
+
+    It is made, and `end` and `fail` are called, in the lock: no savepoint is opened meanwhile.
 
     Raises
     ------
     RuntimeError
-        When the delayed bus is not covered by one of the savepoints.
+        When it is made, where an open savepoint does not cover the delayed bus.
     """
-    return _moved(bus, delayed, lambda mark: ((position, left + mark.start),) if left + mark.start else ())
+
+    def __init__(self, bus: Any, delayed: Any, taken: bool = False) -> None:
+        self.bus, self.delayed = bus, delayed
+        # Of the savepoints that were opened before all was `taken`, and have not been rolled back here yet.
+        marks: tuple[Mark, ...] = () if taken else open_marks(bus) or ()
+        self.before = tuple(mark for mark in marks if not self.rolled_back(mark))
+        covered = {mark.savepoint for mark in self.before if mark.delayed is delayed}
+        for mark in self.before:
+            # Also where this very thread rolls one back, in a finalizer or signal handler: what that cuts may not move.
+            if mark.savepoint not in covered or mark.savepoint._thread == get_ident():
+                raise _messages.savepoint_is_open(bus, mark.savepoint)
+        self.pending, self.left = bus._commitbus_mark()
+
+    def older(self, mark: Mark, events: list[Any] | None, count: int) -> list[int]:
+        """List the positions of what is older than a savepoint, in what was collected.
+
+        `events` are those, where a class overrides what is collected, so that it may be anything: then an event is
+        older if it was there when the savepoint was opened.
+        """
+        if events is None:
+            return list(range(min(count, self.left + mark.start)))
+        there = Counter(map(id, self.items[: self.left + mark.start]))
+        positions: list[int] = []
+        for position, event in enumerate(events):
+            if there[id(event)]:
+                there[id(event)] -= 1
+                positions.append(position)
+        return positions
+
+    def look(self) -> None:
+        """Remember what is there, for a class that overrides what is collected."""
+        self.items: list[Any] = self.bus._commitbus_get()
+
+    def end(
+        self, position: int, count: int, events: list[Any] | None = None
+    ) -> tuple[list[int], tuple[Mark, ...] | None]:
+        """Give the positions of what is kept, all but what was rolled back meanwhile; and the marks of the bus then.
+
+        They hold once that is at `position` of what the delayed bus has collected.
+        """
+        keep = list(range(count))
+        for mark in self.before:
+            if mark.delayed is self.delayed and self.rolled_back(mark):
+                older = set(self.older(mark, events, count))
+                keep = [one for one in keep if one in older]
+        now = {one: position + i for i, one in enumerate(keep)}
+        marks: list[Mark] = []
+        for mark in open_marks(self.bus) or ():
+            if mark.delayed is not self.delayed:
+                marks.append(mark)
+                continue
+            before = self.find(mark)
+            older_ones = keep if before is None else [one for one in self.older(before, events, count) if one in now]
+            marks.append(mark._replace(kept=mark.kept + _spans([now[one] for one in older_ones])))
+        return keep, tuple(marks) or None
+
+    def fail(self) -> None:
+        """Bring what is newer than the savepoints back to what is pending: all was put back before that."""
+        count = self.pending
+        if self.bus._commitbus_mark()[1] < self.left + count:
+            return  # a class that overrides `collect` has done something else with it
+        marks: list[Mark] = []
+        for mark in open_marks(self.bus) or ():
+            before = self.find(mark)
+            marks.append(mark._replace(start=before.start if before is not None else mark.start + count))
+        self.bus._commitbus_bring_back(count, tuple(marks) or None)
+        starts = [mark.start for mark in self.before if self.rolled_back(mark)]
+        if starts:  # rolled back meanwhile
+            self.bus._commitbus_cut(min(starts), ((count, self.bus._commitbus_mark()[0] - count),))
+
+    @staticmethod
+    def rolled_back(mark: Mark) -> bool:
+        """Whether a rollback has dropped what is newer than a mark."""
+        return mark.savepoint._begun and id(mark.delayed) in mark.savepoint._dropped
+
+    def find(self, mark: Mark) -> Mark | None:
+        """Give a mark as it was before; None for one that was made meanwhile."""
+        for before in self.before:
+            if before.savepoint is mark.savepoint and before.delayed is mark.delayed:
+                return before
+        return None
 
 
-def note_older(bus: Any, delayed: Any, position: int, count: int) -> None:
-    """Note that what a delayed bus has collected at a position is older than the savepoints, which came meanwhile."""
-    if bus._commitbus_marks is not None:
-        bus._commitbus_marks = (
-            tuple(
-                mark._replace(kept=(*mark.kept, (position, count))) if mark.delayed is delayed else mark
-                for mark in open_marks(bus) or ()
-            )
-            or None
-        )
+def _spans(positions: list[int]) -> tuple[tuple[int, int], ...]:
+    """Give positions, in order, as spans: where each begins, and how many there are."""
+    spans: list[tuple[int, int]] = []
+    for position in positions:
+        if spans and sum(spans[-1]) == position:
+            spans[-1] = (spans[-1][0], spans[-1][1] + 1)
+        else:
+            spans.append((position, 1))
+    return tuple(spans)
 
 
-def _moved(bus: Any, delayed: Any, kept: Callable[[Mark], tuple[tuple[int, int], ...]]) -> tuple[Mark, ...] | None:
-    marks = open_marks(bus) or ()
-    covered = {mark.savepoint for mark in marks if mark.delayed is delayed}
-    for mark in marks:
-        if mark.savepoint not in covered:
-            raise _messages.savepoint_is_open(bus, mark.savepoint)
-    return (
-        tuple(
-            mark._replace(start=0, kept=mark.kept + kept(mark)) if mark.delayed is delayed else mark._replace(start=0)
-            for mark in marks
-        )
-        or None
-    )
-
-
-def collect_within(bus: Any, delayed: Any, commit: bool) -> tuple[list[Any], Callable[[int], tuple[Mark, ...] | None]]:
-    """Collect from a bus whose class overrides how that is done.
-
-    Gives the pairs, and a function that gives the marks of the bus once they are at a position of what was collected.
-
-    What it gives may be anything: an event is older than a savepoint if it was there when that was opened.
-    """
-    _moved(bus, delayed, lambda _: ())  # it raises before anything is done
-    items = bus._commitbus_get()
-    pending = bus._commitbus_mark()[0]
-    left = len(items) - pending
+@contextmanager
+def collecting_by(bus: Any) -> Generator[None]:
+    """Let this thread collect from a bus that a savepoint covers, once."""
     _collecting[id(bus)] = get_ident()
     try:
-        pairs: list[Any] = list(bus.collect(commit))
-    except BaseException:
-        # All was put back before what is pending: bring back what is newer.
-        bus._commitbus_bring_back(pending)
-        raise
+        yield
     finally:
         _collecting.pop(id(bus), None)
-
-    def kept(mark: Mark, position: int) -> tuple[tuple[int, int], ...]:
-        older = Counter(map(id, items[: left + mark.start]))
-        spans: list[tuple[int, int]] = []
-        for i, (event, _) in enumerate(pairs, position):
-            if older[id(event)]:
-                older[id(event)] -= 1
-                spans.append((i, 1))
-        return tuple(spans)
-
-    return pairs, lambda position: _moved(bus, delayed, lambda mark: kept(mark, position))

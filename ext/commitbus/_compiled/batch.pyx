@@ -14,6 +14,8 @@ from cpython.ref cimport Py_DECREF
 from commitbus._compiled.side_effects cimport SideEffectCall
 
 from commitbus import _messages
+from commitbus._awaited import GONE as _GONE
+from commitbus._awaited import SPARSE as _SPARSE
 from commitbus._rounds import in_rounds, leave
 from commitbus.middleware import tell_changes
 
@@ -35,6 +37,8 @@ cdef extern from "Python.h":
     # No checks of type or index; borrowed.
     PyObject* PyList_GET_ITEM(object list, Py_ssize_t index)
     Py_ssize_t PyList_GET_SIZE(object list)
+    # How many an iterator has left: of a list's own, without any Python code.
+    Py_ssize_t PyObject_LengthHint(object iterator, Py_ssize_t otherwise) except -1
 
 cdef extern from *:
     """
@@ -46,6 +50,7 @@ cdef extern from *:
     int _PyObject_GetMethod(PyObject* instance, PyObject* name, PyObject** found)
 
 cdef tuple COMMIT = ("commit",)
+cdef object GONE = _GONE, SPARSE = _SPARSE
 
 
 # Calling
@@ -151,14 +156,24 @@ cdef int call_handler(object bus, object handler, bint method, list batch, Progr
 # Middleware
 
 
-# What runs around every event, in a tuple; None where nothing does.
-cdef object middleware = None
+@cython.final
+cdef class Surrounding:
+    """What runs around every event, in a tuple; None where nothing does. An object, as that has a critical section."""
+
+    cdef object stack
+
+
+cdef Surrounding surrounding = Surrounding()
+# Whether anything does: looked at for each apply without a section.
+cdef bint surrounded = False
 
 
 def use_middleware(stack):
     """Run these around every event from the next apply on."""
-    global middleware
-    middleware = stack
+    global surrounded
+    with cython.critical_section(surrounding):
+        surrounding.stack = stack
+        surrounded = stack is not None
 
 
 tell_changes(use_middleware)
@@ -190,6 +205,45 @@ cdef class Source:
 
     cdef object scope(self, object commit):
         return None
+
+    # For `commitbus.aio`, whose loops are coroutines: what they leave is assigned here. See `commitbus._awaited`.
+
+    @property
+    def _commitbus_left(self):
+        return None
+
+    @_commitbus_left.setter
+    def _commitbus_left(self, list batch):
+        cdef list events = batch[0]
+        cdef Py_ssize_t begun = 0, count = PyList_GET_SIZE(events), i, kept = 0
+        if batch[1] is SPARSE:
+            begun = batch[2]
+            done = 0
+            for i in range(count):
+                if PyList_GET_ITEM(events, i) == <PyObject*>GONE:
+                    if i < begun:
+                        done += 1
+                else:
+                    events[kept] = events[i]
+                    kept += 1
+            batch[2] = None
+            if kept < count:
+                del events[kept:]
+            if kept:
+                self.put_back(events, 0, begun - done)
+            return
+        begun = count - PyObject_LengthHint(batch[1], 0)
+        done = begun
+        if done > 0 and (batch[2] is not None or PyList_GET_ITEM(events, done - 1) == <PyObject*>None):
+            done -= 1
+        # What `_commitbus_settle` gives, which comes when the list is in order already.
+        batch[2] = <object>PyList_GET_ITEM(events, done) if done < count else None
+        batch[5], batch[6], batch[7] = done, count, begun > done
+        put_back(self, events, 0, done, None)
+
+    def _commitbus_settle(self, list batch):
+        """See to a batch that `commitbus.aio` has put back; give its event, position, of how many, and if tried."""
+        return batch[2], batch[5], batch[6], batch[7]
 
 
 # Making a bus or a delayed one
@@ -262,8 +316,11 @@ cdef list carry_out(Source source, object bus, object commit, object failures, l
     cdef list applied = None
     cdef bint method = False
     hook = source.hook(&method)
-    if middleware is not None:
-        hook = source.surrounded(hook, &method, middleware)
+    if surrounded:
+        with cython.critical_section(surrounding):  # read once: another thread may take it away
+            stack = surrounding.stack
+        if stack is not None:
+            hook = source.surrounded(hook, &method, stack)
     cdef list batch = source.take(&begin)
     if batch is None:
         return []

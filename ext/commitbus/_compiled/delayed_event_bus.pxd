@@ -22,8 +22,11 @@ cdef class DelayedStore(Source):
     cdef int enclose(self, EventStore actual) except -1
     cdef EventStore wrapped(self)
     cdef PairStore collecting(self)
+    cdef int keep_first(self, PairStore made) except -1
     cdef list collect(self, object commit)
-    cdef list collect_within_savepoint(self, object commit)
+    cdef list collect_with_care(self, object commit)
+    cdef list collect_overridden(self, object commit)
+    cdef list store(self, object collecting, list items, list events)
     # Gives 1 where what failed in it is left.
     cdef int turn(self, object ref, object commit, object failures, list out) except -1
     cdef int let_go(self, object owner) except -1

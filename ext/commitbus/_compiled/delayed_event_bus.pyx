@@ -13,11 +13,13 @@ from commitbus._compiled.batch cimport (
     carry_out_in_rounds,
     events_of,
     explicit,
+    look_up,
 )
 from commitbus._compiled.event_bus cimport (
     PUBLISH_IS_OURS,
     EventStore,
     class_flags,
+    collects_itself,
     collects_plainly,
     make,
 )
@@ -28,7 +30,7 @@ from commitbus._compiled.side_effects_bus import SideEffectsBus
 from commitbus._context import gathering_of
 from commitbus._interfaces import EventBus, T, iterate
 from commitbus._looking import ClassSignature, Shown
-from commitbus.savepoint import Savepoint, collect_within, covering, check_open, moved, note_older
+from commitbus.savepoint import Collecting, Savepoint, begun_anew, check_open, collecting_by, covering
 
 # What stands for an argument that was not given.
 cdef object MISSING = _messages.MISSING
@@ -36,6 +38,7 @@ cdef object MISSING = _messages.MISSING
 
 cdef extern from "Python.h":
     Py_ssize_t Py_REFCNT(PyObject* instance)
+    Py_ssize_t PyList_GET_SIZE(object list)
     # Where the first of the weak references to an instance is; NULL in it without any.
     PyObject** PyObject_GET_WEAKREFS_LISTPTR(PyObject* instance)
 
@@ -174,7 +177,9 @@ cdef class DelayedStore(Source):
         cdef EventStore actual = self.wrapped()
         cdef PairStore store = self.collected
         kept = (actual, [], {}) if store is None else store._commitbus_get()
-        return (*kept, None if self.owner is None else self.owner())
+        with cython.critical_section(self):
+            owner = self.owner
+        return (*kept, None if owner is None else owner())
 
     def _commitbus_set(self, kept):
         DelayedStore.__init__(self, kept[0])
@@ -191,77 +196,134 @@ cdef class DelayedStore(Source):
             made = make(SIDE_EFFECTS)
             made.wraps = actual
             made.collector = PyWeakref_NewRef(self, None)
+            if actual._commitbus_marks is None:
+                self.keep_first(made)
+            # Looked at after it was kept: else a savepoint that is opened meanwhile would not see it.
             if actual._commitbus_marks is not None:
-                made._commitbus_marks = covering(actual, self)
-            with cython.critical_section(self):
-                if self.collected is None:
-                    self.collected = made
+                with _lock.lock:
+                    made._commitbus_marks = covering(actual, self)
+                    self.keep_first(made)
         return self.collected
+
+    cdef int keep_first(self, PairStore made) except -1:
+        with cython.critical_section(self):
+            if self.collected is None:
+                self.collected = made
+        return 0
 
     cdef list collect(self, object commit):
         cdef EventStore actual = self.wrapped()
         # Made before anything is taken: it needs memory.
         cdef PairStore store = self.collecting()
         cdef Py_ssize_t head = 0
-        cdef list events, copied
-        if actual._commitbus_marks is not None:
-            return self.collect_within_savepoint(commit)
-        if collects_plainly(actual):
-            events = actual.take(&head)
-            if events is None:
-                return []
-            try:
-                copied = events[head:]
-                store.append_all(events if head == 0 else events[head:])
-            except MemoryError:
-                actual.put_back(events, head, 0)
-                raise
-            return copied
-        pairs = actual.collect(commit)
-        events = [explicit((event, function)) for event, function in pairs]
-        if events:
-            copied = events_of(events)
-            store.mixed = True
-            with _lock.lock:
-                # A savepoint may have been opened meanwhile.
-                note_older(actual, self, store._commitbus_mark()[0], len(events))
-                store.extend(events)
-            store.register()
-            return copied
-        return events
-
-    cdef list collect_within_savepoint(self, object commit):
-        """Collect as ever, and have the marks say what of it is older than they are."""
-        cdef EventStore actual = self.wrapped()
-        cdef PairStore store = self.collecting()
-        cdef list events
-        cdef Py_ssize_t head = 0
-        if not collects_plainly(actual):
-            pairs, mark_again = collect_within(actual, self, commit)
-            events = [explicit(pair) for pair in pairs]
-            store.mixed = True
-            with _lock.lock:  # no savepoint is opened meanwhile
-                actual._commitbus_marks = mark_again(store._commitbus_mark()[0])
-                copied = list(events)
-                if events:
+        cdef list items, events, copied
+        cdef bint stored = False
+        if collects_itself(actual):
+            return self.collect_overridden(commit)
+        if not collects_plainly(actual) or actual._commitbus_marks is not None:
+            return self.collect_with_care(commit)
+        with cython.critical_section(actual):
+            if actual._commitbus_marks is None:
+                items = actual.remove(&head)
+                stored = True
+        if not stored:  # another thread has opened a savepoint meanwhile
+            return self.collect_with_care(commit)
+        if items is None:
+            return []
+        try:
+            copied = items[head:]
+            events = items if head == 0 else items[head:]
+            with cython.critical_section(actual):
+                stored = actual._commitbus_marks is None
+                if stored:
                     store.extend(events)
-            if copied:
-                store.register()
-            return events_of(copied)
-        with _lock.lock:
-            places = None
-            while places != (store._commitbus_mark()[0], actual._commitbus_mark()[1]):  # Python code ran meanwhile
-                places = (store._commitbus_mark()[0], actual._commitbus_mark()[1])
-                marks = moved(actual, self, *places)
-            events = actual.remove(&head)
-            if events is None:
-                return []
-            events = events[head:]
-            actual._commitbus_marks = marks
-            copied = list(events)
-            store.extend(events)
+            if not stored:  # opened since: what was taken is older
+                copied = self.store(Collecting(actual, self, taken=True), events, None)
+        except BaseException:
+            actual.put_back(items, head, 0)
+            raise
         store.register()
         return copied
+
+    cdef list collect_with_care(self, object commit):
+        """Collect by a hook, or while a savepoint is open, whose marks say what of it is older than they are."""
+        cdef EventStore actual = self.wrapped()
+        cdef PairStore store = self.collecting()
+        cdef Py_ssize_t head = 0
+        cdef bint method = False
+        cdef bint plainly = collects_plainly(actual)
+        cdef list events, copied, items = None, pairs = []
+        hook = None if plainly else look_up(actual, "_collect_event", &method)
+        collecting = None
+        try:
+            with _lock.lock:  # no savepoint is opened meanwhile, or rolled back
+                if actual._commitbus_marks is not None:
+                    collecting = Collecting(actual, self)
+                    items = actual.take_within(&head, begun_anew(actual))
+                else:
+                    items = actual.take(&head)
+                if plainly and items is not None:
+                    copied = self.store(collecting or Collecting(actual, self, taken=True), items[head:], None)
+            if items is None:
+                return []
+            if not plainly:
+                actual.pair_up(items if head == 0 else items[head:], hook, method, commit, pairs)
+                events = [explicit(pair) for pair in pairs]
+                store.mixed = True
+                copied = self.store(collecting or Collecting(actual, self, taken=True), events, None)
+        except BaseException as error:
+            if items is not None:
+                actual.uncollected(items, head, items[head:] if plainly else pairs, error)
+                if collecting is not None:
+                    with _lock.lock:
+                        collecting.fail()
+            raise
+        if copied:
+            store.register()
+        return events_of(copied)
+
+    cdef list store(self, object collecting, list items, list events):
+        """Add items to what was collected, but for what was rolled back meanwhile, and give them.
+
+        Nothing raises once they are added.
+        """
+        cdef EventStore actual = self.actual
+        cdef PairStore store = self.collected
+        cdef list copied
+        with _lock.lock:
+            place = None
+            while place != store._commitbus_mark()[0]:  # Python code ran meanwhile
+                place = store._commitbus_mark()[0]
+                keep, marks = collecting.end(place, PyList_GET_SIZE(items), events)
+            if PyList_GET_SIZE(keep) < PyList_GET_SIZE(items):
+                items = [items[i] for i in keep]
+            copied = list(items)
+            if copied:
+                store.extend(items)
+            actual._commitbus_marks = marks
+        return copied
+
+    cdef list collect_overridden(self, object commit):
+        """Collect by what the wrapped bus's class has in the place of `collect`."""
+        cdef EventStore actual = self.wrapped()
+        cdef PairStore store = self.collecting()
+        cdef list pairs, copied
+        with _lock.lock:
+            collecting = Collecting(actual, self)
+            collecting.look()
+        try:
+            with collecting_by(actual):
+                pairs = list(actual.collect(commit))
+        except BaseException:
+            with _lock.lock:
+                collecting.fail()
+            raise
+        store.mixed = True
+        events = [event for event, _ in pairs]
+        copied = self.store(collecting, [explicit((event, function)) for event, function in pairs], events)
+        if copied:
+            store.register()
+        return events_of(copied)
 
     # A turn in a multi bus: it takes from the wrapped bus, and puts back into what was collected.
 
@@ -320,12 +382,33 @@ cdef class DelayedStore(Source):
             out.extend(applied)
         return failures is not None and len(failures.positions) > 0
 
+    def _commitbus_take_turn(self, owner, commit, list items):
+        """Take what is to be applied in a turn that is awaited, let go of by a multi bus; true if there may be pairs.
+
+        What is left of it is put back here.
+        """
+        cdef EventStore actual = self.wrapped()
+        cdef PairStore store
+        if actual._commitbus_marks is not None:
+            check_open(actual)
+        # As in `turn`.
+        if self.collected is None and collects_plainly(actual):
+            self._commitbus_let_go(owner)
+            actual._commitbus_take_into(items)
+            return False
+        self.collect(commit)
+        self._commitbus_let_go(owner)
+        store = self.collecting()
+        store._commitbus_take_into(items)
+        return store.mixed
+
     # Registering again
 
     def _commitbus_remember(self, owner):
         """Have the next event here register this bus with `owner`; the wrapped bus is registered by another."""
-        self.owner = owner
-        self.linked = True
+        with cython.critical_section(self):
+            self.owner = owner
+            self.linked = True
 
     def _commitbus_let_go(self, owner):
         """Have the next event, here or on the wrapped bus, register this bus with `owner`, a multi bus."""
@@ -334,8 +417,9 @@ cdef class DelayedStore(Source):
 
     cdef int let_go(self, object owner) except -1:
         """Have the next event register this bus with `owner`, a weak reference to a multi bus."""
-        self.owner = owner
-        self.linked = False
+        with cython.critical_section(self):
+            self.owner = owner
+            self.linked = False
         # Mostly nobody else has the wrapped bus: the weak reference that this takes can be saved, which is a twentieth
         # of a request for three buses.
         if self.is_shared() or self.actual.owner is not None:
@@ -359,9 +443,10 @@ cdef class DelayedStore(Source):
 
     cdef int link(self) except -1:
         cdef EventStore actual = self.actual
-        owner = self.owner
         wrapper = PyWeakref_NewRef(self, None)
-        self.linked = True
+        with cython.critical_section(self):
+            owner = self.owner
+            self.linked = True
         with cython.critical_section(actual):
             actual.owner = owner
             actual.wrapper = wrapper
@@ -370,12 +455,15 @@ cdef class DelayedStore(Source):
     cdef int hold(self) except -1:
         """Note that this bus is registered: the next event need not do it."""
         cdef EventStore actual = self.actual
-        self.owner = None
+        with cython.critical_section(self):
+            self.owner = None
         if actual is not None and actual.owner is not None:
-            wrapper = actual.wrapper
+            with cython.critical_section(actual):
+                wrapper = actual.wrapper
             if wrapper is not None and wrapper() is self:
                 with cython.critical_section(actual):
-                    actual.owner = actual.wrapper = None
+                    if actual.wrapper is wrapper:
+                        actual.owner = actual.wrapper = None
         return 0
 
     cdef int register(self) except -1:
@@ -385,7 +473,13 @@ cdef class DelayedStore(Source):
             self.owner = None
         multi = None if owner is None else owner()
         if multi is not None:
-            multi.publish(self)
+            try:
+                multi.publish(self)
+            except BaseException:
+                with cython.critical_section(self):
+                    if self.owner is None:  # an interrupt: the next event tries again
+                        self.owner = owner
+                raise
         return 0
 
 

@@ -28,7 +28,14 @@ cdef class EventStore(Source):
     cdef int append_all(self, list events) except -1
     cdef int extend(self, list events) except -1
     cdef int add_all(self, object events) except -1
+    # Takes all, within a critical section of the caller's.
     cdef list remove(self, Py_ssize_t* head)
+    # Takes all, and sets the marks where a savepoint is open.
+    cdef list take_within(self, Py_ssize_t* head, tuple marks)
+    # Makes the pairs of a batch.
+    cdef int pair_up(self, list batch, object collect_event, bint method, object commit, list pairs) except -1
+    # Puts back what could not be collected, of which some pairs were made, and makes the note.
+    cdef int uncollected(self, list items, Py_ssize_t head, list pairs, object error) except -1
     cdef int forget_again(self, list tried) except -1
     cdef bint holds_any(self) noexcept
     cdef list items(self)
@@ -44,6 +51,7 @@ cdef class CallableStore(EventStore):
 
 
 cdef int class_flags(object bus) except -1
+cdef bint collects_itself(EventStore bus) except -1
 cdef bint collects_plainly(EventStore bus) except -1
 cdef object collected(EventStore bus, object event)
 cdef object make(object cls)

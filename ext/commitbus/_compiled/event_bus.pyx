@@ -19,11 +19,11 @@ from commitbus._compiled.batch cimport (
 
 from abc import abstractmethod
 
-from commitbus import _messages, _naming, _state
+from commitbus import _lock, _messages, _naming, _state
 from commitbus._interfaces import CommittableFunction, EventBus, T, iterate
 from commitbus._looking import Shown
 from commitbus.middleware import surround
-from commitbus.savepoint import Savepoint, cut, check_open
+from commitbus.savepoint import Savepoint, begun_anew, check_open, may_collect
 
 
 cdef extern from "Python.h":
@@ -170,6 +170,11 @@ cdef object collected(EventStore bus, object event):
     return made
 
 
+cdef bint collects_itself(EventStore bus) except -1:
+    """Whether a bus's class overrides `collect`."""
+    return not class_flags(bus) & COLLECT_IS_OURS
+
+
 cdef bint collects_plainly(EventStore bus) except -1:
     """Whether a bus collects with the default callables, so that its bare events are enough."""
     cdef bint method = False
@@ -240,33 +245,51 @@ cdef class EventStore(Source):
         multi = None if owner is None else owner()
         if multi is None:
             return 0
-        delayed = wrapper()
-        if delayed is None:
-            multi.wrap(self)
-        else:
-            multi.publish(delayed)
+        try:
+            delayed = wrapper()
+            if delayed is None:
+                multi.wrap(self)
+            else:
+                multi.publish(delayed)
+        except BaseException:
+            with cython.critical_section(self):
+                if self.owner is None:  # an interrupt: the next event tries again
+                    self.owner, self.wrapper = owner, wrapper
+            raise
         return 0
 
     cdef list take(self, Py_ssize_t* head):
-        while self._commitbus_marks is not None:  # looked at again: another thread may open one meanwhile
-            check_open(self)
+        cdef list taken = None
+        cdef bint done = False
+        while not done:
             if self._commitbus_marks is not None:
-                break  # a delayed bus that the savepoints cover collects
-        return self.remove(head)
+                check_open(self)
+            with cython.critical_section(self):
+                if self._commitbus_marks is None:  # else another thread has opened one meanwhile
+                    taken = self.remove(head)
+                    done = True
+        return taken
+
+    cdef list take_within(self, Py_ssize_t* head, tuple marks):
+        cdef list taken
+        with cython.critical_section(self):
+            taken = self.remove(head)
+            if self._commitbus_marks is not None:
+                self._commitbus_marks = marks or None
+        return taken
 
     cdef list remove(self, Py_ssize_t* head):
         cdef list taken
-        with cython.critical_section(self):
-            head[0] = 0
-            if self.left is None:
-                taken = self.pending
-            else:
-                if self.pending is not None:
-                    self.left.extend(self.pending)
-                taken = self.left
-                head[0] = self.head
-                self.left = None
-            self.pending = None
+        head[0] = 0
+        if self.left is None:
+            taken = self.pending
+        else:
+            if self.pending is not None:
+                self.left.extend(self.pending)
+            taken = self.left
+            head[0] = self.head
+            self.left = None
+        self.pending = None
         return taken
 
     cdef int put_back(self, list batch, Py_ssize_t head, Py_ssize_t begun) except -1:
@@ -359,33 +382,48 @@ cdef class EventStore(Source):
         if commit is MISSING:
             raise _messages.missing_arguments("AbstractEventBus.collect", "commit")
         collect_event = look_up(self, "_collect_event", &method)
-        if method and not is_default(collect_event, method):
-            collect_event = self._collect_event
-        cdef list items = self.take(&head)
-        cdef list batch = None
+        cdef list items
+        if self._commitbus_marks is not None and may_collect(self):
+            with _lock.lock:  # no savepoint is opened meanwhile
+                items = self.take_within(&head, begun_anew(self))
+        else:
+            items = self.take(&head)
         if items is None:
             return pairs
         try:
-            batch = self.look(items if head == 0 else items[head:])
-            if is_default(collect_event, method):
-                return [(event, collected(self, event)) for event in batch]
-            for event in batch:
-                function = collect_event(event, commit)
-                if not callable(function):
-                    check(collect_event, function)
-                    raise _messages.not_collected(self, function)
-                pairs.append((event, function))
-            return pairs
+            self.pair_up(items if head == 0 else items[head:], collect_event, method, commit, pairs)
         except BaseException as error:
-            count = 0 if batch is None else len(batch)
-            event = batch[len(pairs)] if len(pairs) < count else None
-            self.put_back(items, head, 0)
-            try:
-                if len(pairs) < count:
-                    _messages.note_uncollected(error, self, event, len(pairs) + 1, count)
-            except Exception:
-                pass
+            self.uncollected(items, head, pairs, error)
             raise
+        return pairs
+
+    cdef int pair_up(self, list batch, object collect_event, bint method, object commit, list pairs) except -1:
+        batch = self.look(batch)
+        if is_default(collect_event, method):
+            for event in batch:
+                pairs.append((event, collected(self, event)))
+            return 0
+        if method:
+            collect_event = collect_event.__get__(self)
+        for event in batch:
+            function = collect_event(event, commit)
+            if not callable(function):
+                check(collect_event, function)
+                raise _messages.not_collected(self, function)
+            pairs.append((event, function))
+        return 0
+
+    cdef int uncollected(self, list items, Py_ssize_t head, list pairs, object error) except -1:
+        cdef Py_ssize_t done = PyList_GET_SIZE(pairs)
+        cdef Py_ssize_t count = PyList_GET_SIZE(items) - head
+        item = items[head + done] if done < count else None
+        self.put_back(items, head, 0)
+        try:
+            if done < count:
+                _messages.note_uncollected(error, self, self.look([item])[0], done + 1, count)
+        except Exception:
+            pass
+        return 0
 
     def _collect_event(self, event, commit):
         """Give the callable that applies one event."""
@@ -408,20 +446,21 @@ cdef class EventStore(Source):
         for event in events:
             self.add(event)
 
-    def _commitbus_bring_back(self, Py_ssize_t count):
-        """Bring the last events that were put back to what is pending: collecting them failed within a savepoint."""
-        cdef list left = self.left
-        if left is None or count == 0:
-            return
-        cdef Py_ssize_t begin = max(self.head, PyList_GET_SIZE(left) - count)
-        cdef list newer = left[begin:]
+    def _commitbus_bring_back(self, Py_ssize_t count, marks):
+        """Bring the last events that were put back to what is pending, and set the marks: collecting them failed."""
+        cdef Py_ssize_t begin
+        cdef list newer
         with cython.critical_section(self):
-            if self.pending is not None:
-                newer.extend(self.pending)
-            self.pending = newer
-            del left[begin:]
-            if self.head >= PyList_GET_SIZE(left):
-                self.left = None
+            if self.left is not None and count:
+                begin = max(self.head, PyList_GET_SIZE(self.left) - count)
+                newer = self.left[begin:]
+                if self.pending is not None:
+                    newer.extend(self.pending)
+                self.pending = newer
+                del self.left[begin:]
+                if self.head >= PyList_GET_SIZE(self.left):
+                    self.left = None
+            self._commitbus_marks = marks
 
     def savepoint(self):
         """Begin a block whose events are dropped when it is left by an exception."""
@@ -435,16 +474,28 @@ cdef class EventStore(Source):
                 0 if self.left is None else PyList_GET_SIZE(self.left) - self.head,
             )
 
-    def _commitbus_cut(self, start, kept):
+    def _commitbus_cut(self, Py_ssize_t start, kept):
         """Drop what is pending from a mark on, but for some spans, and give it."""
-        cdef list pending = self.pending
-        if pending is None:
-            return []
-        dropped = cut(pending, start, kept)
+        cdef Py_ssize_t place = start, begin, size
+        cdef list dropped = [], rest = []
+        cdef list spans = list(kept)
+        # All in one section, and without any Python code: a thread that publishes meanwhile waits, or comes after it.
         with cython.critical_section(self):
-            if self.pending is pending and not pending:
-                self.pending = None
+            if self.pending is not None:
+                for begin, size in spans:
+                    dropped.extend(self.pending[place:begin])
+                    rest.extend(self.pending[begin:begin + size])
+                    place = begin + size
+                dropped.extend(self.pending[place:])
+                del self.pending[start:]
+                self.pending.extend(rest)
+                if not self.pending:
+                    self.pending = None
         return self.look(dropped)
+
+    def _commitbus_holds_any(self):
+        """Whether anything is pending."""
+        return self.holds_any()
 
     def _commitbus_events(self):
         """Copy what is pending, whatever a subclass overrides."""
@@ -522,6 +573,7 @@ class AbstractEventBus(EventStore, Shown, _state.Stateful, EventBus[T]):
     __module__ = "commitbus.event_bus"
     __slots__ = ()
     applies_before_commit = False
+    _commitbus_awaited = False
     _commitbus_multi = False
 
     @abstractmethod

@@ -86,8 +86,15 @@ cdef class MultiStore(EventStore):
         if not isinstance(event, DelayedStore):
             raise _messages.not_delayed(event)
         (<DelayedStore>event).wrapped()
-        self.append(event)
-        (<DelayedStore>event).hold()
+        owner = (<DelayedStore>event).owner
+        try:
+            # In this order: once it is there, another thread may apply it and let go of it: that must not be undone.
+            (<DelayedStore>event).hold()
+            self.append(event)
+        except BaseException:
+            if owner is not None:
+                (<DelayedStore>event).let_go(owner)  # its next event registers it
+            raise
         return 0
 
     cdef int add_all(self, object events) except -1:
@@ -132,24 +139,29 @@ cdef class MultiStore(EventStore):
 
     cdef int begin(self, list batch) except -1:
         """Note that a batch runs, for a savepoint that a handler opens."""
-        if self.running is None:
-            self.running = batch
-        else:
-            if self.others is None:
-                self.others = []
-            self.others.append(batch)
+        cdef list made = None
+        if self.running is not None:
+            made = []
+        with cython.critical_section(self):
+            if self.running is None:
+                self.running = batch
+            else:
+                if self.others is None:
+                    self.others = [] if made is None else made
+                self.others.append(batch)
         return 0
 
     cdef int finish(self, list batch) except -1:
         """Note that a batch does not run any more."""
         cdef Py_ssize_t i
-        if self.running is batch:
-            self.running = None
-        elif self.others is not None:
-            for i in range(PyList_GET_SIZE(self.others)):
-                if PyList_GET_ITEM(self.others, i) == <PyObject*>batch:
-                    del self.others[i]
-                    break
+        with cython.critical_section(self):
+            if self.running is batch:
+                self.running = None
+            elif self.others is not None:
+                for i in range(PyList_GET_SIZE(self.others)):
+                    if PyList_GET_ITEM(self.others, i) == <PyObject*>batch:
+                        del self.others[i]
+                        break
         return 0
 
     cdef int turn(self, DelayedStore delayed, object ref, object commit, object failures, list out) except -1:
@@ -179,8 +191,12 @@ cdef class MultiStore(EventStore):
             head += begun - len(tried)
             for i in range(len(tried)):
                 batch[head + i] = tried[i]
-        EventStore.put_back(self, batch, head, begun)
-        return self.forget_again(tried)
+        # Forgotten first: as soon as they are put back, another thread may give them their turn, and let go of them.
+        try:
+            self.forget_again(tried)
+        finally:
+            EventStore.put_back(self, batch, head, begun)
+        return 0
 
     cdef int forget_again(self, list tried) except -1:
         """Take the buses that were tried out of what is pending.
@@ -189,16 +205,17 @@ cdef class MultiStore(EventStore):
         """
         cdef DelayedStore delayed
         for delayed in tried:
-            delayed.failed = True
+            delayed.hold()
         with cython.critical_section(self):
             # Only here: what another thread has put back may be the last place where a bus is.
             if self.pending is not None:
+                for delayed in tried:
+                    delayed.failed = True
                 drop_failed(self.pending)
+                for delayed in tried:
+                    delayed.failed = False
                 if not self.pending:
                     self.pending = None
-        for delayed in tried:
-            delayed.failed = False
-            delayed.hold()
         return 0
 
     def publish(self, event):
@@ -257,7 +274,12 @@ cdef class MultiStore(EventStore):
 
     def _commitbus_running(self):
         """Copy the batches of buses that applies have taken and not finished."""
-        batches = [*(self.others or ())] if self.running is None else [self.running, *(self.others or ())]
+        cdef list batches = []
+        with cython.critical_section(self):
+            if self.running is not None:
+                batches.append(self.running)
+            if self.others is not None:
+                batches.extend(self.others)
         return [events_of(batch) for batch in batches]
 
     def _commitbus_unregister(self, identities):

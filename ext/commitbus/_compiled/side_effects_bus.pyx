@@ -80,8 +80,11 @@ cdef class PairStore(EventStore):
         if not self.wraps.is_multi():
             return EventStore.put_back(self, batch, head, begun)
         tried = [event for event in events_of(batch[head:head + begun]) if is_delayed(event)]
-        EventStore.put_back(self, batch, head, begun)
-        return self.wraps.forget_again(tried)
+        try:
+            self.wraps.forget_again(tried)
+        finally:
+            EventStore.put_back(self, batch, head, begun)
+        return 0
 
     cdef tuple pair_of(self, object item):
         return (<Pair>item).pair if type(item) is Pair else (item, collected(self.wraps, item))

@@ -15,19 +15,21 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from itertools import chain
 from threading import RLock
 from types import MethodType
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from commitbus import _messages
+from commitbus._awaited import GONE, SPARSE
 from commitbus._rounds import in_rounds, leave
 from commitbus.middleware import Middleware, tell_changes
 from commitbus.savepoint import Mark, check_open
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
 
     from commitbus._context import Run
 
@@ -42,12 +44,17 @@ ALL = slice(None)  # made beforehand: making one may collect garbage on 3.11, an
 # For Pythons without atomic lines. Re-entrant, since a finalizer or a signal handler may apply a bus while
 # another is being taken from; one for all buses, as it is held for a few instructions only.
 lock = RLock()
+# Held by those who change what is left. Where lines are atomic it is nothing: a lock would be held while a finalizer
+# runs, and for good where a tracer raises as it is about to be released.
+guard: AbstractContextManager[Any] = nullcontext() if ATOMIC else lock
 
 
 def renew_lock() -> None:
     """Start a forked child with a lock that no thread of its parent holds."""
-    global lock
-    lock = RLock()
+    global lock, guard
+    before, lock = lock, RLock()
+    if guard is before:
+        guard = lock
 
 
 if hasattr(os, "register_at_fork"):  # pragma: no branch (Windows)
@@ -65,18 +72,28 @@ def use_middleware(stack: tuple[Middleware, ...] | None) -> None:
 
 tell_changes(use_middleware)
 
-# A batch is a list of eight: its events; the iterator over them, or None while none was begun; what the loop
+# A batch is a list of nine: its events; the iterator over them, or None while none was begun; what the loop
 # had in `event`; the positions of those that failed; what was left before, or None; where it begins: the
-# events before that are done; and how many events are tried together, and fail together, and how many those were
-# at first: one, but on a `BatchEventBus`. It is a list, and not an object, since what an apply leaves must be stored
-# without a call: at the recursion limit a call fails, and an interrupt comes after it. `tidy` brings it into
-# order later.
-EVENTS, ITERATOR, EVENT, FAILED, BEHIND, BEGIN, WIDTH, SPAN = range(8)
+# events before that are done; how many events are tried together, and fail together, and how many those were
+# at first: one, but on a `BatchEventBus`; and up to where such a bus has finished. It is a list, and not an object,
+# since what an apply leaves must be stored without a call: at the recursion limit a call fails, and an interrupt comes
+# after it.
+#
+# Once it is left somewhere, a batch is never changed again, but for its events: who changes what is left makes another
+# one, and exchanges the two in a line in which nothing else can run, if nobody was faster. So whoever looks, a thread,
+# a finalizer, a signal handler or a tracer, sees the one or the other, and may do the same itself meanwhile. (There was
+# a lock, and what was left was changed in several lines: who looked at a bus in between lost events.)
+EVENTS, ITERATOR, EVENT, FAILED, BEHIND, BEGIN, WIDTH, SPAN, DONE = range(9)
 
 
 def new_batch() -> Batch:
     """Make an empty batch, to take events into."""
-    return [[], None, BETWEEN, (), None, 0, 1, 1]
+    return [[], None, BETWEEN, (), None, 0, 1, 1, 0]
+
+
+def in_order(events: list[Any], begin: int, behind: Batch | None) -> Batch:
+    """Make a batch none of whose events from `begin` on was tried."""
+    return [events, None, BETWEEN, (), behind, begin, 1, 1, 0]
 
 
 class Home:
@@ -95,6 +112,9 @@ class Home:
         """Give what carries out the items of a batch that was taken, by the hook that was looked up before."""
         return hook
 
+    def _commitbus_start(self, batch: Batch) -> None:
+        """Note that a batch is about to be taken and run."""
+
     def _commitbus_finish(self, batch: Batch) -> None:
         """Note that a batch is not run any more."""
 
@@ -106,8 +126,14 @@ class Home:
         """Give what surrounds the handlers, if anything does."""
         return None
 
-    def _commitbus_back(self, batch: Batch, tried: list[Any]) -> None:
+    def _commitbus_back(self, tried: list[Any]) -> None:
         """See to what has to happen once a batch was put back, of which some events were tried."""
+
+    def _commitbus_settle(self, batch: Batch) -> tuple[Any, int, int, bool]:
+        """See to a batch that `commitbus.aio` has put back; give its event, position, of how many, and if tried."""
+        events, done = batch[EVENTS], 0 if batch[ITERATOR] is SPARSE else position_of(batch)
+        event, count = events[done] if done < len(events) else None, len(events)
+        return event, done, count, bool(_see_to(self, batch))
 
 
 class Source(Home):
@@ -120,31 +146,46 @@ class Source(Home):
 
 def take(source: Source, batch: Batch) -> None:
     """Move all that is pending into an empty batch, which the caller has made, and puts back when it is stopped."""
-    left: Any
-    while (left := source._commitbus_left) is not None:
-        tidy(source)
-        with lock:
-            # One line: the events are in one place or the other. (Who puts back takes no lock where lines are atomic.)
+    take_left(source, batch)
+    while not move(source, batch[EVENTS], None):
+        check_open(source)  # another thread has opened a savepoint meanwhile
+
+
+def take_left(source: Source, batch: Batch) -> None:
+    """Move what was put back into an empty batch."""
+    while (left := tidy(source)) is not None:
+        with guard:
+            # One line: the events are in one place or the other. Once: what somebody puts back from here on would take
+            # the place of what the batch has. (It did, where two threads applied a bus whose handlers failed.)
             # fmt: off
-            if source._commitbus_left is left and left[BEHIND] is None: batch[EVENTS], batch[BEGIN], source._commitbus_left = left[EVENTS], left[BEGIN], None  # noqa: E501, E701
+            if source._commitbus_left is left: batch[EVENTS], batch[BEGIN], source._commitbus_left = left[EVENTS], left[BEGIN], None; return  # noqa: E501, E701, E702
             # fmt: on
-    _move(source._commitbus_pending, batch[EVENTS])
 
 
-def _move(pending: list[Any], events: list[Any]) -> None:
+def move(source: Source, events: list[Any], marks: tuple[Mark, ...] | None) -> bool:
+    """Move what was published to the end of a list; not where a savepoint is open, unless its marks are given anew."""
+    pending = source._commitbus_pending
     if ATOMIC:
         # As in `AbstractEventBus.apply`.
-        events += pending; del pending[ALL]  # fmt: skip  # noqa: E702
-    else:
-        with lock:
-            head = slice(len(pending))  # threads may append more meanwhile
-            # One call, in which no bytecode runs: an interrupt between the two would double the events.
-            list(chain(map(events.extend, (pending[head],)), map(pending.__delitem__, (head,))))
+        # fmt: off
+        if source._commitbus_marks is None: events += pending; del pending[ALL]; return True  # noqa: E701, E702
+        if marks is not None: events += pending; del pending[ALL]; source._commitbus_marks = marks; return True  # noqa: E701, E702
+        # fmt: on
+        return False
+    with lock:
+        if source._commitbus_marks is not None:
+            if marks is None:
+                return False
+            source._commitbus_marks = marks
+        head = slice(len(pending))  # threads may append more meanwhile
+        # One call, in which no bytecode runs: an interrupt between the two would double the events.
+        list(chain(map(events.extend, (pending[head],)), map(pending.__delitem__, (head,))))
+    return True
 
 
 def put_back(home: Home, batch: Batch) -> None:
     """Put back what is not done of a batch. Where a call could fail, the callers do this themselves."""
-    with lock:
+    with guard:
         batch[BEHIND], home._commitbus_left = home._commitbus_left, batch
 
 
@@ -154,108 +195,136 @@ def position_of(batch: Batch) -> int:
     While a handler runs, the loop has its event; once it returned, the None that it returned. (An event
     that is None itself is taken for unfinished.)
     """
-    begin: int = batch[BEGIN]
-    if batch[ITERATOR] is None:
-        return begin
+    begin, iterator = batch[BEGIN], batch[ITERATOR]
+    if iterator is None:
+        return cast("int", begin)
     events, event = batch[EVENTS], batch[EVENT]
-    begun = len(events) - cast("int", batch[ITERATOR].__length_hint__())
+    begun = len(events) - cast("int", iterator.__length_hint__())
     if begun > begin and event is not BETWEEN and (event is not None or events[begun - 1] is None):
         begun -= 1
-    return max(begin, begun)
+    return max(cast("int", begin), begun, cast("int", batch[DONE]))
 
 
-def tidy(home: Home) -> None:
-    """Bring what is left into its one form: one batch, which begins with the first event that is not done."""
-    with lock:
-        while (left := home._commitbus_left) is not None:
-            _tidy_one(left)
-            if (behind := left[BEHIND]) is not None:
-                _tidy_one(behind)
-                events, rest, further = left[EVENTS], behind[EVENTS][behind[BEGIN] :], behind[BEHIND]
-                # One line: what was left behind is in one batch or the other.
-                events += rest; left[BEHIND] = further  # fmt: skip  # noqa: E702
-            elif left[BEGIN] < len(left[EVENTS]):
-                return
-            # One line, as somebody may have put back more.
-            elif home._commitbus_left is left: home._commitbus_left = None  # fmt: skip  # noqa: E701
-
-
-def _tidy_one(batch: Batch) -> None:
-    """Bring one batch into order: first what failed, then what was not tried; and keep no reference to what is done.
+def tidy(home: Home) -> Batch | None:
+    """Bring what is left into its one form, and give it: one batch, which begins with the first event that is not done.
 
     Nothing is copied but to make the list shorter by half: an apply that is resumed after each of many
     failures would otherwise take time by the square of their number.
     """
-    iterator = batch[ITERATOR]
-    if iterator is None:
-        return
-    events, failed = batch[EVENTS], batch[FAILED]
-    done = position_of(batch)
-    begin = done - len(failed)
-    again = [events[i] for i in failed]
-    span = slice(0)
-    made: list[Any] = []
-    gone: list[Any] = []  # kept until all is in order: what goes may run a finalizer
-    if begin * 2 > len(events):
-        events, begin = again + events[done:], 0
-    else:
-        span, made = slice(batch[BEGIN], done), [None] * (begin - batch[BEGIN]) + again
-        gone = events[span]
-    # One line: the batch is as it was, or in order.
-    # fmt: off
-    events[span] = made; batch[EVENTS], batch[ITERATOR], batch[EVENT], batch[FAILED], batch[BEGIN] = events, None, BETWEEN, (), begin  # noqa: E501, E702
-    # fmt: on
-    del gone
+    while (left := home._commitbus_left) is not None:
+        events, behind, begin, span = left[EVENTS], left[BEHIND], left[BEGIN], slice(0)
+        made: list[Any] = []
+        more: list[Any] = []
+        gone: list[Any] = events  # kept until all is in order: what goes may run a finalizer
+        new: Any = None
+        if left[ITERATOR] is SPARSE:
+            new = in_order(_rest(left), 0, behind)
+        elif left[ITERATOR] is not None:
+            # First what failed, then what was not tried; and no reference to what is done.
+            done = position_of(left)
+            again = [events[i] for i in left[FAILED]]
+            first, begin = begin, done - len(again)
+            if begin * 2 > len(events):
+                new = in_order(again + events[done:], 0, behind)
+            else:
+                span, made = slice(first, done), [None] * (begin - first) + again
+                gone = events[span]
+                new = in_order(events, begin, behind)
+        elif begin >= len(events):
+            new = behind
+        elif behind is None:
+            return left
+        else:
+            more = _rest(behind)
+            new = in_order(events, begin, behind[BEHIND])
+        with guard:
+            # One line: it is as it was, or in order. (If memory runs out, too: a part fails before it does anything.)
+            # fmt: off
+            if home._commitbus_left is left: events[span] = made; events += more; home._commitbus_left = new  # noqa: E701, E702
+            # fmt: on
+        del gone
+    return None
+
+
+def live(batch: Batch) -> list[Any]:
+    """Copy what an apply that has begun nothing yet has in its hands."""
+    return batch[EVENTS][batch[BEGIN] :] if batch[BEGIN] else cast("list[Any]", batch[EVENTS].copy())
+
+
+def _rest(batch: Batch) -> list[Any]:
+    """Copy what is not done of a batch."""
+    events: list[Any] = batch[EVENTS]
+    if batch[ITERATOR] is None:
+        return events[batch[BEGIN] :]
+    if batch[ITERATOR] is SPARSE:
+        return [event for event in events if event is not GONE]
+    return [events[i] for i in batch[FAILED]] + events[position_of(batch) :]
 
 
 def move_left(source: Home, home: Home) -> None:
     """Move the batch that is left in one place to another, before what is left there."""
-    left: Any
-    with lock:
-        while (left := source._commitbus_left) is not None:
-            tidy(source)
+    while (left := tidy(source)) is not None:
+        there = home._commitbus_left
+        new = in_order(left[EVENTS], left[BEGIN], there)
+        with guard:
             # One line: it is here or there. Only if nobody has put back more, which would be forgotten.
             # fmt: off
-            if source._commitbus_left is left and left[BEHIND] is None: left[BEHIND], home._commitbus_left, source._commitbus_left = home._commitbus_left, left, None  # noqa: E501, E701
+            if source._commitbus_left is left and home._commitbus_left is there: home._commitbus_left, source._commitbus_left = new, None  # noqa: E501, E701
             # fmt: on
 
 
-def drop_others(source: Source, batch: Batch | None, unwanted: list[Any]) -> None:
-    """Drop some events, with which one batch begins, from what is pending; and keep each once in the batch.
+def hold_what_is_left(source: Any, home: Home, unwanted: list[Any]) -> None:
+    """Note that buses that were put back are registered, and drop them from what is pending, where they are, too.
 
-    The list that others append to is never replaced.
+    Each has registered itself again when it put back its events. What nobody takes meanwhile is still where it was put
+    back. Who has taken it may have let go of it since, and then what is pending is the one place where it is.
     """
-    identities = set(map(id, unwanted))
-    if not identities:
+    left = tidy(home)
+    if left is None:
         return
-    with lock:
-        if batch is not None and len(identities) < len(unwanted):  # two applies at once had the same bus
-            once = list({id(event): event for event in unwanted}.values())
-            rest = batch[EVENTS][batch[BEGIN] + len(unwanted) :]
-            batch[EVENTS], batch[BEGIN] = once + rest, 0
+    begin = left[BEGIN]
+    here = {id(event_of(one)) for one in left[EVENTS][begin:]}
+    once = {id(event): event for event in unwanted if id(event) in here}
+    if not once:
+        return
+    # Two applies at once had the same bus: keep it once.
+    first = left[EVENTS][begin : begin + len(unwanted)]
+    if len(once) < len(unwanted) and {id(event_of(one)) for one in first} <= once.keys():
+        events = [*{id(event_of(one)): one for one in first}.values(), *left[EVENTS][begin + len(first) :]]
+        new = in_order(events, 0, None)
+        with guard:
+            if home._commitbus_left is left: home._commitbus_left = new  # fmt: skip  # noqa: E701
+        left = new
+    for event in once.values():
+        event._commitbus_hold()
     # Only from what is pending: what another thread has put back may be the last place where an event is.
-    drop(source, identities)
+    if not drop(source, set(once), home, left):
+        # A signal handler, say, has applied them within: they may have been let go of before they were held.
+        source._commitbus_pending += once.values()
+        if source._commitbus_owner is not None:
+            source._commitbus_register()
 
 
-def drop(source: Source, identities: set[int]) -> None:
-    """Drop events, each given by its identity, from what is pending."""
-    with lock:
-        while True:
-            before = source._commitbus_pending.copy()
-            span = slice(len(before))
-            kept = [one for one in before if id(one) not in identities]
+def drop(source: Source, identities: set[int], home: Home | None = None, left: Batch | None = None) -> bool:
+    """Drop events, each given by its identity, from what is pending; not where others are left than these."""
+    while True:
+        before = source._commitbus_pending.copy()
+        span = slice(len(before))
+        kept = [one for one in before if id(one) not in identities]
+        with guard:
             # One line, in which nothing else can run: what was appended meanwhile stays. (Where all are the same,
             # comparing them calls nothing.)
             # fmt: off
-            if source._commitbus_pending[span] == before: source._commitbus_pending[span] = kept; return  # noqa: E701, E702
+            if source._commitbus_pending[span] == before and (home is None or home._commitbus_left is left): source._commitbus_pending[span] = kept; return True  # noqa: E501, E701, E702
             # fmt: on
+        if home is not None and home._commitbus_left is not left:
+            return False
 
 
-def keep_first(bus: Any, name: str, made: Any) -> None:
-    """Set an attribute that is None, once, whichever thread comes first."""
-    with lock:
-        if getattr(bus, name) is None:
-            setattr(bus, name, made)
+def keep_first(bus: Any, made: Any) -> None:
+    """Keep what a delayed bus collects into, once, whoever comes first."""
+    with guard:
+        if bus._commitbus_side_effects is None: bus._commitbus_side_effects = made  # fmt: skip  # noqa: E701
 
 
 def event_of(item: Any) -> Any:
@@ -326,15 +395,18 @@ def carry_out(
     applied: Any = None
     before = 0
     scope = None
+    whole: Any = None
     try:
         try:
-            if middleware is not None:
-                hook = home._commitbus_surrounded(hook, middleware)
+            if (stack := middleware) is not None:  # read once: another thread may take it away
+                hook = home._commitbus_surrounded(hook, stack)
+            home._commitbus_start(batch)
             take(source, batch)
             if not batch[EVENTS]:
                 return []
             scope = home._commitbus_scope(commit)
             if scope is not None:
+                whole = batch[EVENTS].copy()  # for what it swallows: what is done of a batch that was put back may go
                 scope.enter()
             if failures is not None:
                 failures.start(bus, batch[EVENTS], batch[BEGIN], event_of(batch[EVENTS][batch[BEGIN]]))
@@ -373,18 +445,24 @@ def carry_out(
                     failures.set_aside(bus, batch[EVENTS])
                 batch[ITERATOR], batch[EVENT], batch[FAILED] = events, BETWEEN, failed
                 if ATOMIC:
-                    batch[BEHIND], home._commitbus_left, left, batch = home._commitbus_left, batch, batch, None
+                    # Of three at most: on 3.11, to make a tuple of more may run a finalizer, within the line.
+                    # fmt: off
+                    left = batch; batch[BEHIND], home._commitbus_left, batch = home._commitbus_left, left, None  # noqa: E702
+                # fmt: on
                 else:
                     with lock:
                         batch[BEHIND], home._commitbus_left, left, batch = home._commitbus_left, batch, batch, None
-                home._commitbus_back(left, _put_in_order(left))
+                _see_to(home, left)
             batch = left = events = None
         except BaseException:
             # First of all, and without a call, which could fail: nothing is lost from here on.
             if batch is not None:
                 batch[ITERATOR], batch[EVENT], batch[FAILED] = events, event, failed
                 if ATOMIC:
-                    batch[BEHIND], home._commitbus_left, left, batch = home._commitbus_left, batch, batch, None
+                    # Of three at most: on 3.11, to make a tuple of more may run a finalizer, within the line.
+                    # fmt: off
+                    left = batch; batch[BEHIND], home._commitbus_left, batch = home._commitbus_left, left, None  # noqa: E702
+                # fmt: on
                 else:
                     with lock:
                         batch[BEHIND], home._commitbus_left, left, batch = home._commitbus_left, batch, batch, None
@@ -395,20 +473,21 @@ def carry_out(
     except BaseException as error:
         if batch is not None:  # a tracer has raised at one of the lines above
             batch[ITERATOR], batch[EVENT], batch[FAILED] = events, event, failed
-            batch[BEHIND], home._commitbus_left, left, batch = home._commitbus_left, batch, batch, None
+            left = batch; batch[BEHIND], home._commitbus_left, batch = home._commitbus_left, left, None  # fmt: skip  # noqa: E702
         events = event = None  # the traceback keeps this frame, and must keep no event
         if left is not None:
-            try:  # noqa: SIM105 (a call, where there may be no stack left)
-                applied = stopped(home, left, bus, error, failures)
+            # One line: that of a `try` alone is covered by no handler, not even by the `finally` below.
+            # fmt: off
+            try: stopped(home, left, bus, error, failures)  # noqa: E701, SIM105 (a call, where there may be no stack left)
+            # fmt: on
             except Exception:  # noqa: S110
                 pass  # no stack or no memory: that costs the note
-            left = None
         if scope is not None and not scope.over and scope.leave(error):
-            return applied or []
-        applied = None
+            return [] if left is None else _applied(whole, left[BEGIN], position_of(left), failed)
+        applied = left = None
         raise
     finally:
-        applied = None  # the frame of a handler that failed leads to this one, and it must keep no event
+        applied = whole = left = None  # the frame of a handler that failed leads to this one, and it must keep no event
         home._commitbus_finish(running)
         running = None
         if scope is not None:
@@ -479,37 +558,33 @@ def iter_from(events: list[Any], position: int) -> Any:
     return iterator
 
 
-def stopped(
-    home: Home, batch: Batch, bus: object, error: BaseException, failures: _messages.Failures | None
-) -> list[Any]:
-    """See to a batch that was put back: bring it into order, make the note, and give what was applied of it."""
-    with lock:
-        events, begin, done = batch[EVENTS], batch[BEGIN], position_of(batch)
-        begun = done if batch[ITERATOR] is None else len(events) - cast("int", batch[ITERATOR].__length_hint__())
-        event = event_of(events[done]) if done < len(events) else None
-        applied = _applied(events, begin, done, batch[FAILED])
-        earlier, count, left = len(batch[FAILED]), len(events) - begin, done < len(events)
-        width, span = batch[WIDTH], batch[SPAN]
-        tried = _put_in_order(batch)
-    home._commitbus_back(batch, tried)
+def stopped(home: Home, batch: Batch, bus: object, error: BaseException, failures: _messages.Failures | None) -> None:
+    """See to a batch that was put back: bring it into order, and make the note."""
+    events, begin, done = batch[EVENTS], batch[BEGIN], position_of(batch)
+    event = event_of(events[done]) if done < len(events) else None
+    earlier, count, left = len(batch[FAILED]), len(events) - begin, done < len(events)
+    tried = _see_to(home, batch)
     _messages.drop_own_frames(error)
-    if begun > done:
-        _messages.note_stopped(error, bus, event, done - begin, width, span, count, earlier)
+    if tried > earlier:
+        _messages.note_stopped(error, bus, event, done - begin, batch[WIDTH], batch[SPAN], count, earlier)
     elif left:
         _messages.note_interrupted(error, bus, done - begin, count)
     if failures is not None and not isinstance(error, Exception):
         failures.chain(error, bus)
-    return applied
 
 
-def _put_in_order(batch: Batch) -> list[Any]:
-    """Bring a batch that was put back into order, and give those of its events that were tried."""
-    with lock:
-        events, done = batch[EVENTS], position_of(batch)
-        begun = done if batch[ITERATOR] is None else len(events) - cast("int", batch[ITERATOR].__length_hint__())
-        tried: list[Any] = [*(events[i] for i in batch[FAILED]), *events[done:begun]]
-        _tidy_one(batch)
-    return tried
+def _see_to(home: Home, batch: Batch) -> int:
+    """Bring a batch that was put back into order, and tell how many of its events were tried, and are not done."""
+    events, iterator = batch[EVENTS], batch[ITERATOR]
+    tried: list[Any] = []
+    if iterator is SPARSE:
+        tried = [event for event in events[: batch[EVENT]] if event is not GONE]
+    elif iterator is not None:
+        begun = len(events) - cast("int", iterator.__length_hint__())
+        tried = [*(events[i] for i in batch[FAILED]), *events[position_of(batch) : begun]]
+    tidy(home)
+    home._commitbus_back(tried)
+    return len(tried)
 
 
 def _applied(events: list[Any], begin: int, done: int, failed: list[int]) -> list[Any]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic
 
 from commitbus import _messages
 from commitbus._interfaces import PartlyApplied, T
-from commitbus._pure.batch import EVENTS, ITERATOR, SPAN, WIDTH, is_method, skip
+from commitbus._pure.batch import DONE, EVENTS, ITERATOR, SPAN, WIDTH, is_method, skip
 from commitbus._pure.event_bus import AbstractEventBus
 from commitbus.middleware import surround
 
@@ -133,16 +133,20 @@ class BatchEventBus(AbstractEventBus[T], Generic[T]):
             some = events[start:end]
             batch[WIDTH] = batch[SPAN] = len(some)
             try:
-                # One line, as an interrupt finds a batch done, with the loop after it, or neither.
-                if (result := function(some.copy(), commit)) is None: skip(iterator, end)  # fmt: skip  # noqa: E701
+                # One line, as an interrupt finds a batch done, or not: it comes after the call that has the loop go on.
+                # fmt: off
+                if (result := function(some.copy(), commit)) is None: batch[DONE] = end; skip(iterator, end)  # noqa: E701, E702
+                # fmt: on
                 else:
                     _messages.refuse_coroutine(function, result)
-                    skip(iterator, end)
+                    batch[DONE] = end; skip(iterator, end)  # fmt: skip  # noqa: E702
             except PartlyApplied as error:
                 group, ordered, failed = _messages.partly_applied(self, error, some)
                 first, span = end - failed, slice(start, end)
                 # One line: those that failed are what is left, or the whole batch is.
-                events[span] = ordered; skip(iterator, first + 1); batch[WIDTH] = failed  # fmt: skip  # noqa: E702
+                # fmt: off
+                events[span] = ordered; batch[WIDTH] = failed; batch[DONE] = first; skip(iterator, first + 1)  # noqa: E702
+                # fmt: on
                 raise group from None
             batch[WIDTH] = batch[SPAN] = 1
             return None

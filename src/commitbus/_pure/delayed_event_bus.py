@@ -9,9 +9,9 @@ from commitbus import _lock, _messages, _naming, _state
 from commitbus._context import gathering_of
 from commitbus._interfaces import EventBus, T, deprecated
 from commitbus._looking import Shown
+from commitbus._pure import batch as batches
 from commitbus._pure.batch import (
     AGAIN,
-    ALL,  # pyright: ignore[reportUnusedImport] (it does not look into `del`)
     ATOMIC,
     BEGIN,
     BEHIND,
@@ -23,15 +23,23 @@ from commitbus._pure.batch import (
     carry_out_in_rounds,
     event_of,
     keep_first,
+    live,
+    move,
     move_left,
     new_batch,
     put_back,
-    take,
-    tidy,
+    take_left,
 )
-from commitbus._pure.event_bus import AbstractEventBus, Pair, collects_plainly, is_bus
+from commitbus._pure.event_bus import (
+    AbstractEventBus,
+    Pair,
+    collects_itself,
+    collects_plainly,
+    is_bus,
+    uncollected,
+)
 from commitbus._pure.side_effects_bus import SideEffectsBus
-from commitbus.savepoint import Savepoint, check_open, collect_within, covering, moved, note_older
+from commitbus.savepoint import Collecting, Savepoint, begun_anew, check_open, collecting_by, covering
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -351,84 +359,110 @@ class DelayedEventBus(Home, Shown, _state.Stateful, EventBus[T], Generic[T]):
             made: SideEffectsBus[T] = SideEffectsBus()
             made._commitbus_wraps = actual
             made._commitbus_collector = weakref.ref(self)
-            if actual._commitbus_marks is not None:
-                made._commitbus_marks = covering(actual, self)
-            keep_first(self, "_commitbus_side_effects", made)
+            with _lock.lock:  # no savepoint is opened meanwhile
+                if actual._commitbus_marks is not None:
+                    made._commitbus_marks = covering(actual, self)
+                keep_first(self, made)
         collected = cast("SideEffectsBus[T]", self._commitbus_side_effects)
         if self._commitbus_left is not None:
             move_left(self, collected)
         return collected
 
     def _commitbus_collect(self, commit: bool) -> list[T]:
-        actual = self._commitbus_wrapped()
-        collected = self._commitbus_collected()
-        if collects_plainly(actual):
-            with _lock.lock:  # no savepoint is opened meanwhile
-                events = None if actual._commitbus_marks is not None else self._commitbus_move(actual, collected)
-            if events is None:
-                return self._commitbus_collect_within_savepoint(commit)
-            if events:
-                collected._commitbus_register()
-            return events
-        if actual._commitbus_marks is not None:
-            return self._commitbus_collect_within_savepoint(commit)
-        items: list[Any] = [Explicit((event, function)) for event, function in actual.collect(commit)]
-        if items:
-            collected._commitbus_mixed = True
-            with _lock.lock:
-                # A savepoint may have been opened meanwhile.
-                note_older(actual, self, len(collected._commitbus_pending), len(items))
-                collected._commitbus_pending.extend(items)
-            collected._commitbus_register()
-        return list(map(event_of, items))
-
-    def _commitbus_move(self, actual: AbstractEventBus[T], collected: SideEffectsBus[T]) -> list[T]:
-        """Move what is pending to what was collected."""
+        actual, collected = self._commitbus_wrapped(), self._commitbus_collected()
+        if collects_itself(actual):
+            return self._commitbus_collect_overridden(commit)
+        plainly = collects_plainly(actual)
+        hook = None if plainly else actual._collect_event
         kept: list[Any] = collected._commitbus_pending
         batch: Any = new_batch()
+        pairs: list[Any] = []
+        items: list[Any] = []
+        collecting: Any = None
         try:
-            take(actual, batch)
-            events: list[T] = batch[EVENTS][batch[BEGIN] :] if batch[BEGIN] else batch[EVENTS]
+            if actual._commitbus_marks is not None or not self._commitbus_take(actual, batch):
+                with _lock.lock:  # no savepoint is opened meanwhile, or rolled back
+                    collecting = Collecting(actual, self)
+                    take_left(actual, batch)
+                    move(actual, batch[EVENTS], begun_anew(actual))
+                    if plainly:
+                        items = self._commitbus_store(collecting, live(batch), None, batch)
+            elif plainly:
+                items = live(batch) if batch[BEGIN] else batch[EVENTS]
+            if not plainly:
+                actual._commitbus_pair_up(batch, hook, commit, pairs)
+                items = list(map(Explicit, pairs))
+                collected._commitbus_mixed = True
             # One line: an interrupt finds the events in one place.
-            kept += events; batch = None  # fmt: skip  # noqa: E702
-        except BaseException:
+            # fmt: off
+            if collecting is None and actual._commitbus_marks is None: kept += items; batch = None  # noqa: E701, E702
+            # fmt: on
+            elif collecting is None or not plainly:
+                collecting = collecting or Collecting(actual, self, taken=True)
+                items = self._commitbus_store(collecting, items, None, batch)
+        except BaseException as error:
+            # First of all, and without a call, as in `carry_out`.
             if batch is not None:
                 if ATOMIC:
                     batch[BEHIND], actual._commitbus_left = actual._commitbus_left, batch
                 else:
                     put_back(actual, batch)
+                if collecting is not None:
+                    with _lock.lock:
+                        collecting.fail()
+                if not plainly:
+                    uncollected(actual, batch, pairs, error)
+            batch = items = None  # type: ignore[assignment]  # the traceback keeps this frame, and must keep no event
+            pairs.clear()
             raise
-        return events
+        if items:
+            collected._commitbus_register()
+        return list(map(event_of, items)) if pairs else items
 
-    def _commitbus_collect_within_savepoint(self, commit: bool) -> list[T]:
-        """Collect as ever, and have the marks say what of it is older than they are."""
+    def _commitbus_take(self, actual: AbstractEventBus[T], batch: Batch) -> bool:
+        """Move what is pending into an empty batch; not where another thread opens a savepoint meanwhile."""
+        take_left(actual, batch)
+        if move(actual, batch[EVENTS], None):
+            return True
+        again: Batch = batch.copy()
+        nothing: list[Any] = []
+        with batches.guard:
+            again[BEHIND], actual._commitbus_left, batch[EVENTS] = actual._commitbus_left, again, nothing
+        batch[BEGIN] = 0
+        return False
+
+    def _commitbus_collect_overridden(self, commit: bool) -> list[T]:
+        """Collect by what the wrapped bus's class has in the place of `collect`."""
         actual, collected = self._commitbus_wrapped(), self._commitbus_collected()
-        kept: list[Any] = collected._commitbus_pending
-        if not collects_plainly(actual):
-            pairs, mark_again = collect_within(actual, self, commit)
-            items: list[Any] = [Explicit(pair) for pair in pairs]
-            collected._commitbus_mixed = True
-            with _lock.lock:  # no savepoint is opened meanwhile
-                marks = mark_again(len(kept))
-                kept += items; actual._commitbus_marks = marks  # fmt: skip  # noqa: E702
-        else:
-            pending: list[Any] = actual._commitbus_pending
-            with _lock.lock:  # no savepoint is opened meanwhile
-                while True:
-                    tidy(actual)
-                    left: Any = actual._commitbus_left
-                    before: list[Any] = [] if left is None else left[EVENTS][left[BEGIN] :]
-                    position = len(kept)
-                    marks = moved(actual, self, position, len(before))
-                    # One line: an interrupt finds the events in one place, and the marks right. Only if nobody has
-                    # put back more.
-                    # fmt: off
-                    if actual._commitbus_left is left: kept += before; kept += pending; del pending[ALL]; actual._commitbus_left, actual._commitbus_marks = None, marks; break  # noqa: E501, E701, E702
-                    # fmt: on
-            items = kept[position:]
+        with _lock.lock:
+            collecting = Collecting(actual, self)
+            collecting.look()
+        try:
+            with collecting_by(actual):
+                pairs: list[Any] = list(actual.collect(commit))
+        except BaseException:
+            with _lock.lock:
+                collecting.fail()
+            raise
+        items: list[Any] = list(map(Explicit, pairs))
+        collected._commitbus_mixed = True
+        items = self._commitbus_store(collecting, items, list(map(event_of, items)), new_batch())
         if items:
             collected._commitbus_register()
         return list(map(event_of, items))
+
+    def _commitbus_store(
+        self, collecting: Collecting, items: list[Any], events: list[Any] | None, batch: Batch
+    ) -> list[Any]:
+        """Add items of a batch to what was collected, but for what was rolled back meanwhile, and give them."""
+        actual, kept = self._commitbus_actual, self._commitbus_collected()._commitbus_pending
+        nothing: list[Any] = []
+        with _lock.lock:  # no savepoint is opened meanwhile
+            keep, marks = collecting.end(len(kept), len(items), events)
+            items = [items[one] for one in keep]
+            # One line: an interrupt finds the events in one place, and the marks right.
+            kept += items; actual._commitbus_marks = marks; batch[EVENTS] = nothing  # fmt: skip  # noqa: E702
+        return items
 
     # A turn in a multi bus: it takes from the wrapped bus, and puts back into what was collected.
 
@@ -460,10 +494,32 @@ class DelayedEventBus(Home, Shown, _state.Stateful, EventBus[T], Generic[T]):
         del applied  # the frame of a handler that failed leads to this one, and it must keep no event
         return AGAIN if failures is not None and failures.positions else None
 
+    def _commitbus_take_turn(self, ref: weakref.ref[Any], commit: bool, items: list[Any]) -> bool:
+        """Take what is to be applied in a turn that is awaited, let go of by a multi bus; true if there may be pairs.
+
+        What is left of it is put back here.
+        """
+        actual = self._commitbus_wrapped()
+        if actual._commitbus_marks is not None:
+            check_open(actual)
+        # As in `_commitbus_turn`.
+        if self._commitbus_side_effects is None and self._commitbus_left is None and collects_plainly(actual):
+            self._commitbus_let_go(ref)
+            actual._commitbus_take_into(items)
+            return False
+        self._commitbus_collect(commit)
+        self._commitbus_let_go(ref)
+        collected = self._commitbus_collected()
+        collected._commitbus_take_into(items)
+        return collected._commitbus_mixed
+
     def _commitbus_choose(
         self, hook: Handler, failures: _messages.Failures | None, out: list[Any] | None, batch: Batch
     ) -> Handler:
         return self._commitbus_actual._commitbus_choose(hook, failures, out, batch)
+
+    def _commitbus_start(self, batch: Batch) -> None:
+        self._commitbus_actual._commitbus_start(batch)
 
     def _commitbus_finish(self, batch: Batch) -> None:
         self._commitbus_actual._commitbus_finish(batch)
@@ -474,8 +530,8 @@ class DelayedEventBus(Home, Shown, _state.Stateful, EventBus[T], Generic[T]):
     def _commitbus_scope(self, commit: bool) -> Run | None:
         return self._commitbus_actual._commitbus_scope(commit)
 
-    def _commitbus_back(self, batch: list[Any], tried: list[Any]) -> None:
-        self._commitbus_collected()._commitbus_back(batch, tried)
+    def _commitbus_back(self, tried: list[Any]) -> None:
+        self._commitbus_collected()._commitbus_back(tried)
 
     # Registering again
 
@@ -506,10 +562,16 @@ class DelayedEventBus(Home, Shown, _state.Stateful, EventBus[T], Generic[T]):
 
     def _commitbus_register(self) -> None:
         """Register with the multi bus that let go of this bus last, if that is still there."""
-        owner, self._commitbus_owner = self._commitbus_owner, None
-        multi: Any = None if owner is None else owner()
-        if multi is not None:
-            multi.publish(self)
+        owner: Any = None
+        try:
+            owner, self._commitbus_owner = self._commitbus_owner, None
+            multi: Any = None if owner is None else owner()
+            if multi is not None:
+                multi.publish(self)
+        except BaseException:
+            if owner is not None:
+                self._commitbus_owner = owner  # the next event tries again
+            raise
 
 
 _naming.see_bus_through(DelayedEventBus, DelayedEventBus.actual_event_bus.__get__)

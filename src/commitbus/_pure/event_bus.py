@@ -8,9 +8,10 @@ from itertools import repeat
 from types import MethodType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, cast, overload
 
-from commitbus import _messages, _naming, _state
+from commitbus import _lock, _messages, _naming, _state
 from commitbus._interfaces import CommittableFunction, EventBus, T, deprecated, iterate
 from commitbus._looking import Shown
+from commitbus._pure import batch as batches
 from commitbus._pure.batch import (
     ALL,  # pyright: ignore[reportUnusedImport] (it does not look into `del`)
     ATOMIC,
@@ -22,16 +23,20 @@ from commitbus._pure.batch import (
     Source,
     carry_out,
     carry_out_in_rounds,
+    in_order,
     is_method,
+    live,
+    move,
     new_batch,
     put_back,
     stopped,
     take,
+    take_left,
     tidy,
 )
 from commitbus._pure.side_effects import SideEffectCall
 from commitbus.middleware import surround, tell_changes
-from commitbus.savepoint import Savepoint, check_open, cut
+from commitbus.savepoint import Mark, Savepoint, begun_anew, check_open, cut, may_collect
 
 if TYPE_CHECKING:
     import weakref
@@ -91,6 +96,7 @@ class AbstractEventBus(Source, Shown, _state.Stateful, EventBus[T], Generic[T]):
     _commitbus_wrapper: weakref.ref[Any] | None
     applies_before_commit: ClassVar[bool] = False
     _commitbus_plain = ATOMIC  # whether apply needs neither a lock nor a context nor middleware
+    _commitbus_awaited = False  # whether its handlers are awaited
     _commitbus_multi = False  # isinstance() takes a detour through `abc`
     _commitbus_keeps_events = True  # whether what is pending are the events themselves
 
@@ -212,7 +218,8 @@ class AbstractEventBus(Source, Shown, _state.Stateful, EventBus[T], Generic[T]):
             try:
                 # One line, without a call and without making a slice: no signal, tracer, profiler, thread or
                 # finalizer can come between, and publish what would then be cleared.
-                events += pending; del pending[ALL]  # fmt: skip  # noqa: E702
+                if self._commitbus_marks is None: events += pending; del pending[ALL]  # fmt: skip  # noqa: E701, E702
+                else: return carry_out(self, home, bus, hook, commit, None, None)  # fmt: skip  # noqa: E701 (another thread has opened a savepoint)
                 for event in iterator:
                     event = function(owner, event, commit)
                     if event is None:
@@ -221,16 +228,17 @@ class AbstractEventBus(Source, Shown, _state.Stateful, EventBus[T], Generic[T]):
                     event = None
             except BaseException:
                 # Put back first, and without a call, as in `carry_out`.
-                batch = [events, iterator, event, (), None, 0, 1, 1]
+                batch = [events, iterator, event, (), None, 0, 1, 1, 0]
                 batch[BEHIND], home._commitbus_left, events = home._commitbus_left, batch, None
                 raise
         except BaseException as error:
             if events:  # a tracer has raised at one of the lines above
-                batch = [events, iterator, event, (), None, 0, 1, 1]
+                batch = [events, iterator, event, (), None, 0, 1, 1, 0]
                 batch[BEHIND], home._commitbus_left, events = home._commitbus_left, batch, None
             iterator = event = None  # the traceback keeps this frame, and must keep no event
-            try:  # noqa: SIM105 (a call, where there may be no stack left)
-                stopped(home, batch, bus, error, None)
+            # fmt: off
+            try: stopped(home, batch, bus, error, None)  # noqa: E701, SIM105 (a call, where there may be no stack left)
+            # fmt: on
             except Exception:  # noqa: S110
                 pass  # no stack or no memory: that costs the note
             batch = None
@@ -272,43 +280,45 @@ class AbstractEventBus(Source, Shown, _state.Stateful, EventBus[T], Generic[T]):
         RuntimeError
             When a savepoint that covers this bus is open.
         """
-        if self._commitbus_marks is not None:
-            check_open(self)
+        within = self._commitbus_marks is not None and may_collect(self)
         collect_event = self._collect_event
-        batch = new_batch()
-        events: Any = None
-        event: Any = None
-        pairs: Any = []
+        batch: Any = new_batch()
+        pairs: list[Pair[T]] = []
         try:
-            take(self, batch)
-            events = self._commitbus_look(batch[EVENTS][batch[BEGIN] :] if batch[BEGIN] else batch[EVENTS])
-            if _is_default(collect_event, self):
-                functions: Any = map(partial, repeat(cast("Any", apply_collected)), repeat(self), events)
-                return list(zip(events, functions, strict=True))
-            for event in events:
-                function: object = collect_event(event, commit)
-                if not callable(function):
-                    _messages.refuse_coroutine(collect_event, function)
-                    raise _messages.not_collected(self, function)
-                pairs.append((event, function))
-        except BaseException as error:
-            if ATOMIC:
-                batch[BEHIND], self._commitbus_left = self._commitbus_left, batch
+            if within:
+                with _lock.lock:  # no savepoint is opened meanwhile
+                    take_left(self, batch)
+                    move(self, batch[EVENTS], begun_anew(self))
             else:
-                put_back(self, batch)
-            batch = function = None  # type: ignore[assignment]  # the traceback keeps this frame, and must keep no event
-            try:
-                if events is not None and len(pairs) < len(events):
-                    event = events[len(pairs)]
-                    number, count = len(pairs) + 1, len(events)
-                    events = pairs = None
-                    self._commitbus_back([], [])
-                    _messages.note_uncollected(error, self, event, number, count)
-            except Exception:  # noqa: S110
-                pass  # no stack or no memory: that costs the note
-            events = event = pairs = None
+                take(self, batch)
+            self._commitbus_pair_up(batch, collect_event, commit, pairs)
+            batch = None
+        except BaseException as error:
+            # First of all, and without a call, as in `carry_out`.
+            if batch is not None:
+                if ATOMIC:
+                    batch[BEHIND], self._commitbus_left = self._commitbus_left, batch
+                else:
+                    put_back(self, batch)
+                uncollected(self, batch, pairs, error)
+            batch = None
+            pairs.clear()  # the traceback keeps this frame, and must keep no event
             raise
-        return cast("list[Any]", pairs)
+        return pairs
+
+    def _commitbus_pair_up(self, batch: Batch, collect_event: Any, commit: bool, pairs: list[Any]) -> None:
+        """Make the pairs of what was taken."""
+        events = self._commitbus_look(live(batch))
+        if _is_default(collect_event, self):
+            functions: Any = map(partial, repeat(cast("Any", apply_collected)), repeat(self), events)
+            pairs += zip(events, functions, strict=False)
+            return
+        for event in events:
+            function: object = collect_event(event, commit)
+            if not callable(function):
+                _messages.refuse_coroutine(collect_event, function)
+                raise _messages.not_collected(self, function)
+            pairs.append((event, function))
 
     def _collect_event(self, event: T, commit: bool) -> CommittableFunction:  # noqa: ARG002
         """Give the callable that applies one event.
@@ -374,8 +384,7 @@ class AbstractEventBus(Source, Shown, _state.Stateful, EventBus[T], Generic[T]):
 
     def _commitbus_mark(self) -> tuple[int, int]:
         """Give where what is published from now on begins, and how much was put back before."""
-        tidy(self)
-        left = self._commitbus_left
+        left = tidy(self)
         return len(self._commitbus_pending), 0 if left is None else len(left[EVENTS]) - left[BEGIN]
 
     def _commitbus_cut(self, start: int, kept: tuple[tuple[int, int], ...]) -> list[T]:
@@ -388,16 +397,18 @@ class AbstractEventBus(Source, Shown, _state.Stateful, EventBus[T], Generic[T]):
         if self._commitbus_owner is not None:
             self._commitbus_register()
 
-    def _commitbus_bring_back(self, count: int) -> None:
-        """Bring the last events that were put back to what is pending: collecting them failed within a savepoint."""
-        tidy(self)
-        left = self._commitbus_left
-        if left is not None and count:
+    def _commitbus_bring_back(self, count: int, marks: tuple[Mark, ...] | None) -> None:
+        """Bring the last events that were put back to what is pending, and set the marks: collecting them failed."""
+        while (left := tidy(self)) is not None and count:
             events = left[EVENTS]
-            span = slice(max(left[BEGIN], len(events) - count), None)
-            newer = events[span]
-            # One line: they are in one place or the other.
-            self._commitbus_pending[:0] = newer; del events[span]  # fmt: skip  # noqa: E702
+            begin, span = max(left[BEGIN], len(events) - count), slice(0)
+            newer, new = events[begin:], in_order(events[left[BEGIN] : begin], 0, None)
+            with batches.guard:
+                # One line: they are in one place or the other, and the marks right.
+                # fmt: off
+                if self._commitbus_left is left: self._commitbus_pending[span] = newer; self._commitbus_left = new; self._commitbus_marks = marks; return  # noqa: E501, E701, E702
+                # fmt: on
+        self._commitbus_marks = marks
 
     def _commitbus_events(self) -> list[T]:
         """Copy what is pending, whatever a subclass overrides."""
@@ -428,20 +439,21 @@ class AbstractEventBus(Source, Shown, _state.Stateful, EventBus[T], Generic[T]):
 
     def _commitbus_put_back(self, items: list[Any], begun: int) -> None:
         """Put items back before what is pending; the first `begun` of them were tried."""
-        batch = new_batch()
-        batch[EVENTS], tried = items, items[:begun]
+        batch, tried = in_order(items, 0, None), items[:begun]
         put_back(self, batch)
-        self._commitbus_back(batch, tried)
+        self._commitbus_back(tried)
 
     def _commitbus_holds_any(self) -> bool:
-        tidy(self)
-        return bool(self._commitbus_pending) or self._commitbus_left is not None
+        return bool(self._commitbus_pending) or tidy(self) is not None
 
     def _commitbus_items(self) -> list[Any]:
         """Copy what is pending."""
-        tidy(self)
-        left, pending = self._commitbus_left, self._commitbus_pending.copy()
-        return pending if left is None else cast("list[Any]", left[EVENTS][left[BEGIN] :]) + pending
+        while True:
+            left = tidy(self)
+            rest: list[Any] = [] if left is None else left[EVENTS][left[BEGIN] :]
+            pending = self._commitbus_pending.copy()
+            if self._commitbus_left is left:  # else somebody has taken it meanwhile, or put back more
+                return rest + pending
 
     def _commitbus_look(self, items: list[Any]) -> list[T]:
         """Give the events that the items of a pending list stand for."""
@@ -453,24 +465,30 @@ class AbstractEventBus(Source, Shown, _state.Stateful, EventBus[T], Generic[T]):
     def _commitbus_surrounded(self, hook: Any, stack: tuple[Middleware, ...]) -> Any:
         return surround(stack, self, hook)
 
-    def _commitbus_back(self, batch: list[Any], tried: list[Any]) -> None:  # noqa: ARG002
+    def _commitbus_back(self, tried: list[Any]) -> None:  # noqa: ARG002
         if self._commitbus_owner is not None:
             self._commitbus_register()
 
-    def _commitbus_forget_again(self, batch: list[Any] | None, tried: list[Any]) -> None:
+    def _commitbus_forget_again(self, home: Home, tried: list[Any]) -> None:
         """See to events that were tried, and are put back where they were collected."""
 
     def _commitbus_register(self) -> None:
         """Register with the multi bus that let go of this bus last, if that is still there."""
-        # One line: who took the owner registers.
-        owner, wrapper, self._commitbus_owner = self._commitbus_owner, self._commitbus_wrapper, None
-        multi: EventBusOrchestrator | None = None if owner is None else owner()
-        if multi is None:
-            return
-        if wrapper is None or (delayed := wrapper()) is None:
-            multi.wrap(self)
-        else:
-            cast("Any", multi).publish(delayed)
+        owner: Any = None
+        try:
+            # One line: who took the owner registers.
+            owner, wrapper, self._commitbus_owner = self._commitbus_owner, self._commitbus_wrapper, None
+            multi: EventBusOrchestrator | None = None if owner is None else owner()
+            if multi is None:
+                return
+            if wrapper is None or (delayed := wrapper()) is None:
+                multi.wrap(self)
+            else:
+                cast("Any", multi).publish(delayed)
+        except BaseException:
+            if owner is not None:
+                self._commitbus_owner = owner  # the next event tries again
+            raise
 
 
 def use_middleware(stack: tuple[Middleware, ...] | None) -> None:
@@ -493,17 +511,30 @@ def is_bus(value: Any) -> bool:
     return AbstractEventBus in type(value).__mro__
 
 
+def collects_itself(bus: AbstractEventBus[Any]) -> bool:
+    """Whether a bus's class overrides `collect`."""
+    return type(bus).collect is not AbstractEventBus.collect
+
+
+def uncollected(bus: AbstractEventBus[Any], batch: Batch, pairs: list[Any], error: BaseException) -> None:
+    """See to a batch that was put back while it was collected, after some pairs were made: make the note."""
+    try:
+        items, done = live(batch), len(pairs)
+        bus._commitbus_back([])
+        if done < len(items):
+            (event,) = bus._commitbus_look(items[done : done + 1])
+            _messages.note_uncollected(error, bus, event, done + 1, len(items))
+    except Exception:  # noqa: S110
+        pass  # no stack or no memory: that costs the note
+
+
 def _is_default(collect_event: Callable[[Any, bool], Any], bus: AbstractEventBus[Any]) -> bool:
     return is_method(collect_event, AbstractEventBus._collect_event, bus)
 
 
 def collects_plainly(bus: AbstractEventBus[Any]) -> bool:
     """Whether a bus collects with the default callables, so that its bare events are enough."""
-    return (
-        bus._commitbus_keeps_events
-        and type(bus).collect is AbstractEventBus.collect
-        and _is_default(bus._collect_event, bus)
-    )
+    return bus._commitbus_keeps_events and not collects_itself(bus) and _is_default(bus._collect_event, bus)
 
 
 class BasicEventBus(AbstractEventBus[CommittableFunction]):
@@ -575,7 +606,8 @@ class BasicEventBus(AbstractEventBus[CommittableFunction]):
         iterator: Any = iter(events)
         try:
             try:
-                events += pending; del pending[ALL]  # fmt: skip  # noqa: E702
+                if self._commitbus_marks is None: events += pending; del pending[ALL]  # fmt: skip  # noqa: E701, E702
+                else: return carry_out(self, home, bus, hook, commit, None, None)  # fmt: skip  # noqa: E701
                 for event in iterator:
                     if type(event) is SideEffectCall and not event._commitbus_conditional:
                         call = event
@@ -587,16 +619,17 @@ class BasicEventBus(AbstractEventBus[CommittableFunction]):
                     _messages.refuse_coroutine(events[-iterator.__length_hint__() - 1], event)
                     event = None
             except BaseException:
-                batch = [events, iterator, event, (), None, 0, 1, 1]
+                batch = [events, iterator, event, (), None, 0, 1, 1, 0]
                 batch[BEHIND], home._commitbus_left, events = home._commitbus_left, batch, None
                 raise
         except BaseException as error:
             if events:
-                batch = [events, iterator, event, (), None, 0, 1, 1]
+                batch = [events, iterator, event, (), None, 0, 1, 1, 0]
                 batch[BEHIND], home._commitbus_left, events = home._commitbus_left, batch, None
             iterator = event = call = None
-            try:  # noqa: SIM105
-                stopped(home, batch, bus, error, None)
+            # fmt: off
+            try: stopped(home, batch, bus, error, None)  # noqa: E701, SIM105
+            # fmt: on
             except Exception:  # noqa: S110
                 pass
             batch = None

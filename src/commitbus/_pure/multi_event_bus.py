@@ -15,11 +15,13 @@ from commitbus._pure.batch import (
     BEGIN,
     EVENTS,
     Handler,
+    Home,
     carry_out,
     carry_out_in_rounds,
     drop,
-    drop_others,
     event_of,
+    hold_what_is_left,
+    in_order,
     is_method,
     new_batch,
     put_back,
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
 
 # The batches of buses that run while another apply of the same multi bus runs, within it or in another thread: not in
 # each bus, where a list of its own took a tenth of a request.
-OTHERS: list[tuple[MultiEventBus, Batch]] = []
+OTHERS: dict[int, tuple[MultiEventBus, Batch]] = {}  # by the identity of the batch
 
 
 class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator):
@@ -117,8 +119,15 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
         if DelayedEventBus not in type(event).__mro__:
             raise _messages.not_delayed(event)
         event._commitbus_wrapped()
-        self._commitbus_pending.append(event)
-        event._commitbus_hold()
+        owner = event._commitbus_owner
+        try:
+            # In this order: once it is there, another thread may apply it and let go of it: that must not be undone.
+            event._commitbus_hold()
+            self._commitbus_pending.append(event)
+        except BaseException:
+            if owner is not None:
+                event._commitbus_let_go(owner)  # an interrupt: its next event registers it
+            raise
         if self._commitbus_owner is not None:
             self._commitbus_register()
 
@@ -250,7 +259,7 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
         except BaseException:
             tried = batch[EVENTS][batch[BEGIN] : batch[BEGIN] + 1]
             put_back(self, batch)
-            self._commitbus_back(batch, tried)
+            self._commitbus_back(tried)
             raise
         return buses
 
@@ -276,12 +285,8 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
         hook: Handler,
         failures: _messages.Failures | None,
         out: list[Any] | None,
-        batch: Batch,
+        batch: Batch,  # noqa: ARG002
     ) -> Handler:
-        if self._commitbus_batch is None:
-            self._commitbus_batch = batch
-        else:
-            OTHERS.append((self, batch))
         if is_method(hook, MultiEventBus._apply_event, self):
             turn = self._commitbus_turn
             ref: weakref.ref[Any] = weakref.ref(self)
@@ -325,25 +330,21 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
             ):
                 delayed._commitbus_after_turn()
 
-    def _commitbus_back(self, batch: list[Any], tried: list[Any]) -> None:
-        super()._commitbus_back(batch, tried)
-        self._commitbus_forget_again(batch, tried)
+    def _commitbus_back(self, tried: list[Any]) -> None:
+        super()._commitbus_back(tried)
+        self._commitbus_forget_again(self, tried)
 
-    def _commitbus_forget_again(self, batch: list[Any] | None, tried: list[Any]) -> None:
-        # Each has registered itself again when it put back its events, and is put back with the batch.
-        delayeds: list[DelayedEventBus[Any]] = [event for event in tried if isinstance(event, DelayedEventBus)]
-        drop_others(self, batch, delayeds)
-        for delayed in delayeds:
-            delayed._commitbus_hold()
+    def _commitbus_forget_again(self, home: Home, tried: list[Any]) -> None:
+        hold_what_is_left(self, home, [event for event in tried if isinstance(event, DelayedEventBus)])
+
+    def _commitbus_start(self, batch: Batch) -> None:
+        # One line: no other apply comes between.
+        if self._commitbus_batch is None: self._commitbus_batch = batch; return  # fmt: skip  # noqa: E701, E702
+        OTHERS[id(batch)] = (self, batch)
 
     def _commitbus_finish(self, batch: Batch) -> None:
-        if self._commitbus_batch is batch:
-            self._commitbus_batch = None
-            return
-        for i, (_, other) in enumerate(OTHERS):
-            if other is batch:
-                del OTHERS[i]
-                break
+        if self._commitbus_batch is batch: self._commitbus_batch = None; return  # fmt: skip  # noqa: E701, E702
+        OTHERS.pop(id(batch), None)
 
     # For `commitbus.aio`, whose loop is a coroutine.
 
@@ -351,14 +352,11 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
         """Note that these buses have their turns, for a savepoint that a handler opens."""
         batch = new_batch()
         batch[EVENTS] = buses
-        OTHERS.append((self, batch))
+        OTHERS[id(buses)] = (self, batch)
 
     def _commitbus_end(self, buses: list[Any]) -> None:
         """Note that they have them no more."""
-        for i, (_, batch) in enumerate(OTHERS):
-            if batch[EVENTS] is buses:
-                del OTHERS[i]
-                break
+        OTHERS.pop(id(buses), None)
 
     def _commitbus_take_turn(
         self, delayed: Any, commit: bool, failures: _messages.Failures | None, out: list[Any] | None
@@ -368,18 +366,17 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
 
     def _commitbus_running(self) -> list[list[Any]]:
         """Copy the batches of buses that applies have taken and not finished."""
-        batches = [batch for multi, batch in OTHERS.copy() if multi is self]
+        batches = [batch for multi, batch in list(OTHERS.values()) if multi is self]
         if (running := self._commitbus_batch) is not None:
             batches.append(running)
         return [list(map(event_of, batch[EVENTS])) for batch in batches]
 
     def _commitbus_unregister(self, identities: set[int]) -> None:
         """Take buses out of what is registered, each given by its identity."""
-        with batches.lock:
-            tidy(self)
-            if (left := self._commitbus_left) is not None:
-                left[EVENTS] = [one for one in left[EVENTS][left[BEGIN] :] if id(one) not in identities]
-                left[BEGIN] = 0
+        while (left := tidy(self)) is not None:
+            new = in_order([one for one in left[EVENTS][left[BEGIN] :] if id(one) not in identities], 0, None)
+            with batches.guard:
+                if self._commitbus_left is left: self._commitbus_left = new; break  # fmt: skip  # noqa: E701, E702
         drop(self, identities)
 
     def _commitbus_discard(self, delayed: DelayedEventBus[Any]) -> None:

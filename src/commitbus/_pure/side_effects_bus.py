@@ -75,9 +75,9 @@ class SideEffectsBus(AbstractEventBus[Pair[T]], Generic[T]):
         if collector is not None:
             collector._commitbus_register()
 
-    def _commitbus_back(self, batch: list[Any], tried: list[Any]) -> None:  # noqa: ARG002
+    def _commitbus_back(self, tried: list[Any]) -> None:
         self._commitbus_register()
-        self._commitbus_wraps._commitbus_forget_again(None, list(map(event_of, tried)))
+        self._commitbus_wraps._commitbus_forget_again(self, list(map(event_of, tried)))
 
     def apply(self, commit: bool, *, robust: bool = False, rounds: int = 1) -> list[Pair[T]]:
         """Apply the collected events in the order in which they were collected.
@@ -143,6 +143,9 @@ class SideEffectsBus(AbstractEventBus[Pair[T]], Generic[T]):
         hook = self._apply_event
         ours = is_method(hook, SideEffectsBus._apply_event, self)
         return self._commitbus_wrapped()._commitbus_hook() if ours else (hook,)
+
+    def _commitbus_start(self, batch: Batch) -> None:
+        self._commitbus_wraps._commitbus_start(batch)
 
     def _commitbus_finish(self, batch: Batch) -> None:
         self._commitbus_wraps._commitbus_finish(batch)
