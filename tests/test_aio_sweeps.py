@@ -1,4 +1,4 @@
-"""Rule 4 for buses that are awaited: an interrupt at each point of an apply in turn, real signals, and the stack's end."""
+"""Rule 4 for buses that are awaited: an interrupt at each point of an apply in turn, signals, and the stack's end."""
 
 from __future__ import annotations
 
@@ -114,7 +114,8 @@ class Scene:
         events: list[Any] = []
         for delayed in self.delayed:
             events += [*delayed.collected_events(), *delayed.pending_events()]
-        return [event.number for event in (events if self.multi else self.bus.pending_events())]
+        events += [] if self.multi else self.bus.pending_events()
+        return [event.number for event in events]
 
     def check(self, where: object) -> None:
         left = self.left()

@@ -744,3 +744,62 @@ def test_pytest_django(tmp_path: Any) -> None:
 
 def test_both_twins() -> None:
     run_over_the_other_twin(__file__)
+
+
+def test_a_bus_that_two_threads_wrap_stays_with_each_transaction(log: list[Any]) -> None:
+    """What one rolled back was sent by another: the bus followed who had wrapped it last, and was gone."""
+    shared = Bus(log)
+    wrapped, go_on = threading.Event(), threading.Event()
+
+    def first() -> None:
+        try:
+            with suppress(LookupError), atomic():
+                orchestrator().wrap(shared)
+                wrapped.set()
+                go_on.wait(5)
+                shared.publish("rolled back")
+                raise LookupError
+        finally:
+            connections["default"].close()
+
+    def second() -> None:
+        try:
+            with atomic():
+                orchestrator().wrap(shared)
+        finally:
+            connections["default"].close()
+
+    one, other = threading.Thread(target=first), threading.Thread(target=second)
+    one.start()
+    wrapped.wait(5)
+    other.start()
+    other.join()
+    go_on.set()
+    one.join()
+    with atomic():
+        orchestrator().wrap(shared).publish("committed")
+    assert log == ["committed"]
+
+
+def test_nothing_is_kept_of_transactions_that_roll_back(log: list[Any]) -> None:
+    for _ in range(5):
+        with suppress(LookupError), atomic():
+            orchestrator().wrap(Bus(log)).publish(1)
+            raise LookupError
+    assert len(connections["default"]._commitbus_state.wrapped) == 1
+
+
+def test_the_note_of_an_inner_bus_stays_as_it_is(log: list[Any]) -> None:
+    """Published outside of a transaction, the event is kept nowhere; that of a bus that its handler applies is."""
+    inner = commitbus.BasicEventBus()
+
+    def fail(*, commit: bool) -> None:
+        raise LookupError
+
+    inner.publish(fail)
+    bus = OnCommitEventBus(commitbus.BasicEventBus())
+    with pytest.raises(LookupError) as caught:
+        bus.publish(lambda *, commit: inner.apply(True))
+    first, second = notes(caught.value)
+    assert first.endswith("it stays pending")
+    assert second.endswith("is kept nowhere: publish it again")

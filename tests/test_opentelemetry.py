@@ -12,10 +12,11 @@ pytest.importorskip("opentelemetry.sdk", reason="the OpenTelemetry SDK is not in
 from opentelemetry import trace
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
-from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from commitbus import BasicEventBus, if_committed
 from commitbus.aio import AsyncMultiEventBus, BasicAsyncEventBus
 from commitbus.integrations.opentelemetry import instrument
 
@@ -138,3 +139,53 @@ def test_removed(twin: Any, telemetry: Telemetry) -> None:
     bus.publish(lambda *, commit: None)
     bus.apply(True)
     assert telemetry.spans == []
+
+
+class Broken(SpanProcessor):
+    """A processor that raises, when a span starts or ends."""
+
+    def __init__(self, when: str) -> None:
+        self.when = when
+
+    def on_start(self, span: Any, parent_context: Any = None) -> None:
+        if self.when == "start":
+            raise OSError("no space left on device")
+
+    def on_end(self, span: Any) -> None:
+        if self.when == "end":
+            raise OSError("no space left on device")
+
+
+@pytest.mark.parametrize("when", ["start", "end"])
+def test_telemetry_that_fails_makes_no_event_fail(when: str, caplog: pytest.LogCaptureFixture) -> None:
+    """The handler had run, its event counted as failed, and was applied a second time."""
+    tracers = TracerProvider()
+    tracers.add_span_processor(Broken(when))
+    stop = instrument(tracers)
+    log: list[Any] = []
+
+    def fail(*, commit: bool) -> None:
+        raise LookupError("of the handler")
+
+    try:
+        bus = BasicEventBus()
+        bus.publish(if_committed(log.append, 1))
+        bus.apply(True)
+        bus.publish(fail)
+        with pytest.raises(LookupError, match="of the handler"):
+            bus.apply(True)
+    finally:
+        stop()
+    assert log == [1]
+    assert "could not be traced" in caplog.text
+
+
+def test_an_asynchronous_bus_that_is_not_awaited_is_named() -> None:
+    stop = instrument(TracerProvider())
+    try:
+        bus = BasicAsyncEventBus()
+        bus.publish(print)
+        with pytest.raises(TypeError, match="await bus.apply_async"):
+            bus.apply(True)
+    finally:
+        stop()

@@ -345,6 +345,8 @@ def test_bad_input() -> None:
         ({"number": {1, 2}}, TypeError),
         ({"number": float("nan")}, ValueError),
         ({"number": "\0"}, ValueError),
+        ({"number": ["\ud800"]}, ValueError),
+        ({"number": {"\udfff": 1}}, ValueError),
     ):
         with pytest.raises(kind, match="the arguments of count cannot be stored"):
             bus.defer(count, **arguments)
@@ -367,6 +369,16 @@ def test_bad_input() -> None:
     with pytest.raises(TypeError, match=r"stores on a psycopg\.Connection, not on NoneType"):
         bus.apply(True)
     assert len(bus.pending_events()) == 1
+
+
+@needs_server
+def test_texts_that_only_look_odd_are_stored(dsn: str, connection: Any) -> None:
+    """Six characters that JSON writes as an escape of a backslash; and a character beyond the first plane."""
+    bus: Any = ProcrastinateEventBus(app, connection)
+    bus.defer(count, number=["\\u0000", "\\ud800", "😀"])
+    bus.apply(True)
+    connection.commit()
+    assert len(stored(dsn)) == 1
 
 
 def test_arguments_are_copied() -> None:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import importlib
+import linecache
 import os
+import sys
+import warnings
 import weakref
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any, cast
@@ -20,8 +24,16 @@ from sqlalchemy import String, create_engine, event, func, select, text
 from sqlalchemy.exc import IntegrityError, InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, scoped_session, sessionmaker
+from sqlalchemy.pool import StaticPool
 
-from commitbus import AbstractEventBus, BatchEventBus, MultiEventBus, UnappliedEventsWarning
+from commitbus import (
+    AbstractEventBus,
+    BasicEventBus,
+    BatchEventBus,
+    MultiEventBus,
+    UnappliedEventsWarning,
+    if_committed,
+)
 from commitbus.aio import AsyncEventBus, use_orchestrator_or_create_multi_event_bus
 from commitbus.integrations.sqlalchemy import leftovers, orchestrator
 
@@ -1112,3 +1124,112 @@ def test_a_session_that_is_not_async_in_the_async_unit_of_work(session: Session)
 
 def test_both_twins() -> None:
     run_over_the_other_twin(__file__)
+
+
+# What comes in between: an interrupt, another tool, a session that is gone
+
+
+class _Interrupt(BaseException):
+    pass
+
+
+def test_an_interrupt_at_every_line_of_the_listeners() -> None:
+    """No session is deaf afterwards, and nothing that was committed is dropped in silence."""
+    path = importlib.import_module("commitbus.integrations.sqlalchemy").__file__
+    engine = create_engine("sqlite://", poolclass=StaticPool)
+    with engine.begin() as connection:
+        connection.execute(text("CREATE TABLE interrupted (n INTEGER)"))
+    number = 0
+    interrupted = True
+    while interrupted:
+        number += 1
+        interrupted = False
+        count = 0
+        log: list[Any] = []
+        session = Session(engine)
+        bus = orchestrator(session).wrap(BasicEventBus())
+
+        def trace(frame: Any, what: str, arg: Any, number: int = number) -> Any:
+            nonlocal count, interrupted
+            if frame.f_code.co_filename != path:
+                return None
+            line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+            if what == "line" and not line.startswith(("finally:", "self.applying = False", "session._trans_context")):
+                count += 1
+                if count == number:
+                    sys.settrace(None)
+                    interrupted = True
+                    raise _Interrupt
+            return trace
+
+        session.execute(text("INSERT INTO interrupted VALUES (:n)"), {"n": number})
+        bus.publish(if_committed(log.append, "first"))
+        sys.settrace(trace)
+        try:
+            session.commit()
+        except _Interrupt:
+            pass
+        finally:
+            sys.settrace(None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UnappliedEventsWarning)
+            session.close()  # SQLAlchemy lets one that was interrupted in a listener of the commit do nothing else
+        with engine.begin() as connection:
+            rows = connection.execute(text("SELECT COUNT(*) FROM interrupted WHERE n = :n"), {"n": number}).scalar()
+        kept = len(leftovers(session).events_to_apply())
+        # The event under way when it was interrupted may be applied again.
+        assert len(log) + kept in ((1, 2) if rows else (0,)), (number, rows, log, kept)
+        log.clear()
+        bus.publish(if_committed(log.append, "second"))
+        session.commit()
+        assert log == ["second"], number
+        leftovers(session).discard_pending_events()
+        session.close()
+    assert number > 40
+
+
+def test_a_session_whose_class_another_tool_exchanges_as_well() -> None:
+    log: list[Any] = []
+    session = Session(create_engine("sqlite://"))
+    bus = orchestrator(session).wrap(BasicEventBus())
+    session.__class__ = type("Traced", (type(session),), {})
+    session.execute(text("SELECT 1"))
+    bus.publish(if_committed(log.append, 1))
+    session.commit()
+    bus.publish(if_committed(log.append, 2))
+    session.close()
+    session.commit()
+    assert log == [1]
+
+
+def test_a_class_that_cannot_be_subclassed_without_arguments() -> None:
+    class Named(Session):
+        def __init_subclass__(cls, *, name: str) -> None: ...
+
+    with pytest.raises(TypeError, match="defines __init_subclass__, give its arguments defaults"):
+        orchestrator(Named(create_engine("sqlite://")))
+
+
+def test_what_was_published_for_a_session_that_is_gone_is_dropped() -> None:
+    log: list[Any] = []
+    bus = BasicEventBus()
+    engine = create_engine("sqlite://")
+    gone = Session(engine)
+    orchestrator(gone).wrap(bus).publish(if_committed(log.append, "rolled back"))
+    del gone
+    gc.collect()
+    with Session(engine) as session:
+        orchestrator(session).wrap(bus).publish(if_committed(log.append, "committed"))
+        session.commit()
+    assert log == ["committed"]
+
+
+def test_the_warning_of_a_session_never_replaces_what_a_handler_raised() -> None:
+    def fail(*, commit: bool) -> None:
+        raise LookupError("handler")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(LookupError, match="handler"), Session(create_engine("sqlite://")) as session:
+            orchestrator(session).wrap(BasicEventBus()).publish(fail)
+            session.commit()

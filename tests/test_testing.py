@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from commitbus import add_middleware
+from commitbus.aio import BasicAsyncEventBus
 from commitbus.testing import Applied, InjectedFailure, every_failure, pending, record
 
 if TYPE_CHECKING:
@@ -462,3 +463,51 @@ def test_blocked_by_itself():
     done.assert_outcomes(passed=3)
     assert done.stdout.str().count("really sent to") == 1
     done.stdout.fnmatch_lines(["*really sent to ada@example.org*"])
+
+
+def test_an_asynchronous_event_that_failed_is_not_recorded() -> None:
+    async def fail(*, commit: bool) -> None:
+        raise LookupError
+
+    async def send(*, commit: bool) -> None: ...
+
+    bus = BasicAsyncEventBus()
+    bus.publish_all([send, fail])
+    with record(block=False) as recording, pytest.raises(LookupError):
+        asyncio.run(bus.apply_async(True))
+    assert recording.events == [send]
+
+
+def test_every_failure_after_an_asynchronous_handler() -> None:
+    log: list[int] = []
+
+    async def send(number: int, *, commit: bool) -> None:
+        log.append(number)
+
+    def run() -> None:
+        log.clear()
+        bus = BasicAsyncEventBus()
+        bus.publish_all([partial(send, 1), partial(send, 2)])
+        asyncio.run(bus.apply_async(True))
+
+    assert [(failure.number, log.copy()) for failure in every_failure(run, after=True)] == [(1, [1]), (2, [1, 2])]
+
+
+def test_strict_mode_counts_a_constant_that_is_forgotten_again(pytester: pytest.Pytester) -> None:
+    pytester.makeini("[pytest]\ncommitbus_strict = true")
+    pytester.makepyfile(
+        """
+        from commitbus import AbstractEventBus
+
+        class Bus(AbstractEventBus):
+            def _apply_event(self, event, commit): ...
+
+        kept = Bus()
+        kept.publish("reindex")
+        other = Bus()
+
+        def test_forgets(): other.publish("reindex")
+        def test_forgets_again(): kept.publish("reindex")
+        """
+    )
+    pytester.runpytest_subprocess("-p", "no:cacheprovider").assert_outcomes(passed=2, errors=2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -603,3 +605,124 @@ def test_rule_18_an_asynchronous_commit_commits_nothing(twin: Any) -> None:
         twin.use_orchestrator_or_create_multi_event_bus(None, True, commit_transaction=commit) as (_, call),
     ):
         call()
+
+
+# Interrupts, and what an earlier commit has left
+
+
+def test_rule_18d_an_interrupt_within_the_commit_drops_nothing(twin: Any, make: Any, log: Log) -> None:
+    """A commit that is written in C has run to its end, mostly: it was dropped, and nobody was told."""
+    ended: list[str] = []
+    told: list[Any] = []
+
+    def commit() -> None:
+        raise KeyboardInterrupt
+
+    for on_unapplied in (None, told.append):
+        bus = make()
+        with (
+            pytest.raises(KeyboardInterrupt) as caught,
+            twin.use_orchestrator_or_create_multi_event_bus(
+                None,
+                True,
+                commit_transaction=commit,
+                rollback_transaction=lambda: ended.append("rolled back"),
+                on_unapplied=on_unapplied,
+            ) as (buses, execute),
+        ):
+            buses.wrap(bus).publish(1)
+            execute()
+        assert bus.pending_events() == (1,)
+    assert ended == ["rolled back"] * 2
+    assert len(told) == 1
+    assert log.events == []
+    assert notes(caught.value) == []
+
+
+def test_rule_18d_a_note_says_that_the_outcome_is_not_known(twin: Any, make: Any) -> None:
+    def commit() -> None:
+        raise KeyboardInterrupt
+
+    unit = twin.use_orchestrator_or_create_multi_event_bus(None, True, commit_transaction=commit)
+    with pytest.raises(KeyboardInterrupt) as caught, unit as (buses, execute):
+        buses.wrap(make()).publish(1)
+        execute()
+    (note,) = notes(caught.value)
+    assert "it is not known whether the transaction was committed; 1 event was not applied: int" in note
+
+
+class Again(Exception):
+    pass
+
+
+def _rolled_back_after_a_commit(twin: Any, bus: Any, publish: Any, **options: Any) -> None:
+    with (
+        pytest.raises(Again),
+        twin.use_orchestrator_or_create_multi_event_bus(
+            None, True, commit_transaction=lambda: None, rollback_transaction=lambda: None, **options
+        ) as (buses, execute),
+    ):
+        delayed = buses.wrap(bus)
+        delayed.publish("order")
+        execute()
+        publish(buses, delayed)
+        raise Again
+
+
+def test_rule_18b_an_equal_event_is_not_kept_with_that_of_an_earlier_commit(twin: Any, make: Any, log: Log) -> None:
+    bus = make()
+    log.on("order", lambda: bus.publish("reindex"))
+    kept: list[Any] = []
+    _rolled_back_after_a_commit(
+        twin,
+        bus,
+        lambda buses, delayed: delayed.publish("reindex"),
+        on_unapplied=lambda buses: kept.extend(buses.events_to_apply()),
+    )
+    assert kept == ["reindex"]
+
+
+def test_rule_18b_what_another_thread_applies_meanwhile_is_not_put_back(twin: Any, make: Any, log: Log) -> None:
+    class Bus(make):
+        def discard_pending_events(self) -> Any:
+            threading.Thread(target=lambda: self.apply(True)).start()
+            time.sleep(0.05)
+            return super().discard_pending_events()
+
+    bus = Bus()
+    log.on("order", lambda: bus.publish("left"))
+    _rolled_back_after_a_commit(twin, bus, lambda buses, delayed: None, on_unapplied=lambda buses: None)
+    bus.apply(True)
+    assert log.events.count("left") == 1
+
+
+def test_rule_18b_a_bus_that_cannot_be_discarded_costs_nothing_that_was_committed(
+    twin: Any, make: Any, log: Log
+) -> None:
+    class Bad(twin.AbstractEventBus):
+        def _apply_event(self, event: object, commit: bool) -> None: ...
+
+        def discard_pending_events(self) -> Any:
+            raise OSError
+
+    bus = make()
+    log.on("order", lambda: bus.publish("left"))
+    _rolled_back_after_a_commit(
+        twin, bus, lambda buses, delayed: buses.wrap(Bad()).publish(1), on_unapplied=lambda buses: None
+    )
+    assert bus.pending_events() == ("left",)
+
+
+def test_rule_19_each_unit_that_forgot_its_call_is_told_of(twin: Any, make: Any) -> None:
+    """Python shows a warning once for each place: the second lost event was silent."""
+
+    def forget() -> None:
+        with twin.use_orchestrator_or_create_multi_event_bus(None, True) as (buses, _):
+            buses.wrap(make()).publish(1)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.resetwarnings()
+        warnings.simplefilter("default")
+        for _ in range(3):
+            forget()
+    assert [one.filename for one in caught] == [__file__] * 3

@@ -6,6 +6,7 @@ Nothing here runs on the happy path.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import AsyncGenerator, Coroutine, Generator, Mapping
 from contextlib import _AsyncGeneratorContextManager, _GeneratorContextManager, suppress
 from types import BuiltinFunctionType, FunctionType
@@ -463,9 +464,17 @@ def not_confirmed(error: Exception | None) -> ConnectionError:
 def of_another_app(bus: object, event: object) -> TypeError:
     """Refuse a task whose workers listen to another broker."""
     return TypeError(
-        f"{describe_bus(bus)} sends to the broker of its own app, and {event!r} is a task of another one; "
+        f"{describe_bus(bus)} sends to the broker of its own app, and {name_of_task(event)} is a task of another one; "
         "make a CeleryEventBus for that app"
     )
+
+
+def name_of_task(signature: object) -> str:
+    """Name the task of a signature, without its arguments."""
+    try:
+        return str.__str__(signature.task)  # type: ignore[attr-defined]
+    except Exception:
+        return type_name(type(signature))
 
 
 def not_a_signature(bus: object, event: object) -> TypeError:
@@ -565,11 +574,12 @@ def note_kept_nowhere(error: BaseException) -> None:
     with suppress(Exception):
         several: tuple[BaseException, ...] = getattr(error, "exceptions", (error,))
         for one in several:
-            for place, note in enumerate(one.__notes__):
-                said, separator, _ = note.rpartition("; ")
-                if separator and note.startswith("commitbus: event"):
-                    where = "it was published outside of a transaction, and is kept nowhere: publish it again"
-                    one.__notes__[place] = f"{said}; {where}"
+            # The last is that of this bus: another that a handler applied keeps what it says.
+            note = one.__notes__[-1]
+            said, separator, _ = note.rpartition("; ")
+            if separator and note.startswith("commitbus: event"):
+                where = "it was published outside of a transaction, and is kept nowhere: publish it again"
+                one.__notes__[-1] = f"{said}; {where}"
 
 
 def failed_on_commit(count: int) -> str:
@@ -582,6 +592,14 @@ def not_awaited_in_commit(bus: object) -> TypeError:
     return TypeError(
         f"{describe_bus(bus)} has events that are awaited, but this commit is not; they came while it was under way; "
         "apply them with 'await leftovers(session).apply_async(True)'"
+    )
+
+
+def not_to_be_subclassed(cls: type, error: Exception) -> TypeError:
+    """Say why a session cannot be given the class that drops its events when it is closed."""
+    return TypeError(
+        f"orchestrator() makes a subclass of {type_name(cls)}, and that failed: {error}; where the class defines "
+        "__init_subclass__, give its arguments defaults"
     )
 
 
@@ -665,6 +683,12 @@ def not_a_callback(name: str, value: object) -> TypeError:
     )
 
 
+def not_callbacks(**functions: object) -> TypeError:
+    """Refuse the first function of a unit of work that cannot be called."""
+    (name, value), *_ = [(name, one) for name, one in functions.items() if one is not None and not callable(one)]
+    return not_a_callback(name, value)
+
+
 _EXAMPLES = {
     "commit_transaction": "commit_transaction=session.commit",
     "rollback_transaction": "rollback_transaction=session.rollback",
@@ -695,14 +719,28 @@ def unapplied(count: int, called: bool) -> str:
     )
 
 
-def note_unapplied(error: BaseException, events: list[object]) -> None:
-    """Say which events were not applied though their transaction was committed."""
+def warn(text: str, stacklevel: int) -> None:
+    """Warn of events that were not applied, each time: Python would show the first at each place, and no other."""
+    from commitbus._interfaces import UnappliedEventsWarning  # which needs this module
+
+    frame = sys._getframe(stacklevel)
+    place = frame.f_code.co_filename, frame.f_lineno
+    warnings.warn_explicit(text, UnappliedEventsWarning, *place, frame.f_globals.get("__name__"), {})
+
+
+def note_unapplied(error: BaseException, events: list[object], unknown: bool = False) -> None:
+    """Say which events were not applied though their transaction was committed, or may have been."""
     with suppress(Exception):
         names = [describe(event) for event in events[:_MOST_NAMES]]
         if len(events) > _MOST_NAMES:
             names.append(f"and {len(events) - _MOST_NAMES} more")
         were = "1 event was" if len(events) == 1 else f"{len(events)} events were"
-        _add_note(error, f"the transaction was committed, but {were} not applied: {', '.join(names)}")
+        said = (
+            "the commit was interrupted, and it is not known whether the transaction was committed;"
+            if unknown
+            else "the transaction was committed, but"
+        )
+        _add_note(error, f"{said} {were} not applied: {', '.join(names)}")
 
 
 _MOST_NAMES = 5

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import sys
-import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 from commitbus import _messages
+from commitbus._awaited import BEHIND, new_batch
 from commitbus._context import committed
-from commitbus._interfaces import EventBusOrchestrator, UnappliedEventsWarning
+from commitbus._interfaces import EventBusOrchestrator
 from commitbus._looking import events_to_apply, holds_buses, holds_pairs, in_store
 from commitbus._rounds import check_rounds
 from commitbus.savepoint import next_number, refuse_open, roll_back_in, stores_in
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable
     from contextlib import AbstractContextManager
+    from types import TracebackType
 
 
-def identity(store: Any, event: Any) -> int:
-    """Tell an event in a bus from others; a pair that was collected, which is made anew each time, by its event."""
-    return id(event[0] if holds_pairs(store) else event)
+def bare(store: Any, events: list[Any]) -> list[Any]:
+    """Give what tells events in a bus from others: of a pair that was collected, which is made anew, its event."""
+    return [event for event, _ in events] if holds_pairs(store) else events
 
 
 class Yielded(tuple[EventBusOrchestrator, "Callable[[], list[Any]]"]):
@@ -78,7 +79,24 @@ def apply_now(delayed: Any) -> list[Any]:
 
 
 class Unit:
-    """One unit of work: its buses, and how far it came."""
+    """One unit of work: its buses, and how far it came. The block of a ``with`` statement."""
+
+    __slots__ = (
+        "applying",
+        "begun",
+        "buses",
+        "called",
+        "commit",
+        "commit_transaction",
+        "committed",
+        "kept",
+        "on_unapplied",
+        "robust",
+        "rollback_transaction",
+        "rolled_back",
+        "rounds",
+        "unknown",
+    )
 
     def __init__(
         self,
@@ -86,50 +104,76 @@ class Unit:
         commit: bool,
         commit_transaction: Callable[[], object] | None,
         rollback_transaction: Callable[[], object] | None,
-        options: dict[str, Any],
         on_unapplied: Callable[[Any], object] | None,
+        robust: bool,
+        rounds: int,
     ) -> None:
-        self.buses, self.commit, self.options = buses, commit, options
+        self.buses, self.commit, self.robust, self.rounds = buses, commit, robust, rounds
         self.commit_transaction, self.rollback_transaction = commit_transaction, rollback_transaction
         self.on_unapplied = on_unapplied
-        self.called = False
+        self.called = self.applying = False
         self.committed = False  # and not all applied since
         self.rolled_back = False  # and not called again since
-        # What an apply after a commit left, by its identity and the bus that has it: it belongs to what was committed.
-        self.kept: list[tuple[Any, set[int]]] = []
-        self.applying = False
+        self.unknown = False  # whether an interrupt came within a commit, whose outcome nobody knows
+        # What an apply after a commit left, in each bus that has any: it belongs to what was committed.
+        self.kept: list[tuple[Any, list[Any]]] = []
         self.begun = next_number()  # savepoints with a larger one were opened within it
+
+    def __enter__(self) -> Yielded:
+        return Yielded((self.buses, self.commit_and_execute_side_effects))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        # Mostly all was committed and applied, and there is nothing to see to.
+        if error is not None or not self.called or self.committed or self.buses._commitbus_holds_any():
+            self.leave(error)
+
+    def apply(self) -> list[Any]:
+        """Apply what is registered, and give the events."""
+        if self.robust or self.rounds != 1:
+            return list(self.buses.apply_and_get_applied_events(self.commit, robust=self.robust, rounds=self.rounds))
+        return cast("list[Any]", self.buses.apply_and_get_applied_events(self.commit))
 
     def commit_and_execute_side_effects(self) -> list[Any]:
         """Commit, apply, and return the events that were applied."""
         if self.applying:  # a handler calls it again: the commit is done
-            return list(self.buses.apply_and_get_applied_events(self.commit, **self.options))
-        # Before the commit, which an apply that is refused after it would separate from its side effects.
-        refuse_open(self.buses)
-        if "commitbus.aio" in sys.modules:
-            self.refuse_asynchronous()
-        self.refuse_without_rollback()
+            return self.apply()
+        plainly = self.buses._commitbus_is_plain(False)
+        if not plainly:
+            # Before the commit, which an apply that is refused after it would separate from its side effects.
+            refuse_open(self.buses)
+            if "commitbus.aio" in sys.modules:
+                self.refuse_asynchronous()
+            self.refuse_without_rollback()
         self.called = True
         stored: list[Any] = []
         self.rolled_back = False
         if self.commit and not self.committed:
+            committing = False
             try:
-                stored = apply_before_commit(self.buses)
+                if not plainly:
+                    stored = apply_before_commit(self.buses)
                 if self.commit_transaction is not None:
-                    # One line: an interrupt comes before the commit, or finds it noted.
-                    result = self.commit_transaction(); self.committed = True  # fmt: skip  # noqa: E702
+                    committing = True
+                    # One line: an interrupt comes within the commit, or finds it noted.
+                    result = self.commit_transaction(); self.committed = True; committing = False  # fmt: skip  # noqa: E702
                     if result is not None:
                         self.committed = False
                         _messages.refuse_coroutine(self.commit_transaction, result, _messages.ASYNC_COMMIT)
             except BaseException as error:
-                if not self.committed:
+                if committing and not isinstance(error, Exception):
+                    self.unknown = True  # a commit that is written in C has run to its end, mostly
+                    self.end_unknown(error)
+                elif not self.committed:
                     self.roll_back(error)
                 raise
             self.committed = True
-        token = committed.set(self.commit)
+        token = None
         try:
             self.applying = True
-            applied: list[Any] = self.buses.apply_and_get_applied_events(self.commit, **self.options)
+            token = committed.set(self.commit)
+            applied = self.apply()
         except BaseException as error:
             stored = []  # the traceback keeps this frame, and must keep no event
             if not self.commit:
@@ -138,7 +182,8 @@ class Unit:
             raise
         finally:
             self.applying = False
-            committed.reset(token)
+            if token is not None:
+                committed.reset(token)
         self.end_commit()
         if not self.commit:
             self.roll_back(None)
@@ -162,9 +207,19 @@ class Unit:
     def end_commit(self) -> None:
         """Note that all was applied, and what of it handlers have published since: that belongs to this commit."""
         self.committed = False
-        if self.commit:
+        if self.commit and (self.kept or self.buses._commitbus_holds_any()):
             stores = [store for store in stores_in(self.buses) if not holds_buses(store)]
-            self.kept = [(store, {identity(store, event) for event in in_store(store)}) for store in stores]
+            kept = [(store, bare(store, in_store(store))) for store in stores]
+            self.kept = [(store, events) for store, events in kept if events]
+
+    def end_unknown(self, error: BaseException) -> None:
+        """End a transaction whose commit was interrupted, and drop nothing: it may have been committed."""
+        if self.rollback_transaction is not None and not self.rolled_back:
+            self.rolled_back = True
+            try:
+                self.end_transaction()
+            except Exception as second:
+                _messages.chain(error, second)
 
     def roll_back(self, error: BaseException | None) -> None:
         """End the transaction, and drop what was published in it; `error`, if there is one, stays the first."""
@@ -193,13 +248,13 @@ class Unit:
     def drop(self) -> None:
         """Drop what was published and not applied, but for what belongs to an earlier commit."""
         roll_back_in(self.buses, self.begun)  # savepoints that were opened by hand, and not ended
-        again = [
-            (store, [event for event in in_store(store) if identity(store, event) in kept]) for store, kept in self.kept
-        ]
-        self.buses.discard_pending_events()
-        for store, events in again:
-            if events:
-                store._commitbus_put(events)
+        if not self.kept:
+            self.buses.discard_pending_events()
+            return
+        kept = {id(store): events for store, events in self.kept}
+        for store in stores_in(self.buses):
+            if not holds_buses(store):
+                drop_but(store, kept.get(id(store), []))
 
     def end_transaction(self) -> None:
         """Call what ends the transaction."""
@@ -208,9 +263,9 @@ class Unit:
 
     def leave(self, error: BaseException | None) -> None:
         """See to what was not applied when the block is left, by an error or not."""
-        if error is not None and not self.committed:
+        if error is not None and not self.committed and not self.unknown:
             self.roll_back(error)
-            if not any(events for _, events in self.kept):
+            if not self.kept:
                 return
         try:
             self.tell(error)
@@ -218,7 +273,7 @@ class Unit:
             if not self.called:
                 self.roll_back(error)  # nobody has committed: the next commit would keep what was written here
 
-    def tell(self, error: BaseException | None, stacklevel: int = 5) -> None:
+    def tell(self, error: BaseException | None, stacklevel: int = 4) -> None:
         """Tell of the events that were not applied."""
         events = events_to_apply(self.buses)
         if not events:
@@ -231,10 +286,37 @@ class Unit:
                     raise
                 _messages.chain(error, second)
         elif error is not None:
-            _messages.note_unapplied(error, events)
+            _messages.note_unapplied(error, events, self.unknown)
         else:
-            # This method, `leave`, the generator, contextlib's __exit__, and the caller's `with`.
-            warnings.warn(_messages.unapplied(len(events), self.called), UnappliedEventsWarning, stacklevel=stacklevel)
+            # This method, `leave`, `__exit__`, and the caller's `with`.
+            _messages.warn(_messages.unapplied(len(events), self.called), stacklevel)
+
+
+def drop_but(store: Any, kept: list[Any]) -> None:
+    """Drop what is pending in a bus, but for some events: those that nobody has applied by now."""
+    items: list[Any] = []
+    batch: Any = new_batch(items, iter(items))
+    try:
+        store._commitbus_take_into(items)
+        # By identity, and each as often as it was there: equal objects are not the same event.
+        there = [id(event) for event in kept]
+        found = bare(store, store._commitbus_look(items))
+        again = [item for item, event in zip(items, found, strict=True) if id(event) in there and remove(there, event)]
+        left = new_batch(again, iter(again))
+        # One line: an interrupt finds all that was there, or what is kept.
+        left[BEHIND], store._commitbus_left, batch = store._commitbus_left, left, None
+    except BaseException:
+        if batch is not None:
+            batch[BEHIND], store._commitbus_left = store._commitbus_left, batch
+            store._commitbus_settle(batch)
+        raise
+    store._commitbus_settle(left)
+
+
+def remove(there: list[int], event: Any) -> bool:
+    """Count one off."""
+    there.remove(id(event))
+    return True
 
 
 def unit_of_work(
@@ -248,27 +330,18 @@ def unit_of_work(
     on_unapplied: Callable[[Any], object] | None,
 ) -> AbstractContextManager[Yielded, bool | None]:
     """Do what `use_orchestrator_or_create_multi_event_bus` says, with the multi bus that `create` makes."""
-    for name, function in (
-        ("commit_transaction", commit_transaction),
-        ("rollback_transaction", rollback_transaction),
-        ("on_unapplied", on_unapplied),
+    if (
+        (commit_transaction is not None and not callable(commit_transaction))
+        or (rollback_transaction is not None and not callable(rollback_transaction))
+        or (on_unapplied is not None and not callable(on_unapplied))
     ):
-        if function is not None and not callable(function):
-            raise _messages.not_a_callback(name, function)
-    check_rounds(rounds)
+        raise _messages.not_callbacks(
+            commit_transaction=commit_transaction, rollback_transaction=rollback_transaction, on_unapplied=on_unapplied
+        )
+    if type(rounds) is not int or rounds < 1:
+        check_rounds(rounds)
     if event_bus_orchestrator is None:
-        options = {"robust": robust, "rounds": rounds}
-        return _in_unit(Unit(create(), commit, commit_transaction, rollback_transaction, options, on_unapplied))
+        return Unit(create(), commit, commit_transaction, rollback_transaction, on_unapplied, robust, rounds)
     if not isinstance(event_bus_orchestrator, EventBusOrchestrator):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise _messages.not_an_orchestrator(event_bus_orchestrator)
     return nullcontext(Yielded((event_bus_orchestrator, list)))
-
-
-@contextmanager
-def _in_unit(unit: Unit) -> Generator[Yielded]:
-    try:
-        yield Yielded((unit.buses, unit.commit_and_execute_side_effects))
-    except BaseException as error:
-        unit.leave(error)
-        raise
-    unit.leave(None)

@@ -11,7 +11,7 @@ import asyncio
 import weakref
 from abc import abstractmethod
 from collections.abc import Awaitable, Callable
-from contextlib import asynccontextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from inspect import isawaitable, iscoroutinefunction, ismethod
 from types import CoroutineType, MethodType
@@ -31,7 +31,7 @@ from commitbus.multi_event_bus import MultiEventBus
 from commitbus.savepoint import refuse_open
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Coroutine
+    from collections.abc import Coroutine
     from contextlib import AbstractAsyncContextManager
 
 __all__ = [
@@ -924,6 +924,14 @@ class _AsyncUnit(Unit):
 
     finished: BaseException | None = None  # the cancellation that goes on after all was committed and applied
     committing = False
+    concurrency = 1
+
+    async def __aenter__(self) -> Any:
+        return _pair(self.buses, self.commit_and_execute_side_effects_async)
+
+    async def __aexit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if error is not None or not self.called or self.committed or self.buses._commitbus_holds_any():
+            await self.leave_async(error)
 
     async def commit_and_execute_side_effects_async(self) -> list[Any]:
         """Commit, apply, and return the events that were applied."""
@@ -931,9 +939,11 @@ class _AsyncUnit(Unit):
             return await self._apply()
         if self.committing:
             raise _messages.committing()
-        # Before the commit, which an apply that is refused after it would separate from its side effects.
-        refuse_open(self.buses)
-        self.refuse_without_rollback()
+        plainly = self.buses._commitbus_is_plain(True)
+        if not plainly:
+            # Before the commit, which an apply that is refused after it would separate from its side effects.
+            refuse_open(self.buses)
+            self.refuse_without_rollback()
         self.called = True
         self.rolled_back = False
         cancelled: asyncio.CancelledError | None = None
@@ -941,7 +951,8 @@ class _AsyncUnit(Unit):
         if self.commit and not self.committed:
             try:
                 self.committing = True
-                stored = await apply_before_commit_async(self.buses)
+                if not plainly:
+                    stored = await apply_before_commit_async(self.buses)
                 if self.commit_transaction is None:
                     self.committed = True
                 else:
@@ -953,9 +964,10 @@ class _AsyncUnit(Unit):
                 raise
             finally:
                 self.committing = False
-        token = committed.set(self.commit)
+        token = None
         try:
             self.applying = True
+            token = committed.set(self.commit)
             if cancelled is None:
                 applied = await self._apply()
             else:
@@ -975,11 +987,12 @@ class _AsyncUnit(Unit):
             raise
         finally:
             self.applying = False
-            committed.reset(token)
+            if token is not None:
+                committed.reset(token)
         self.end_commit()
         if not self.commit:
             await self.roll_back_async(None)
-        return stored + applied
+        return stored + applied if stored else applied
 
     async def _commit(self, commit_transaction: Callable[[], object]) -> None:
         result = commit_transaction()
@@ -990,7 +1003,9 @@ class _AsyncUnit(Unit):
         self.committed = True
 
     async def _apply(self) -> list[Any]:
-        applied: list[Any] = await self.buses.apply_and_get_applied_events_async(self.commit, **self.options)
+        applied: list[Any] = await self.buses.apply_and_get_applied_events_async(
+            self.commit, robust=self.robust, rounds=self.rounds, concurrency=self.concurrency
+        )
         return applied
 
     async def roll_back_async(self, error: BaseException | None) -> None:
@@ -1031,7 +1046,7 @@ class _AsyncUnit(Unit):
             return
         if error is not None and not self.committed:
             await self.roll_back_async(error)
-            if not any(events for _, events in self.kept):
+            if not self.kept:
                 return
         try:
             await self.tell_async(error)
@@ -1042,7 +1057,7 @@ class _AsyncUnit(Unit):
     async def tell_async(self, error: BaseException | None) -> None:
         """Tell of the events that were not applied; ``on_unapplied`` may be a coroutine function."""
         if self.on_unapplied is None or not events_to_apply(self.buses):
-            self.tell(error, stacklevel=6)
+            self.tell(error, stacklevel=5)
             return
         cancelled: asyncio.CancelledError | None = None
         try:
@@ -1158,22 +1173,13 @@ def use_orchestrator_or_create_multi_event_bus(
     _check_concurrency(concurrency)
     if event_bus_orchestrator is not None and not isinstance(cast("Any", event_bus_orchestrator), EventBusOrchestrator):
         raise _messages.not_an_orchestrator(event_bus_orchestrator)
-    options = {"robust": robust, "rounds": rounds, "concurrency": concurrency}
     if event_bus_orchestrator is not None:
         return nullcontext(_pair(event_bus_orchestrator, _nothing))
-    return _in_unit(
-        _AsyncUnit(AsyncMultiEventBus(), commit, commit_transaction, rollback_transaction, options, on_unapplied)
+    unit = _AsyncUnit(
+        AsyncMultiEventBus(), commit, commit_transaction, rollback_transaction, on_unapplied, robust, rounds
     )
-
-
-@asynccontextmanager
-async def _in_unit(unit: _AsyncUnit) -> AsyncGenerator[Any]:
-    try:
-        yield _pair(unit.buses, unit.commit_and_execute_side_effects_async)
-    except BaseException as error:
-        await unit.leave_async(error)
-        raise
-    await unit.leave_async(None)
+    unit.concurrency = concurrency
+    return unit
 
 
 def _pair(orchestrator: EventBusOrchestrator, execute: Callable[[], Awaitable[list[Any]]]) -> Any:

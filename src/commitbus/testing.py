@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import ndiff
 from threading import Lock
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
 
 from commitbus import _lock, _messages
 from commitbus._interfaces import PartlyApplied
@@ -133,7 +133,9 @@ _recordings: list[tuple[Recording, bool]] = []
 _removes: list[Callable[[], None]] = []
 
 
-def _note(call: Callable[[], None], bus: Any, event: Any, commit: Any) -> None:
+def _note(call: Callable[[], Any], bus: Any, event: Any, commit: Any) -> Any:
+    if is_awaited(call) and not any(block for _, block in _recordings):
+        return _note_awaited(call, bus, event, commit)
     recordings = [recording for recording, _ in _recordings]
     batch = type(event) is list and hasattr(bus, "_apply_events")
     events: list[Any] = cast("Any", event) if batch else [event]
@@ -150,6 +152,20 @@ def _note(call: Callable[[], None], bus: Any, event: Any, commit: Any) -> None:
         recording.applied.extend([Applied(bus, one, commit) for one in done])
     if failed is not None:
         raise failed
+    return None
+
+
+def is_awaited(call: object) -> bool:
+    """Whether what a middleware is given to call is awaited: that of an asynchronous bus."""
+    return hasattr(call, "__await__")
+
+
+async def _note_awaited(call: Callable[[], Any], bus: Any, event: Any, commit: Any) -> None:
+    recordings = [recording for recording, _ in _recordings]
+    await call()  # first: what raises was not applied
+    batch = type(event) is list and hasattr(bus, "_apply_events_async")
+    for recording in recordings:
+        recording.applied.extend([Applied(bus, one, commit) for one in (event if batch else [event])])
 
 
 @contextmanager
@@ -334,16 +350,24 @@ def _run_once(run: Callable[[], object], number: int, after: bool) -> tuple[Fail
     seen = 0
     failures: list[Failure] = []
 
-    def fail(call: Callable[[], None], bus: Any, event: Any, commit: Any) -> None:  # noqa: ARG001
+    def fail(call: Callable[[], Any], bus: Any, event: Any, commit: Any) -> Any:  # noqa: ARG001
         nonlocal seen
         with lock:
             seen += 1
             this = seen == number
         if not this:
-            call()
-            return
+            return call() if is_awaited(call) else _nothing(call())
+        if after and is_awaited(call):
+            return fail_after(call, bus, event)
         if after:
             call()
+        return inject(bus, event)
+
+    async def fail_after(call: Callable[[], Any], bus: Any, event: Any) -> None:
+        await call()
+        inject(bus, event)
+
+    def inject(bus: Any, event: Any) -> NoReturn:
         failures.append(Failure(number, bus, event))
         raise InjectedFailure(f"side effect {number}, {describe(event)}, was made to fail")
 
@@ -360,6 +384,10 @@ def _run_once(run: Callable[[], object], number: int, after: bool) -> tuple[Fail
     finally:
         remove()
     return failures[0] if failures else None, seen >= number
+
+
+def _nothing(_: object) -> None:
+    return None
 
 
 def describe_pending(found: list[Pending]) -> str:

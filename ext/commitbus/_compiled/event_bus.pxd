@@ -5,6 +5,8 @@ cdef enum:
     PUBLISH_IS_OURS = 1
     COLLECT_IS_OURS = 2
     APPLY_IS_OURS = 4
+    IS_PLAIN = 8  # neither an outbox, nor a multi bus
+    IS_AWAITED = 16
 
 
 cdef class EventStore(Source):

@@ -106,6 +106,10 @@ cdef int look_up_class_flags(object cls, size_t first) except -1:
         flags |= COLLECT_IS_OURS
     if is_extension_method(cls, "apply"):
         flags |= APPLY_IS_OURS
+    if not (cls.applies_before_commit or cls._commitbus_multi):
+        flags |= IS_PLAIN
+    if cls._commitbus_awaited:
+        flags |= IS_AWAITED
     if WITH_GIL:
         for place in range(first, first + PLACES):
             if class_infos[place % CLASSES].cls == <PyTypeObject*>cls or class_infos[place % CLASSES].cls is NULL:

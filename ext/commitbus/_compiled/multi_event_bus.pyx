@@ -10,6 +10,8 @@ from commitbus._compiled.batch cimport Progress, carry_out, carry_out_in_rounds,
 from commitbus._compiled.delayed_event_bus cimport DelayedStore
 from commitbus._compiled.event_bus cimport (
     APPLY_IS_OURS,
+    IS_AWAITED,
+    IS_PLAIN,
     PUBLISH_IS_OURS,
     EventStore,
     class_flags,
@@ -257,6 +259,34 @@ cdef class MultiStore(EventStore):
         finally:
             gathering.set(outer)
         return out
+
+    # For the unit of work.
+
+    def _commitbus_is_plain(self, bint awaited):
+        """Whether all that is registered is applied after the commit, and no savepoint covers it.
+
+        Where that is not `awaited`, nothing may have to be.
+        """
+        cdef Py_ssize_t i
+        cdef int flags
+        cdef DelayedStore delayed
+        cdef EventStore actual
+        cdef bint plain = self._commitbus_marks is None and self.left is None
+        with cython.critical_section(self):
+            for i in range(0 if self.pending is None or not plain else PyList_GET_SIZE(self.pending)):
+                delayed = <DelayedStore>PyList_GET_ITEM(self.pending, i)
+                actual = delayed.actual
+                if actual is None or actual._commitbus_marks is not None:
+                    plain = False
+                elif delayed.collected is not None and delayed.collected._commitbus_marks is not None:
+                    plain = False
+                else:
+                    flags = class_flags(actual)
+                    if not flags & IS_PLAIN or (flags & IS_AWAITED and not awaited):
+                        plain = False
+                if not plain:
+                    break
+        return plain
 
     # For `commitbus.aio`, whose loop is a coroutine.
 

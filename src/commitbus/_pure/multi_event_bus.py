@@ -346,6 +346,32 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
         if self._commitbus_batch is batch: self._commitbus_batch = None; return  # fmt: skip  # noqa: E701, E702
         OTHERS.pop(id(batch), None)
 
+    # For the unit of work.
+
+    def _commitbus_is_plain(self, awaited: bool) -> bool:
+        """Whether all that is registered is applied after the commit, and no savepoint covers it.
+
+        Where that is not `awaited`, nothing may have to be.
+        """
+        if self._commitbus_marks is not None or self._commitbus_left is not None:
+            return False
+        for delayed in self._commitbus_pending.copy():
+            actual: Any = getattr(delayed, "_commitbus_actual", None)
+            cls: Any = type(actual)
+            if (
+                actual is None
+                or cls.applies_before_commit
+                or cls._commitbus_multi
+                or (cls._commitbus_awaited and not awaited)
+                or actual._commitbus_marks is not None
+                or (
+                    (collected := delayed._commitbus_side_effects) is not None
+                    and collected._commitbus_marks is not None
+                )
+            ):
+                return False
+        return True
+
     # For `commitbus.aio`, whose loop is a coroutine.
 
     def _commitbus_begin(self, buses: list[Any]) -> None:

@@ -84,7 +84,8 @@ def _move_one(delayed: Any, leftovers: AsyncMultiEventBus) -> None:
             leftovers.publish(made)
         items = []
     except BaseException:
-        store._commitbus_put_back(items, 0)
+        if all(one is not made for one in leftovers._commitbus_get()):  # else an interrupt came after it was kept
+            store._commitbus_put_back(items, 0)
         raise
 
 

@@ -217,10 +217,11 @@ def _no_run() -> None:
 class _Run:
     """A hook: a run of events that were published on one bus, with nothing in between."""
 
-    __slots__ = ("__weakref__", "bus", "connection", "open", "owner", "state")
+    __slots__ = ("__weakref__", "bus", "connection", "kept", "open", "owner", "state")
 
     def __init__(self, owner: OnCommitEventBus[Any], bus: Any, state: _State, merges: bool, connection: Any) -> None:
         self.owner, self.bus, self.state, self.open, self.connection = owner, bus, state, merges, connection
+        self.kept = False  # whether what it has not applied is among the leftovers
 
     def __repr__(self) -> str:
         """Say what the hook applies: tools list hooks."""
@@ -266,7 +267,10 @@ class _State:
         self.left = MultiEventBus()
         self.errors: list[Exception] | None = None  # of robust buses, while Django runs the hooks of a commit
         self.later: list[_Run] = []  # what handlers have published meanwhile
-        self.wrapped: list[Any] = []  # for who keeps the bus alone, and publishes on that; until the next commit
+        # For who keeps the bus alone, and publishes on that: until the commit or, after a rollback, of which Django
+        # tells nobody, until the next transaction has one.
+        self.wrapped: list[Any] = []
+        self.block: Any = None  # the outermost block of atomic, weakly, in which these were wrapped
         self.told = 0  # how many leftovers there were when the hooks began
         self.alias: str = connection.alias
         self.connection = weakref.ref(connection)
@@ -282,8 +286,8 @@ class _State:
         outer, errors = self.errors, [] if self.errors is None else self.errors
         if outer is None:
             self.told = len(events_to_apply(self.left))
-        self.errors = errors
         try:
+            self.errors = errors  # here, as an interrupt before would leave it set
             if self.patched is not None:
                 self.patched()
             else:
@@ -309,6 +313,13 @@ class _State:
             self.note(group)
             raise group
 
+    def keep_wrapped(self, delayed: Any, block: Any) -> None:
+        """Keep a delayed bus for the transaction whose outermost block this is."""
+        if self.block is None or self.block() is not block:
+            self.wrapped.clear()
+            self.block = weakref.ref(block)
+        self.wrapped.append(delayed)
+
     def run_later(self, runs: list[_Run]) -> None:
         """Apply what handlers have published since the hooks began, in rounds."""
         for _ in range(ROUNDS):
@@ -328,8 +339,9 @@ class _State:
     def keep(self, run: _Run) -> None:
         """Keep what a run has not applied."""
         run.open = False
-        if run.bus.pending_events() and all(one.actual_event_bus is not run.bus for one in self.left.pending_events()):
+        if not run.kept and run.bus.pending_events():
             self.left.wrap(run.bus)
+            run.kept = True
 
     def note(self, error: BaseException) -> None:
         """Say where what was not applied is."""
@@ -373,7 +385,8 @@ class _OnCommitDelayedEventBus(DelayedEventBus[T]):
     def __init__(self, event_bus: AbstractEventBus[T], on_commit: OnCommitEventBus[T]) -> None:
         super().__init__(event_bus)
         self._on_commit = on_commit
-        self._owner = _Direct(self)
+        self._owner = _direct_of(event_bus)
+        self._owner.add(self)
         self.follow()
 
     def follow(self) -> None:
@@ -408,12 +421,36 @@ class _OnCommitDelayedEventBus(DelayedEventBus[T]):
 class _Direct(MultiEventBus):
     """Is told of what is published on a wrapped bus itself, and moves it to the transaction."""
 
-    def __init__(self, delayed: _OnCommitDelayedEventBus[Any]) -> None:
-        self._delayed = weakref.ref(delayed)
+    def __init__(self, event_bus: AbstractEventBus[Any]) -> None:
+        self.of = weakref.ref(event_bus)
+        self._delayed: list[weakref.ref[Any]] = []  # in which the bus is wrapped: by several threads, say
+
+    def add(self, delayed: _OnCommitDelayedEventBus[Any]) -> None:
+        """Note one more."""
+        self._delayed = [one for one in self._delayed if one() is not None]
+        self._delayed.append(weakref.ref(delayed))
 
     def publish(self, event: Any) -> None:
         event.publish_all(event.actual_event_bus.discard_pending_events())
         event.follow()
+
+    def wrap(self, event_bus: AbstractEventBus[T]) -> DelayedEventBus[T]:  # noqa: ARG002
+        """Go on with another delayed bus, where the last one is gone: the transaction is that of the thread."""
+        found = [delayed for one in self._delayed if (delayed := one()) is not None]
+        self.publish(found[-1])
+        return cast("DelayedEventBus[T]", found[-1])
+
+
+# By the identity of the bus. Each delayed bus keeps that of its own.
+_directs: weakref.WeakValueDictionary[int, _Direct] = weakref.WeakValueDictionary()
+
+
+def _direct_of(event_bus: AbstractEventBus[Any]) -> _Direct:
+    """Give the one that all threads share: else the last to wrap a bus would be told, and it may be gone."""
+    direct = _directs.get(id(event_bus))
+    if direct is None or direct.of() is not event_bus:
+        direct = _directs[id(event_bus)] = _Direct(event_bus)
+    return direct
 
 
 class _Orchestrator(EventBusOrchestrator):
@@ -427,7 +464,7 @@ class _Orchestrator(EventBusOrchestrator):
         delayed = _OnCommitDelayedEventBus(event_bus, on_commit)
         connection: Any = connections[self._using or DEFAULT]
         if connection.in_atomic_block:
-            _state(connection).wrapped.append(delayed)
+            _state(connection).keep_wrapped(delayed, connection.atomic_blocks[0])
         return delayed
 
     def savepoint(self) -> NoReturn:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import time
+from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, cast
 
 from commitbus import _messages
 from commitbus._naming import describe, describe_bus
 from commitbus.aio import AsyncEventBus
-from commitbus.middleware import add_middleware
+from commitbus.middleware import Call, add_middleware
 
 try:
     from opentelemetry import metrics, trace
@@ -17,10 +19,12 @@ except ModuleNotFoundError as _error:
     raise _messages.not_installed("opentelemetry", _error) from _error
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Generator
     from types import TracebackType
 
 __all__ = ["instrument"]
+
+_log = logging.getLogger("commitbus")
 
 
 def __dir__() -> list[str]:
@@ -53,7 +57,8 @@ def instrument(
     `BatchEventBus` is one, with the name of its first event and ``commitbus.batch.size``. Names are those of types and
     functions: what is in an event, and its arguments, are never recorded. A message of an exception is, in the span.
 
-    For an asynchronous bus, the span is current while the handler is awaited.
+    For an asynchronous bus, the span is current while the handler is awaited. Telemetry that fails is logged, by the
+    logger ``commitbus``, and never makes an event fail.
 
     Examples
     --------
@@ -67,6 +72,9 @@ def instrument(
     )
 
     def middleware(call: Any, bus: Any, event: Any, commit: bool) -> Any:
+        if isinstance(bus, AsyncEventBus) and isinstance(call, Call):
+            call()  # applied without awaiting it, which is refused: the error is not to name this function
+            return None
         recorded = _Recorded(tracer, duration, bus, event, commit)
         if isinstance(bus, AsyncEventBus):
             return _awaited(call, recorded)
@@ -82,8 +90,20 @@ async def _awaited(call: Any, recorded: _Recorded) -> None:
         await call()
 
 
+@contextmanager
+def _guarded() -> Generator[None]:
+    """Let no failure of telemetry be one of the event: that would be applied again."""
+    try:
+        yield
+    except Exception:
+        _log.exception("commitbus: an event was applied, but could not be traced")
+
+
 class _Recorded:
     """One event: its span, and its duration."""
+
+    span: Any = None
+    current: Any = None
 
     def __init__(self, tracer: trace.Tracer, duration: metrics.Histogram, bus: Any, event: Any, commit: Any) -> None:
         self.duration = duration
@@ -94,13 +114,16 @@ class _Recorded:
             event = batch[0] if batch else None
         self.attributes["commitbus.event"] = name = describe(event)
         self.attributes["commitbus.commit"] = bool(commit)
-        self.span: Any = tracer.start_as_current_span(
-            f"apply {name}", kind=SpanKind.INTERNAL, attributes=self.attributes, set_status_on_exception=False
-        )
+        with _guarded():
+            self.span = tracer.start_as_current_span(
+                f"apply {name}", kind=SpanKind.INTERNAL, attributes=self.attributes, set_status_on_exception=False
+            )
 
     def __enter__(self) -> None:
         self.begun = time.perf_counter()
-        self.current: trace.Span = self.span.__enter__()
+        if self.span is not None:
+            with _guarded():
+                self.current = self.span.__enter__()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -109,7 +132,13 @@ class _Recorded:
         attributes.pop("commitbus.batch.size", None)  # as a number of its own it would make a series for each size
         if error is not None:
             attributes["error.type"] = type(error).__qualname__
-            self.current.set_attribute("error.type", type(error).__qualname__)
-            self.current.set_status(Status(StatusCode.ERROR, type(error).__qualname__))
-        self.duration.record(time.perf_counter() - self.begun, attributes)
-        self.span.__exit__(kind, error, traceback)
+        with _guarded():
+            self.duration.record(time.perf_counter() - self.begun, attributes)
+        if self.current is None:
+            return
+        if error is not None:
+            with _guarded():
+                self.current.set_attribute("error.type", type(error).__qualname__)
+                self.current.set_status(Status(StatusCode.ERROR, type(error).__qualname__))
+        with _guarded(), suppress(type(error)) if error is not None else nullcontext():
+            self.span.__exit__(kind, error, traceback)

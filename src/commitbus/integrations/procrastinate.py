@@ -36,6 +36,20 @@ def __dir__() -> list[str]:
     return __all__
 
 
+def _check_texts(value: Any) -> None:
+    """Refuse texts that PostgreSQL does not take, in what JSON gives: it would end the transaction at the apply."""
+    if isinstance(value, str):
+        if "\0" in value or any("\ud800" <= one <= "\udfff" for one in value):
+            raise ValueError("PostgreSQL stores no text with a null character, or with half of a surrogate pair")
+    elif isinstance(value, dict):
+        for key, one in cast("dict[str, Any]", value).items():
+            _check_texts(key)
+            _check_texts(one)
+    elif isinstance(value, list):
+        for one in value:  # pyright: ignore[reportUnknownVariableType]
+            _check_texts(one)
+
+
 def _make_job(app: App, task: object, arguments: dict[str, Any]) -> Job:
     """Make the job of a task, with its arguments as they are now."""
     if isinstance(task, Task):
@@ -48,11 +62,12 @@ def _make_job(app: App, task: object, arguments: dict[str, Any]) -> Job:
     own: Any = getattr(app.connector, "_json_dumps", None)
     try:
         text: str = own(job.task_kwargs) if own else json.dumps(job.task_kwargs, allow_nan=False)
-        if "\\u0000" in text:
-            raise ValueError("PostgreSQL stores no text with a null character")
+        stored = json.loads(text)
+        if "\\u" in text or not text.isascii():
+            _check_texts(stored)
     except Exception as error:
         raise _messages.not_json(job.task_name, error) from error
-    return job if own else job.evolve(task_kwargs=json.loads(text))
+    return job if own else job.evolve(task_kwargs=stored)
 
 
 def _checked(bus: object, app: App, connection: Any, kind: type[Any]) -> Any:

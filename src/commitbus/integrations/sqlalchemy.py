@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 import weakref
 from contextlib import suppress
 from functools import wraps
@@ -12,7 +11,6 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from commitbus import _messages
 from commitbus._context import committed
-from commitbus._interfaces import UnappliedEventsWarning
 from commitbus._looking import events_to_apply, holds_buses
 from commitbus._rounds import check_rounds
 from commitbus._unit_of_work import BEFORE_COMMIT_ROUNDS, apply_before_commit, before_commit
@@ -189,6 +187,13 @@ def _stacklevel() -> int:
     return level
 
 
+def _drop_of_freed(bus: weakref.ref[Any]) -> None:
+    """Drop what was published for a session that is gone without an end: its transaction was rolled back."""
+    with suppress(Exception):  # a savepoint of somebody else's; in a finalizer, nobody would catch it
+        if (freed := bus()) is not None:
+            freed._commitbus_take_into([])
+
+
 class SessionBuses(AsyncMultiEventBus):
     """The buses of one session."""
 
@@ -217,7 +222,8 @@ class SessionBuses(AsyncMultiEventBus):
         if takes_over:  # an event on the bus itself would register it there
             cast("Any", delayed)._commitbus_let_go(weakref.ref(self))
         identity = id(event_bus)
-        _wrapped[identity] = (weakref.ref(event_bus, lambda _: _wrapped.pop(identity, None)), weakref.ref(self))
+        bus = weakref.ref(event_bus, lambda _: _wrapped.pop(identity, None))
+        _wrapped[identity] = (bus, weakref.ref(self, lambda _: _drop_of_freed(bus)))
         return delayed
 
     async def _run_plainly(self, function: Callable[[], None]) -> None:
@@ -237,6 +243,9 @@ class _Bound:
         self.robust, self.rounds = False, 100
         self.applying = False
         self.committed: set[SessionTransaction] = set()
+        # The transaction whose commit was begun, and not rolled back since: where an interrupt, or a listener, keeps
+        # `after_commit` from being noted, it was committed all the same.
+        self.committing: SessionTransaction | None = None
         self.savepoints: dict[SessionTransaction, Savepoint] = {}
         for transaction in reversed(_open_savepoints(session)):
             self.savepoints[transaction] = self.buses.savepoint()
@@ -245,20 +254,25 @@ class _Bound:
             self.committed.add(ending)  # bound within a listener: `after_commit` came already
         session.__class__ = _ending(type(session))
 
-    def end(self, session: Session, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def end(self, session: Session, name: str, inherited: Callable[[], Any]) -> Any:
         """Call a method of the session, and also drop what was published before any transaction had begun.
 
         SQLAlchemy sends no event for the end of a transaction that has not begun.
         """
         begun = session.in_transaction()
-        result = getattr(super(type(session), session), name)(*args, **kwargs)
+        result = inherited()
         if not begun and not self.applying:
             self.settle()
             self.drop()
         if name != "rollback":
             self.buses.is_closed = True
             if count := len(events_to_apply(self.left)):
-                warnings.warn(_messages.session_left(count), UnappliedEventsWarning, stacklevel=_stacklevel())
+                try:
+                    _messages.warn(_messages.session_left(count), _stacklevel())
+                except Warning as warning:  # that is an error, in tests
+                    if (error := sys.exception()) is None or (first := error.__context__) is None:
+                        raise
+                    _messages.chain(first, warning)  # what a handler raised, say, is not to be replaced by it
         return result
 
     def after_transaction_create(self, session: Session, transaction: SessionTransaction) -> None:  # noqa: ARG002
@@ -270,8 +284,8 @@ class _Bound:
     def settle(self) -> None:
         """Keep what was committed where somebody's listener, of a class, has hidden the end of the transaction."""
         if self.committed:
-            self.committed.clear()
             _leftovers.move(self.buses, self.left)
+            self.committed.clear()
 
     def before_commit(self, session: Session) -> None:
         """Refuse, while nothing is done yet, what could not be applied after the commit."""
@@ -290,6 +304,11 @@ class _Bound:
                 raise _messages.savepoint_is_open(self.buses, mark.savepoint)
         if self.buses.has_outbox:
             self.store(session)
+        self.committing = session.get_transaction()
+
+    def after_rollback(self, session: Session) -> None:  # noqa: ARG002
+        if not self.applying:
+            self.committing = None
 
     def store(self, session: Session) -> None:
         """Apply what belongs to the transaction: with what is published while the session is flushed."""
@@ -324,12 +343,15 @@ class _Bound:
         if transaction.nested:
             self.end_savepoint(transaction)
         elif transaction.parent is None and not self.applying:  # else a handler's own
-            committed = transaction in self.committed
-            self.committed.clear()
-            if committed:
+            if transaction in self.committed:
                 self.apply(session)
+            elif transaction is self.committing:
+                self.committed.add(transaction)
+                self.settle()
             else:
+                self.committed.clear()
                 self.drop()
+            self.committing = None
 
     def end_savepoint(self, transaction: SessionTransaction) -> None:
         """Keep or drop what was published in a savepoint, as the database did."""
@@ -347,10 +369,13 @@ class _Bound:
     def apply(self, session: Any) -> None:
         """Apply what was published in a transaction that was committed."""
         # Within the block of ``session.begin()`` a handler could not use the session: the block has not ended yet.
-        block, session._trans_context_manager = session._trans_context_manager, None
-        self.applying = True
-        token = committed.set(True)
+        block = session._trans_context_manager
+        token = None
+        # What an interrupt leaves here belongs to what was committed: `settle` keeps it, until all is seen to.
         try:
+            self.applying = True
+            session._trans_context_manager = None
+            token = committed.set(True)
             if in_greenlet():
                 await_only(self.buses.apply_async(True, robust=self.robust, rounds=self.rounds))
             elif (bus := self.asynchronous()) is not None:  # by a listener, after `before_commit` had looked
@@ -368,11 +393,15 @@ class _Bound:
             left = len(events_to_apply(self.left)) - before
             _messages.note_committed(raised, left, "leftovers(session)")
             _messages.drop_own_frames(raised)
+            self.committed.clear()
             raise raised
+        else:
+            self.committed.clear()
         finally:
             self.applying = False
-            committed.reset(token)
             session._trans_context_manager = block
+            if token is not None:
+                committed.reset(token)
 
 
 def _ending(cls: type[Session]) -> type[Session]:
@@ -387,13 +416,19 @@ def _ending(cls: type[Session]) -> type[Session]:
     body: dict[str, Any] = {name: _method(cls, name) for name in names}
     body |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     metaclass: Any = type(cls)
-    return cast("type[Session]", metaclass(cls.__name__, (cls,), body | {"_commitbus_names": names}))
+    try:
+        return cast("type[Session]", metaclass(cls.__name__, (cls,), body | {"_commitbus_names": names}))
+    except TypeError as error:
+        raise _messages.not_to_be_subclassed(cls, error) from error
 
 
 def _method(cls: type[Session], name: str) -> Callable[..., Any]:
-    @wraps(getattr(cls, name))
+    function = getattr(cls, name)
+
+    @wraps(function)
     def method(self: Session, *args: Any, **kwargs: Any) -> Any:
-        return vars(self)["_commitbus_bound"].end(self, name, args, kwargs)
+        # Not by super() of the session's class: another tool may have given it one of its own since.
+        return vars(self)["_commitbus_bound"].end(self, name, lambda: function(self, *args, **kwargs))
 
     return method
 
@@ -425,7 +460,7 @@ def _listen(name: str) -> None:
     event.listen(Session, name, listener, insert=True)
 
 
-for _name in ("after_transaction_create", "before_commit", "after_commit", "after_transaction_end"):
+for _name in ("after_transaction_create", "before_commit", "after_commit", "after_rollback", "after_transaction_end"):
     _listen(_name)
 
 
