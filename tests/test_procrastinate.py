@@ -378,7 +378,7 @@ def test_texts_that_only_look_odd_are_stored(dsn: str, connection: Any) -> None:
     bus.defer(count, number=["\\u0000", "\\ud800", "😀"])
     bus.apply(True)
     connection.commit()
-    assert len(stored(dsn)) == 1
+    assert stored(dsn)[0] == ("count", {"number": ["\\u0000", "\\ud800", "😀"]})
 
 
 def test_arguments_are_copied() -> None:
