@@ -260,6 +260,10 @@ class Savepoint:
 
     def _place(self, store: Any, delayed: Any) -> None:
         """Say where the mark of a bus is: all that is in it by now is older."""
+        *others, last = cast("tuple[Mark, ...]", store._commitbus_marks)
+        if delayed is None and last.savepoint is self:
+            store._commitbus_marks = (*others, last._replace(start=store._commitbus_mark()[0]))
+            return
         measured = (-1, -1)
         while measured != (now := _measure(store, delayed)):  # a finalizer may have collected in between
             measured = collected, start = now

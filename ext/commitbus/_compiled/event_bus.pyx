@@ -404,8 +404,7 @@ cdef class EventStore(Source):
     cdef int pair_up(self, list batch, object collect_event, bint method, object commit, list pairs) except -1:
         batch = self.look(batch)
         if is_default(collect_event, method):
-            for event in batch:
-                pairs.append((event, collected(self, event)))
+            pairs[:] = [(event, collected(self, event)) for event in batch]
             return 0
         if method:
             collect_event = collect_event.__get__(self)

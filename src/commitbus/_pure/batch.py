@@ -146,7 +146,8 @@ class Source(Home):
 
 def take(source: Source, batch: Batch) -> None:
     """Move all that is pending into an empty batch, which the caller has made, and puts back when it is stopped."""
-    take_left(source, batch)
+    if source._commitbus_left is not None:
+        take_left(source, batch)
     while not move(source, batch[EVENTS], None):
         check_open(source)  # another thread has opened a savepoint meanwhile
 
