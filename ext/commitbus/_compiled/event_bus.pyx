@@ -386,7 +386,7 @@ cdef class EventStore(Source):
         if commit is MISSING:
             raise _messages.missing_arguments("AbstractEventBus.collect", "commit")
         collect_event = look_up(self, "_collect_event", &method)
-        cdef list items
+        cdef list items, batch
         if self._commitbus_marks is not None and may_collect(self):
             with _lock.lock:  # no savepoint is opened meanwhile
                 items = self.take_within(&head, begun_anew(self))
@@ -395,6 +395,9 @@ cdef class EventStore(Source):
         if items is None:
             return pairs
         try:
+            if is_default(collect_event, method):
+                batch = self.look(items if head == 0 else items[head:])
+                return [(event, collected(self, event)) for event in batch]
             self.pair_up(items if head == 0 else items[head:], collect_event, method, commit, pairs)
         except BaseException as error:
             self.uncollected(items, head, pairs, error)
@@ -404,7 +407,8 @@ cdef class EventStore(Source):
     cdef int pair_up(self, list batch, object collect_event, bint method, object commit, list pairs) except -1:
         batch = self.look(batch)
         if is_default(collect_event, method):
-            pairs[:] = [(event, collected(self, event)) for event in batch]
+            for event in batch:
+                pairs.append((event, collected(self, event)))
             return 0
         if method:
             collect_event = collect_event.__get__(self)
