@@ -9,6 +9,20 @@ cdef enum:
     IS_AWAITED = 16
 
 
+# Without the GIL, these are touched in a critical section of the object that has them, and nowhere else. In a section
+# is nothing that may block, run Python code, or enter the section of another object: that would give the first one up.
+#
+# | of           | attributes               | what the section protects                                               |
+# | ------------ | ------------------------ | ----------------------------------------------------------------------- |
+# | EventStore   | pending, left, head      | an event is in one place: append, extend, take (which looks for marks   |
+# |              |                          | in the same section), put_back, items, cut, bring_back                  |
+# | EventStore   | owner, wrapper           | who takes the owner registers: register, link, hold                     |
+# | EventStore   | _commitbus_marks         | written with `commitbus._lock.lock` held as well; read by take          |
+# | MultiStore   | running, others          | which batches run: begin, finish, _commitbus_running                    |
+# | DelayedStore | owner, linked, collected | let_go, link, hold, register; `collected` is set once                   |
+# | Surrounding  | stack                    | which middleware there is, read once an apply                           |
+#
+# With the GIL a section is nothing, and what protects is that no Python code runs between: the same rule.
 cdef class EventStore(Source):
     # What was published, and nothing else: None while that is nothing. In a critical section it is appended
     # to or swapped for another; whoever swapped it out owns it.
