@@ -163,9 +163,8 @@ def is_awaited(call: object) -> bool:
 async def _note_awaited(call: Callable[[], Any], bus: Any, event: Any, commit: Any) -> None:
     recordings = [recording for recording, _ in _recordings]
     await call()  # first: what raises was not applied
-    batch = type(event) is list and hasattr(bus, "_apply_events_async")
     for recording in recordings:
-        recording.applied.extend([Applied(bus, one, commit) for one in (event if batch else [event])])
+        recording.applied.append(Applied(bus, event, commit))
 
 
 @contextmanager

@@ -357,7 +357,7 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
             return False
         for delayed in self._commitbus_pending.copy():
             actual: Any = getattr(delayed, "_commitbus_actual", None)
-            cls: Any = type(actual)
+            cls = cast("Any", type(actual))
             if (
                 actual is None
                 or cls.applies_before_commit
