@@ -533,6 +533,14 @@ class Collecting:
         When it is made, where an open savepoint does not cover the delayed bus.
     """
 
+    __slots__ = ("before", "bus", "delayed", "items", "left", "pending")
+    before: tuple[Mark, ...]  # the marks
+    bus: Any
+    delayed: Any
+    items: list[Any]  # what was pending, for a class that overrides `collect`
+    left: int  # how much had been put back
+    pending: int  # how much was pending beside that
+
     def __init__(self, bus: Any, delayed: Any, taken: bool = False) -> None:
         self.bus, self.delayed = bus, delayed
         # Of the savepoints that were opened before all was `taken`, and have not been rolled back here yet.
@@ -563,7 +571,7 @@ class Collecting:
 
     def look(self) -> None:
         """Remember what is there, for a class that overrides what is collected."""
-        self.items: list[Any] = self.bus._commitbus_get()
+        self.items = self.bus._commitbus_get()
 
     def end(
         self, position: int, count: int, events: list[Any] | None = None
