@@ -7,7 +7,10 @@ call of Python code in the compiled twin either.
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 GONE: Final[Any] = object()  # in place of an event that is finished, in a list where others before it are not
 SPARSE: Final[Any] = object()  # in place of an iterator: what is finished is `GONE`
@@ -19,3 +22,21 @@ EVENTS, ITERATOR, EVENT, FAILED, BEHIND = range(5)
 def new_batch(events: list[Any], iterator: Any) -> list[Any]:
     """Make what the loop will leave."""
     return [events, iterator, None, (), None, 0, 1, 1, 0]
+
+
+def hand_over(source: Any, target: Any, choose: Callable[[list[Any]], list[Any]]) -> None:
+    """Take all that is in a bus, and put back what is chosen of it, in that bus or another; the rest is dropped."""
+    items: list[Any] = []
+    batch: Any = new_batch(items, iter(items))
+    try:
+        source._commitbus_take_into(items)
+        chosen = choose(items)
+        left = new_batch(chosen, iter(chosen))
+        # One line: an interrupt finds all that was there, or what was chosen.
+        left[BEHIND], target._commitbus_left, batch = target._commitbus_left, left, None
+    except BaseException:
+        if batch is not None:
+            batch[BEHIND], source._commitbus_left = source._commitbus_left, batch
+            source._commitbus_settle(batch)
+        raise
+    target._commitbus_settle(left)

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 from commitbus import _messages
-from commitbus._awaited import BEHIND, new_batch
+from commitbus._awaited import hand_over
 from commitbus._context import committed
 from commitbus._interfaces import EventBusOrchestrator
 from commitbus._looking import events_to_apply, holds_buses, holds_pairs, in_store
@@ -294,23 +294,14 @@ class Unit:
 
 def drop_but(store: Any, kept: list[Any]) -> None:
     """Drop what is pending in a bus, but for some events: those that nobody has applied by now."""
-    items: list[Any] = []
-    batch: Any = new_batch(items, iter(items))
-    try:
-        store._commitbus_take_into(items)
+
+    def choose(items: list[Any]) -> list[Any]:
         # By identity, and each as often as it was there: equal objects are not the same event.
         there = [id(event) for event in kept]
         found = bare(store, store._commitbus_look(items))
-        again = [item for item, event in zip(items, found, strict=True) if id(event) in there and remove(there, event)]
-        left = new_batch(again, iter(again))
-        # One line: an interrupt finds all that was there, or what is kept.
-        left[BEHIND], store._commitbus_left, batch = store._commitbus_left, left, None
-    except BaseException:
-        if batch is not None:
-            batch[BEHIND], store._commitbus_left = store._commitbus_left, batch
-            store._commitbus_settle(batch)
-        raise
-    store._commitbus_settle(left)
+        return [item for item, event in zip(items, found, strict=True) if id(event) in there and remove(there, event)]
+
+    hand_over(store, store, choose)
 
 
 def remove(there: list[int], event: Any) -> bool:

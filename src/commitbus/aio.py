@@ -18,7 +18,7 @@ from types import CoroutineType, MethodType
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 from commitbus import _messages, _naming
-from commitbus._awaited import BEHIND, EVENT, EVENTS, GONE, ITERATOR, SPARSE, new_batch
+from commitbus._awaited import BEHIND, EVENT, EVENTS, GONE, ITERATOR, SPARSE, hand_over, new_batch
 from commitbus._context import committed
 from commitbus._interfaces import EventBusOrchestrator
 from commitbus._looking import events_to_apply
@@ -727,23 +727,8 @@ async def apply_batch(
 def _uncollect(delayed: Any) -> None:
     """Move what a delayed bus has collected back to the bus that it wraps, before what is pending there."""
     actual, store = delayed._commitbus_parts()
-    if store is None:
-        return
-    items: list[Any] = []
-    batch: Any = new_batch(items, iter(items))
-    try:
-        store._commitbus_take_into(items)
-        again = [event for event, _ in store._commitbus_look(items)]
-        left = new_batch(again, iter(again))
-        # fmt: off
-        left[BEHIND], actual._commitbus_left, batch = actual._commitbus_left, left, None
-        # fmt: on
-    except BaseException:
-        if batch is not None:
-            batch[BEHIND], store._commitbus_left = store._commitbus_left, batch
-            store._commitbus_settle(batch)
-        raise
-    actual._commitbus_settle(left)
+    if store is not None:
+        hand_over(store, actual, lambda items: [event for event, _ in store._commitbus_look(items)])
 
 
 async def apply_before_commit_async(buses: Any) -> list[Any]:
