@@ -172,7 +172,7 @@ def test_rule_4_an_interrupt_at_every_point(kind: str, fail: bool, options: str,
         number = 1
         while point(Scene(kind, fail, OPTIONS[options]), number, getattr(sys, install), events):
             number += 1
-        assert number > 8
+        assert number > 4  # the compiled loop has few lines to come in at
     finally:
         remove()
 

@@ -1,10 +1,10 @@
-"""The unit of work, and what was left of it, once for both twins: it runs once, and is not worth compiling."""
+"""The unit of work, and what was left of it: once for both twins, but for the way on which nothing goes wrong."""
 
 from __future__ import annotations
 
 import sys
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from commitbus import _messages
 from commitbus._awaited import hand_over
@@ -12,10 +12,10 @@ from commitbus._context import committed
 from commitbus._interfaces import EventBusOrchestrator
 from commitbus._looking import events_to_apply, holds_buses, holds_pairs, in_store
 from commitbus._rounds import check_rounds
-from commitbus.savepoint import next_number, refuse_open, roll_back_in, stores_in
+from commitbus.savepoint import numbers, refuse_open, roll_back_in, stores_in
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from contextlib import AbstractContextManager
     from types import TracebackType
 
@@ -78,116 +78,40 @@ def apply_now(delayed: Any) -> list[Any]:
     return cast("list[Any]", delayed.apply_without_delay(True))
 
 
-class Unit:
-    """One unit of work: its buses, and how far it came. The block of a ``with`` statement."""
+class Rest:
+    """What a unit of work does where it is not simply committed and applied. Either twin has the rest of the class."""
 
-    __slots__ = (
-        "applying",
-        "begun",
-        "buses",
-        "called",
-        "commit",
-        "commit_transaction",
-        "committed",
-        "kept",
-        "on_unapplied",
-        "robust",
-        "rollback_transaction",
-        "rolled_back",
-        "rounds",
-        "unknown",
-    )
+    __slots__ = ()
+    buses: Any
+    commit: bool
+    commit_transaction: Callable[[], object] | None
+    rollback_transaction: Callable[[], object] | None
+    on_unapplied: Callable[[Any], object] | None
+    robust: bool
+    rounds: int
+    called: bool
+    committed: bool  # and not all applied since
+    rolled_back: bool  # and not called again since
+    unknown: bool  # whether an interrupt came within a commit, whose outcome nobody knows
+    # What an apply after a commit left, in each bus that has any: it belongs to what was committed.
+    kept: Sequence[tuple[Any, list[Any]]]
+    begun: int  # savepoints with a larger number were opened within it
+    stacklevel: ClassVar[int]  # from a warning to the caller's `with`
 
-    def __init__(
-        self,
-        buses: Any,
-        commit: bool,
-        commit_transaction: Callable[[], object] | None,
-        rollback_transaction: Callable[[], object] | None,
-        on_unapplied: Callable[[Any], object] | None,
-        robust: bool,
-        rounds: int,
-    ) -> None:
-        self.buses, self.commit, self.robust, self.rounds = buses, commit, robust, rounds
-        self.commit_transaction, self.rollback_transaction = commit_transaction, rollback_transaction
-        self.on_unapplied = on_unapplied
-        self.called = self.applying = False
-        self.committed = False  # and not all applied since
-        self.rolled_back = False  # and not called again since
-        self.unknown = False  # whether an interrupt came within a commit, whose outcome nobody knows
-        # What an apply after a commit left, in each bus that has any: it belongs to what was committed.
-        self.kept: list[tuple[Any, list[Any]]] = []
-        self.begun = next_number()  # savepoints with a larger one were opened within it
+    def refuse(self) -> None:
+        """Refuse before the commit what an apply would refuse after it."""
+        refuse_open(self.buses)
+        if "commitbus.aio" in sys.modules:
+            self.refuse_asynchronous()
+        self.refuse_without_rollback()
 
-    def __enter__(self) -> Yielded:
-        return Yielded((self.buses, self.commit_and_execute_side_effects))
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        # Mostly all was committed and applied, and there is nothing to see to.
-        if error is not None or not self.called or self.committed or self.buses._commitbus_holds_any():
-            self.leave(error)
-
-    def apply(self) -> list[Any]:
-        """Apply what is registered, and give the events."""
-        if self.robust or self.rounds != 1:
-            return list(self.buses.apply_and_get_applied_events(self.commit, robust=self.robust, rounds=self.rounds))
-        return cast("list[Any]", self.buses.apply_and_get_applied_events(self.commit))
-
-    def commit_and_execute_side_effects(self) -> list[Any]:
-        """Commit, apply, and return the events that were applied."""
-        if self.applying:  # a handler calls it again: the commit is done
-            return self.apply()
-        plainly = self.buses._commitbus_is_plain(False)
-        if not plainly:
-            # Before the commit, which an apply that is refused after it would separate from its side effects.
-            refuse_open(self.buses)
-            if "commitbus.aio" in sys.modules:
-                self.refuse_asynchronous()
-            self.refuse_without_rollback()
-        self.called = True
-        stored: list[Any] = []
-        self.rolled_back = False
-        if self.commit and not self.committed:
-            committing = False
-            try:
-                if not plainly:
-                    stored = apply_before_commit(self.buses)
-                if self.commit_transaction is not None:
-                    committing = True
-                    # One line: an interrupt comes within the commit, or finds it noted.
-                    result = self.commit_transaction(); self.committed = True; committing = False  # fmt: skip  # noqa: E702
-                    if result is not None:
-                        self.committed = False
-                        _messages.refuse_coroutine(self.commit_transaction, result, _messages.ASYNC_COMMIT)
-            except BaseException as error:
-                if committing and not isinstance(error, Exception):
-                    self.unknown = True  # a commit that is written in C has run to its end, mostly
-                    self.end_unknown(error)
-                elif not self.committed:
-                    self.roll_back(error)
-                raise
-            self.committed = True
-        token = None
-        try:
-            self.applying = True
-            token = committed.set(self.commit)
-            applied = self.apply()
-        except BaseException as error:
-            stored = []  # the traceback keeps this frame, and must keep no event
-            if not self.commit:
-                self.roll_back(error)
-            _messages.drop_own_frames(error)
-            raise
-        finally:
-            self.applying = False
-            if token is not None:
-                committed.reset(token)
-        self.end_commit()
-        if not self.commit:
-            self.roll_back(None)
-        return stored + applied if stored else applied
+    def fail(self, error: BaseException, committing: bool) -> None:
+        """See to what a commit has raised, or what comes before it."""
+        if committing and not isinstance(error, Exception):
+            self.unknown = True  # a commit that is written in C has run to its end, mostly
+            self.end_unknown(error)
+        elif not self.committed:
+            self.roll_back(error)
 
     def refuse_without_rollback(self) -> None:
         """Refuse an outbox where a commit that fails would leave the other buses as they are, and that one empty."""
@@ -273,7 +197,7 @@ class Unit:
             if not self.called:
                 self.roll_back(error)  # nobody has committed: the next commit would keep what was written here
 
-    def tell(self, error: BaseException | None, stacklevel: int = 4) -> None:
+    def tell(self, error: BaseException | None) -> None:
         """Tell of the events that were not applied."""
         events = events_to_apply(self.buses)
         if not events:
@@ -288,8 +212,110 @@ class Unit:
         elif error is not None:
             _messages.note_unapplied(error, events, self.unknown)
         else:
-            # This method, `leave`, `__exit__`, and the caller's `with`.
-            _messages.warn(_messages.unapplied(len(events), self.called), stacklevel)
+            _messages.warn(_messages.unapplied(len(events), self.called), self.stacklevel)
+
+
+class Unit(Rest):
+    """One unit of work: its buses, and how far it came. The block of a ``with`` statement."""
+
+    __slots__ = (
+        "applying",
+        "begun",
+        "buses",
+        "called",
+        "commit",
+        "commit_transaction",
+        "committed",
+        "kept",
+        "on_unapplied",
+        "robust",
+        "rollback_transaction",
+        "rolled_back",
+        "rounds",
+        "unknown",
+    )
+
+    stacklevel = 4  # `tell`, `leave`, `__exit__`, and the caller
+
+    def __init__(
+        self,
+        buses: Any,
+        commit: bool,
+        commit_transaction: Callable[[], object] | None,
+        rollback_transaction: Callable[[], object] | None,
+        on_unapplied: Callable[[Any], object] | None,
+        robust: bool,
+        rounds: int,
+    ) -> None:
+        self.buses, self.commit, self.robust, self.rounds = buses, commit, robust, rounds
+        self.commit_transaction, self.rollback_transaction = commit_transaction, rollback_transaction
+        self.on_unapplied = on_unapplied
+        self.called = self.applying = False
+        self.committed = self.rolled_back = self.unknown = False
+        self.kept = ()
+        self.begun = next(numbers)
+
+    def __enter__(self) -> Yielded:
+        return Yielded((self.buses, self.commit_and_execute_side_effects))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        # Mostly all was committed and applied, and there is nothing to see to.
+        if error is not None or not self.called or self.committed or self.buses._commitbus_holds_any():
+            self.leave(error)
+
+    def apply(self) -> list[Any]:
+        """Apply what is registered, and give the events."""
+        if self.robust or self.rounds != 1:
+            return list(self.buses.apply_and_get_applied_events(self.commit, robust=self.robust, rounds=self.rounds))
+        return cast("list[Any]", self.buses.apply_and_get_applied_events(self.commit))
+
+    def commit_and_execute_side_effects(self) -> list[Any]:
+        """Commit, apply, and return the events that were applied."""
+        if self.applying:  # a handler calls it again: the commit is done
+            return self.apply()
+        plainly = self.buses._commitbus_is_plain(False)
+        if not plainly:
+            self.refuse()
+        self.called = True
+        stored: list[Any] = []
+        self.rolled_back = False
+        if self.commit and not self.committed:
+            committing = False
+            try:
+                if not plainly:
+                    stored = apply_before_commit(self.buses)
+                if self.commit_transaction is not None:
+                    committing = True
+                    # One line: an interrupt comes within the commit, or finds it noted.
+                    result = self.commit_transaction(); self.committed = True; committing = False  # fmt: skip  # noqa: E702
+                    if result is not None:
+                        self.committed = False
+                        _messages.refuse_coroutine(self.commit_transaction, result, _messages.ASYNC_COMMIT)
+            except BaseException as error:
+                self.fail(error, committing)
+                raise
+            self.committed = True
+        token = None
+        try:
+            self.applying = True
+            token = committed.set(self.commit)
+            applied = self.apply()
+        except BaseException as error:
+            stored = []  # the traceback keeps this frame, and must keep no event
+            if not self.commit:
+                self.roll_back(error)
+            _messages.drop_own_frames(error)
+            raise
+        finally:
+            self.applying = False
+            if token is not None:
+                committed.reset(token)
+        self.end_commit()
+        if not self.commit:
+            self.roll_back(None)
+        return stored + applied if stored else applied
 
 
 def drop_but(store: Any, kept: list[Any]) -> None:
@@ -310,6 +336,18 @@ def remove(there: list[int], event: Any) -> bool:
     return True
 
 
+def check_callbacks(commit_transaction: object, rollback_transaction: object, on_unapplied: object) -> None:
+    """Refuse what cannot be called."""
+    if (
+        (commit_transaction is not None and not callable(commit_transaction))
+        or (rollback_transaction is not None and not callable(rollback_transaction))
+        or (on_unapplied is not None and not callable(on_unapplied))
+    ):
+        raise _messages.not_callbacks(
+            commit_transaction=commit_transaction, rollback_transaction=rollback_transaction, on_unapplied=on_unapplied
+        )
+
+
 def unit_of_work(
     create: Callable[[], Any],
     event_bus_orchestrator: EventBusOrchestrator | None,
@@ -321,14 +359,7 @@ def unit_of_work(
     on_unapplied: Callable[[Any], object] | None,
 ) -> AbstractContextManager[Yielded, bool | None]:
     """Do what `use_orchestrator_or_create_multi_event_bus` says, with the multi bus that `create` makes."""
-    if (
-        (commit_transaction is not None and not callable(commit_transaction))
-        or (rollback_transaction is not None and not callable(rollback_transaction))
-        or (on_unapplied is not None and not callable(on_unapplied))
-    ):
-        raise _messages.not_callbacks(
-            commit_transaction=commit_transaction, rollback_transaction=rollback_transaction, on_unapplied=on_unapplied
-        )
+    check_callbacks(commit_transaction, rollback_transaction, on_unapplied)
     if type(rounds) is not int or rounds < 1:
         check_rounds(rounds)
     if event_bus_orchestrator is None:

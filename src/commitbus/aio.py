@@ -8,31 +8,40 @@ buses of the twin that runs.
 from __future__ import annotations
 
 import asyncio
+import sys
 import weakref
 from abc import abstractmethod
 from collections.abc import Awaitable, Callable
 from contextlib import nullcontext, suppress
 from functools import partial
 from inspect import isawaitable, iscoroutinefunction, ismethod
-from types import CoroutineType, MethodType
+from types import FunctionType, coroutine
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
-from commitbus import _messages, _naming
-from commitbus._awaited import BEHIND, EVENT, EVENTS, GONE, ITERATOR, SPARSE, hand_over, new_batch
+from commitbus import _messages
+from commitbus._awaited import BEHIND, EVENT, GONE, SPARSE, hand_over, new_batch
 from commitbus._context import committed
 from commitbus._interfaces import EventBusOrchestrator
 from commitbus._looking import events_to_apply
 from commitbus._rounds import check_rounds
+from commitbus._select import implementation
 from commitbus._unit_of_work import BEFORE_COMMIT_ROUNDS, Unit, Yielded, apply_now, before_commit
-from commitbus.delayed_event_bus import DelayedEventBus
 from commitbus.event_bus import AbstractEventBus
 from commitbus.middleware import Middleware, added, tell_changes
 from commitbus.multi_event_bus import MultiEventBus
 from commitbus.savepoint import refuse_open
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Coroutine, Generator
     from contextlib import AbstractAsyncContextManager
+
+    from commitbus.delayed_event_bus import DelayedEventBus
+
+# As in `_select`.
+if TYPE_CHECKING or implementation == "pure":
+    from commitbus._pure.awaited import run, run_buses, use_call
+else:
+    from commitbus._compiled.awaited import run, run_buses, use_call
 
 __all__ = [
     "AsyncEventBus",
@@ -126,12 +135,12 @@ class AsyncEventBus(AbstractEventBus[T]):
             When a savepoint that covers this bus is open.
         """
         if not robust and rounds is ONE and concurrency is ONE and not _surrounded:
-            return await _run(self, self, commit, None)
+            return await run(self, self, commit)
         _check_concurrency(concurrency)
 
         async def apply_once(failures: _messages.Failures | None) -> list[Any]:
             if failures is None and concurrency == 1 and not _surrounded:
-                return await _run(self, self, commit, None)
+                return await run(self, self, commit)
             handler = self._apply_event_async
 
             def look(items: list[Any]) -> list[tuple[Any, Handler]]:
@@ -144,17 +153,13 @@ class AsyncEventBus(AbstractEventBus[T]):
     def _apply_event(self, event: T, commit: bool) -> None:  # noqa: ARG002
         raise _messages.not_applied_async(self)
 
-    def _collect_event(self, event: T, commit: bool) -> Callable[..., Any]:  # noqa: ARG002
-        """Give a coroutine function that applies one event; whoever calls it awaits what it returns."""
-        return partial(_apply_collected, self, event)
+    async def _commitbus_await(self, event: T, commit: bool) -> None:
+        """Apply an event by what `collect` gave for it: whoever calls that awaits what it returns."""
+        await _finish(partial(self._apply_event_async, event), commit)
 
 
 # What is passed where an option is not given: looked for by its identity, so that True and 1.0 are looked at, too.
 ONE = 1
-
-
-async def _apply_collected(bus: AsyncEventBus[T], event: T, /, *, commit: bool) -> None:
-    await _finish(partial(bus._apply_event_async, event), commit)
 
 
 class BasicAsyncEventBus(AsyncEventBus[Callable[..., object]]):
@@ -199,7 +204,7 @@ class BasicAsyncEventBus(AsyncEventBus[Callable[..., object]]):
         await _finish(lambda commit: event(commit=commit), commit, event)
 
 
-_CALL = BasicAsyncEventBus._apply_event_async
+use_call(BasicAsyncEventBus._apply_event_async)
 
 
 class AsyncMultiEventBus(MultiEventBus):
@@ -252,7 +257,7 @@ class AsyncMultiEventBus(MultiEventBus):
             stay registered, with what is left in them.
         """
         if not robust and rounds is ONE and concurrency is ONE and not _surrounded:
-            return await _run_buses(self, self, commit, [])
+            return await run_buses(self, self, commit, [])
         return await self._apply_buses(commit, robust, rounds, concurrency, None)
 
     async def apply_and_get_applied_events_async(
@@ -278,7 +283,7 @@ class AsyncMultiEventBus(MultiEventBus):
         out: list[Any] = []
         try:
             if not robust and rounds is ONE and concurrency is ONE and not _surrounded:
-                await _run_buses(self, self, commit, out)
+                await run_buses(self, self, commit, out)
             else:
                 await self._apply_buses(commit, robust, rounds, concurrency, out)
             return out
@@ -293,10 +298,14 @@ class AsyncMultiEventBus(MultiEventBus):
 
         async def apply_once(failures: _messages.Failures | None) -> list[Any]:
             if failures is None and concurrency == 1 and not _surrounded:
-                return await _run_buses(self, self, commit, [] if out is None else out)
+                return await run_buses(self, self, commit, [] if out is None else out)
             return await _take_turns(self, self, commit, failures, concurrency, [] if out is None else out)
 
         return _in_rounds(self, rounds, robust, apply_once)
+
+    def _take_turn(self, multi: Any, delayed: Any, commit: bool, out: list[Any]) -> Coroutine[Any, Any, None]:
+        """Take the turn of a bus that needs more than the loop over all of them does."""
+        return _Turn(self, multi, delayed, None, 1, out)(commit)
 
     async def _run_plainly(self, function: Callable[[], None]) -> None:
         """Run the turn of a bus that is not asynchronous."""
@@ -395,7 +404,6 @@ async def _take_turns(
             multi._commitbus_end(items)
 
 
-COROUTINE: Any = CoroutineType
 _surrounded = False  # whether there is middleware
 
 
@@ -405,136 +413,6 @@ def _use_middleware(stack: tuple[Middleware, ...] | None) -> None:
 
 
 tell_changes(_use_middleware)
-
-
-async def _run(home: Any, bus: Any, commit: bool, owner: weakref.ref[Any] | None) -> list[Any]:
-    """Apply what is pending, one event after another: the path of every apply that needs no more than that.
-
-    `home` is the bus, or the delayed bus whose turn it is: what is left goes back there. `owner` is the multi bus that
-    lets go of it then.
-    """
-    hook = bus._apply_event_async
-    calls = type(hook) is MethodType and hook.__func__ is _CALL and hook.__self__ is bus
-    look: Any = None
-    events: Any = []
-    iterator = iter(events)
-    batch: Any = new_batch(events, iterator)
-    left: Any = None
-    event: Any = None  # while a handler is under way, what that is; None between two
-    try:
-        try:
-            if owner is None:
-                home._commitbus_take_into(events)
-            elif home._commitbus_take_turn(owner, commit, events):
-                look, calls = home.side_effects_bus._commitbus_look, False
-                hook = _call_pair(look)
-            for event in iterator:
-                event = event(commit=commit) if calls else hook(event, commit)
-                if type(event) is COROUTINE:
-                    event = await event
-                    if event is None:
-                        continue
-                elif event is None:
-                    continue
-                elif isawaitable(event):
-                    event = await event
-                if event is not None:
-                    _refuse(batch, look, event)
-                event = None
-        except BaseException:
-            # Put back first, and without a call, which could fail: nothing is lost from here on. One line: an interrupt
-            # finds it here or there.
-            # fmt: off
-            batch[EVENT] = event; left = batch; batch[BEHIND], home._commitbus_left, batch = home._commitbus_left, left, None  # noqa: E501, E702
-            # fmt: on
-            raise
-    except BaseException as error:
-        if batch is not None:  # a tracer has raised at one of the lines above
-            # fmt: off
-            batch[EVENT] = event; left = batch; batch[BEHIND], home._commitbus_left, batch = home._commitbus_left, left, None  # noqa: E501, E702
-            # fmt: on
-        events = event = iterator = None  # the traceback keeps this frame, and must keep no event
-        # fmt: off
-        try: _stopped(home, bus, left, error, look)  # noqa: E701, SIM105 (a call, where there may be no stack left)
-        # fmt: on
-        except Exception:  # noqa: S110
-            pass  # no stack or no memory: that costs the note
-        left = None
-        raise error  # and not only `raise`, which would bring back the frames that were dropped
-    return cast("list[Any]", events) if look is None else [event for event, _ in look(events)]
-
-
-def _call_pair(look: Callable[[list[Any]], list[tuple[Any, Any]]]) -> Callable[[Any, bool], object]:
-    """Give a hook for what was collected, some of which has a callable of its own."""
-
-    def call(item: Any, commit: bool) -> object:
-        ((_, function),) = look([item])
-        return function(commit=commit)
-
-    return call
-
-
-def _refuse(batch: list[Any], look: Any, result: object) -> None:
-    """Refuse what a handler returned, if it would only act when it is run."""
-    item = batch[EVENTS][len(batch[EVENTS]) - batch[ITERATOR].__length_hint__() - 1]
-    _messages.refuse_coroutine(item if look is None else look([item])[0][0], result)
-
-
-def _stopped(home: Any, bus: Any, left: list[Any], error: BaseException, look: Any) -> None:
-    """See to a batch that was put back, and make the note."""
-    item, done, count, tried = home._commitbus_settle(left)
-    _messages.drop_own_frames(error)
-    if tried:
-        event = item if look is None else look([item])[0][0]
-        _messages.note_stopped(error, bus, event, done, 1, 1, count, 0)
-    elif done < count:
-        _messages.note_interrupted(error, bus, done, count)
-
-
-async def _run_buses(root: AsyncMultiEventBus, multi: Any, commit: bool, out: list[Any]) -> list[Any]:
-    """Apply the buses that are registered with a multi bus, one after another; as `_run` does it."""
-    owner = weakref.ref(multi)
-    buses: Any = []
-    running = buses
-    iterator = iter(buses)
-    batch: Any = new_batch(buses, iterator)
-    left: Any = None
-    delayed: Any = None  # whose turn it is
-    actual: Any = None
-    try:
-        try:
-            # A savepoint that a handler opens covers those whose turn is still to come.
-            multi._commitbus_begin(running)
-            multi._commitbus_take_into(buses)
-            for delayed in iterator:
-                actual, _ = delayed._commitbus_parts()
-                if actual._commitbus_awaited and type(delayed) is DelayedEventBus:
-                    out += await _run(delayed, actual, commit, owner)
-                else:
-                    await _Turn(root, multi, delayed, None, 1, out)(commit)
-                delayed = None
-        except BaseException:
-            # fmt: off
-            batch[EVENT] = delayed; left = batch; batch[BEHIND], multi._commitbus_left, batch = multi._commitbus_left, left, None  # noqa: E501, E702
-            # fmt: on
-            raise
-    except BaseException as error:
-        if batch is not None:
-            # fmt: off
-            batch[EVENT] = delayed; left = batch; batch[BEHIND], multi._commitbus_left, batch = multi._commitbus_left, left, None  # noqa: E501, E702
-            # fmt: on
-        buses = delayed = actual = iterator = None
-        # fmt: off
-        try: _stopped(multi, multi, left, error, None)  # noqa: E701, SIM105
-        # fmt: on
-        except Exception:  # noqa: S110
-            pass
-        left = None
-        raise error
-    finally:
-        multi._commitbus_end(running)
-        running = None
-    return cast("list[Any]", buses)
 
 
 async def _carry_out(
@@ -615,7 +493,7 @@ async def _carry_out(
             batch = left = None
             return applied
         except BaseException:
-            # As in `_run`.
+            # As in `run`.
             if batch is not None:
                 # fmt: off
                 left = batch; batch[BEHIND], store._commitbus_left, batch = store._commitbus_left, left, None  # noqa: E702
@@ -705,7 +583,7 @@ async def apply_batch(
             batch = None
             return items
         except BaseException:
-            # As in `_run`.
+            # As in `run`.
             # fmt: off
             left = batch; batch[BEHIND], store._commitbus_left, batch = store._commitbus_left, left, None  # noqa: E702
             # fmt: on
@@ -859,9 +737,6 @@ def _check_concurrency(concurrency: object) -> None:
         raise _messages.not_a_concurrency(concurrency)
 
 
-_naming.see_event_through(_apply_collected)
-
-
 # The unit of work
 
 
@@ -871,17 +746,45 @@ async def _to_the_end(work: Coroutine[Any, Any, Any]) -> asyncio.CancelledError 
     It runs in a task of its own: a cancellation of the caller's, by a timeout or a client that is gone, does not
     reach it. Raises what it raises, with the cancellation as the context.
     """
-    task = asyncio.ensure_future(work)
+    loop = asyncio.get_running_loop()
+    waiter: asyncio.Future[None] | None = None
+
+    async def run() -> Any:
+        try:
+            await _pause()
+            return await work
+        finally:
+            # By itself, as a callback of the task takes another turn of the loop.
+            if waiter is not None and not waiter.done():
+                waiter.set_result(None)
+
+    running = run()
+    running.send(None)  # into the `try`, which a task that is cancelled before its first step would not come to
+    task = _begin(loop, running)
     cancelled: asyncio.CancelledError | None = None
     while not task.done():
+        waiter = loop.create_future()
         try:
-            await asyncio.wait([task])
+            await waiter
         except asyncio.CancelledError as error:
             cancelled = error
+    work.close()  # of a task that was cancelled before it began
     if cancelled is not None and not task.cancelled() and (failure := task.exception()) is not None:
         raise cancelled from failure
     task.result()
     return cancelled
+
+
+@coroutine
+def _pause() -> Generator[None]:
+    yield
+
+
+def _begin(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+    """Make a task and, where Python can, let it take its first step at once: that saves two turns of the loop."""
+    if sys.version_info >= (3, 12) and loop.get_task_factory() is None:
+        return asyncio.Task(work, loop=loop, eager_start=True)
+    return loop.create_task(work)
 
 
 async def _awaited(result: Awaitable[object], function: object) -> None:
@@ -890,6 +793,8 @@ async def _awaited(result: Awaitable[object], function: object) -> None:
 
 def _of_this_task(function: Callable[[], object]) -> Callable[[], object]:
     """Give the method of the session that a scoped one stands for in this task: it is called in another one."""
+    if type(function) is FunctionType:
+        return function
     scoped: Any = getattr(function, "__self__", None)
     if type(scoped).__module__.startswith("sqlalchemy.") and hasattr(scoped, "registry"):
         return cast("Callable[[], object]", getattr(scoped.registry(), cast("Any", function).__name__))
@@ -907,6 +812,7 @@ def _chained(first: BaseException | None, second: BaseException) -> BaseExceptio
 class _AsyncUnit(Unit):
     """One unit of work of a coroutine: its buses, and how far it came."""
 
+    stacklevel = 5  # as in `Unit`, with `tell_async`
     finished: BaseException | None = None  # the cancellation that goes on after all was committed and applied
     committing = False
     concurrency = 1
@@ -941,7 +847,8 @@ class _AsyncUnit(Unit):
                 if self.commit_transaction is None:
                     self.committed = True
                 else:
-                    await asyncio.sleep(0)  # one that was cancelled before does not begin to commit
+                    if cast("Any", asyncio.current_task()).cancelling():
+                        await asyncio.sleep(0)  # one that was cancelled before does not begin to commit
                     cancelled = await _to_the_end(self._commit(_of_this_task(self.commit_transaction)))
             except BaseException as error:
                 if not self.committed:
@@ -954,7 +861,9 @@ class _AsyncUnit(Unit):
             self.applying = True
             token = committed.set(self.commit)
             if cancelled is None:
-                applied = await self._apply()
+                applied: list[Any] = await self.buses.apply_and_get_applied_events_async(
+                    self.commit, robust=self.robust, rounds=self.rounds, concurrency=self.concurrency
+                )
             else:
                 # Committed: what belongs to the commit is done first, where the cancellation does not reach it.
                 try:
@@ -1042,7 +951,7 @@ class _AsyncUnit(Unit):
     async def tell_async(self, error: BaseException | None) -> None:
         """Tell of the events that were not applied; ``on_unapplied`` may be a coroutine function."""
         if self.on_unapplied is None or not events_to_apply(self.buses):
-            self.tell(error, stacklevel=5)
+            self.tell(error)
             return
         cancelled: asyncio.CancelledError | None = None
         try:
@@ -1060,6 +969,21 @@ class _AsyncUnit(Unit):
             _messages.chain(error, second)
         if cancelled is not None:
             raise cancelled from error
+
+
+def _check_functions(**functions: Any) -> None:
+    """Refuse functions that cannot be called, or that nothing would await."""
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            if asyncio.iscoroutine(function):
+                function.close()  # by `session.commit()`: nobody will await it
+            raise _messages.not_a_callback(name, function)
+        if name != "on_unapplied" and ismethod(function) and not iscoroutinefunction(function.__func__):
+            # What it returns decides, as ever, but for what is known to have committed by then.
+            classes = type(cast("Any", function.__self__)).__mro__
+            if not any(cls.__module__.startswith("sqlalchemy.orm.") for cls in classes):
+                continue
+            raise _messages.not_awaitable(name, function)
 
 
 def use_orchestrator_or_create_multi_event_bus(
@@ -1138,24 +1062,18 @@ def use_orchestrator_or_create_multi_event_bus(
     committed
     sent to ada@example.org
     """
-    functions: dict[str, Any] = {
-        "commit_transaction": commit_transaction,
-        "rollback_transaction": rollback_transaction,
-        "on_unapplied": on_unapplied,
-    }
-    for name, function in functions.items():
-        if function is not None and not callable(function):
-            if asyncio.iscoroutine(function):
-                function.close()  # by `session.commit()`: nobody will await it
-            raise _messages.not_a_callback(name, function)
-        if name != "on_unapplied" and ismethod(function) and not iscoroutinefunction(function.__func__):
-            # What it returns decides, as ever, but for what is known to have committed by then.
-            classes = type(cast("Any", function.__self__)).__mro__
-            if not any(cls.__module__.startswith("sqlalchemy.orm.") for cls in classes):
-                continue
-            raise _messages.not_awaitable(name, function)
-    check_rounds(rounds)
-    _check_concurrency(concurrency)
+    if (
+        (commit_transaction is not None and type(commit_transaction) is not FunctionType)
+        or (rollback_transaction is not None and type(rollback_transaction) is not FunctionType)
+        or (on_unapplied is not None and type(on_unapplied) is not FunctionType)
+    ):
+        _check_functions(
+            commit_transaction=commit_transaction, rollback_transaction=rollback_transaction, on_unapplied=on_unapplied
+        )
+    if rounds is not ONE:
+        check_rounds(rounds)
+    if concurrency is not ONE:
+        _check_concurrency(concurrency)
     if event_bus_orchestrator is not None and not isinstance(cast("Any", event_bus_orchestrator), EventBusOrchestrator):
         raise _messages.not_an_orchestrator(event_bus_orchestrator)
     if event_bus_orchestrator is not None:

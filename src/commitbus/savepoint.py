@@ -26,7 +26,7 @@ def __dir__() -> list[str]:
     return __all__
 
 
-_numbers = count()
+numbers = count()  # each number is larger than those before
 # The buses that a delayed bus collects within a savepoint, by identity, and the thread that does it: what user code
 # of another thread does meanwhile is refused.
 _collecting: dict[int, int] = {}
@@ -99,7 +99,7 @@ class Savepoint:
         self._bus: Any = bus
         self._begun = False
         self._dropped: set[int] = set()
-        self._number = next(_numbers)  # in the order in which they were opened
+        self._number = next(numbers)  # in the order in which they were opened
         self._thread: int | None = None
         self._stores: list[Any] = []
         self._delayed: list[Any] = []
@@ -483,11 +483,6 @@ def refuse_open(bus: Any) -> None:
     for store in stores:
         if store._commitbus_marks is not None:
             check_open(store)
-
-
-def next_number() -> int:
-    """Give a number that every savepoint that is opened from now on exceeds."""
-    return next(_numbers)
 
 
 def stores_in(bus: Any) -> list[Any]:

@@ -40,11 +40,23 @@ cdef class Pair:
     cdef tuple pair
 
 
+cdef int failed() except -1
 cdef object event_of(object item)
+cdef object event_at(list batch, Py_ssize_t position)
 cdef list events_of(list items)
 cdef object explicit(tuple pair)
 cdef list carry_out(Source source, object bus, object commit, object failures, list out)
 cdef list carry_out_in_rounds(Source source, object bus, object commit, object robust, object rounds, list out)
+cdef list stopped(
+    Source source,
+    object bus,
+    list batch,
+    Py_ssize_t begin,
+    Progress* at,
+    object failures,
+    object error,
+    bint swallowing,
+)
 cdef int call_handler(object bus, object handler, bint method, list batch, Progress* at, object commit) except -1
 cdef int call_events(list batch, Progress* at, object commit) except -1
 cdef int call_event(object event, object commit) except -1

@@ -58,6 +58,8 @@ cdef object GONE = _GONE, SPARSE = _SPARSE
 
 cdef int failed() except -1:
     """Raise the exception that is set."""
+    if PyErr_Occurred() is NULL:  # CPython forgets the error where memory runs out in a frame
+        raise SystemError("a handler failed without an exception")
     return -1
 
 
@@ -85,9 +87,7 @@ cdef inline int finish(object function, PyObject* result) except -1:
         Py_DECREF(None)
         return 0
     if result is NULL:
-        if PyErr_Occurred() is NULL:  # CPython forgets the error where memory runs out in a frame
-            raise SystemError("a handler failed without an exception")
-        return -1
+        return failed()
     taken = <object>result
     Py_DECREF(taken)
     return check(function, taken)

@@ -29,6 +29,7 @@ cdef class DelayedStore(Source):
     cdef list store(self, object collecting, list items, list events)
     # Gives 1 where what failed in it is left.
     cdef int turn(self, object ref, object commit, object failures, list out) except -1
+    cdef list take_turn(self, object ref, object commit, Py_ssize_t* head, bint* mixed)
     cdef int let_go(self, object owner) except -1
     cdef bint is_shared(self) noexcept
     cdef int after_turn(self) except -1

@@ -351,7 +351,7 @@ cdef class DelayedStore(Source):
         cdef PairStore store
         try:
             store = self.collecting()
-        except MemoryError:
+        except (MemoryError, RecursionError):
             # They are pending again instead of collected.
             return self.actual.put_back(batch, head, begun)
         return store.put_back(batch, head, begun)
@@ -382,25 +382,25 @@ cdef class DelayedStore(Source):
             out.extend(applied)
         return failures is not None and len(failures.positions) > 0
 
-    def _commitbus_take_turn(self, owner, commit, list items):
-        """Take what is to be applied in a turn that is awaited, let go of by a multi bus; true if there may be pairs.
+    cdef list take_turn(self, object ref, object commit, Py_ssize_t* head, bint* mixed):
+        """Take what is to be applied in a turn that is awaited; sets `mixed` where there may be pairs.
 
         What is left of it is put back here.
         """
-        cdef EventStore actual = self.wrapped()
-        cdef PairStore store
-        if actual._commitbus_marks is not None:
-            check_open(actual)
+        cdef list taken
         # As in `turn`.
-        if self.collected is None and collects_plainly(actual):
-            self._commitbus_let_go(owner)
-            actual._commitbus_take_into(items)
-            return False
+        if self.actual._commitbus_marks is not None:
+            check_open(self.actual)
+        mixed[0] = False
+        if self.collected is None and collects_plainly(self.actual):
+            self.let_go(ref)
+            return self.actual.take(head)
         self.collect(commit)
-        self._commitbus_let_go(owner)
-        store = self.collecting()
-        store._commitbus_take_into(items)
-        return store.mixed
+        self.let_go(ref)
+        self.collecting()
+        taken = self.collected.take(head)
+        mixed[0] = self.collected.mixed  # only now: another thread may have added a pair before
+        return taken
 
     # Registering again
 

@@ -142,6 +142,8 @@ cdef class Collected:
     cdef readonly object event
 
     def __call__(self, *, commit):
+        if class_flags(self.bus) & IS_AWAITED:
+            return self.bus._commitbus_await(self.event, commit)
         handler = self.bus._apply_event
         check(handler, handler(self.event, commit))
 
@@ -519,6 +521,9 @@ cdef class EventStore(Source):
 
     def _commitbus_take_into(self, list items):
         """Move all that is pending to the end of a list that the caller has, so that no interrupt loses it."""
+        self.take_into(items)
+
+    cdef int take_into(self, list items) except -1:
         cdef Py_ssize_t head = 0
         cdef list taken = self.take(&head)
         if taken is not None:
@@ -527,6 +532,7 @@ cdef class EventStore(Source):
             except BaseException:
                 self.put_back(taken, head, 0)
                 raise
+        return 0
 
     def _commitbus_put_back(self, list items, Py_ssize_t begun):
         """Put items back before what is pending; the first `begun` of them were tried."""

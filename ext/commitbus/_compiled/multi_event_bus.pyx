@@ -3,6 +3,7 @@
 """`MultiEventBus` and the unit of work: documented in `commitbus._pure.multi_event_bus`."""
 
 cimport cython
+from cpython.contextvars cimport PyContextVar_Reset, PyContextVar_Set
 from cpython.object cimport PyObject
 from cpython.weakref cimport PyWeakref_NewRef
 
@@ -21,11 +22,13 @@ from commitbus._compiled.event_bus cimport (
 from commitbus import _messages
 from commitbus._compiled.delayed_event_bus import DelayedEventBus
 from commitbus._compiled.event_bus import EXTENSION_TYPES, AbstractEventBus
+from commitbus._context import committed as _committed
 from commitbus._context import gathering, gathering_of
 from commitbus._interfaces import EventBusOrchestrator, iterate
 from commitbus._looking import events_to_apply
-from commitbus._unit_of_work import unit_of_work
-from commitbus.savepoint import refuse_open
+from commitbus._rounds import check_rounds
+from commitbus._unit_of_work import Rest, Yielded, apply_before_commit, check_callbacks
+from commitbus.savepoint import numbers, refuse_open
 
 # What stands for an argument that was not given.
 cdef object MISSING = _messages.MISSING
@@ -35,6 +38,11 @@ cdef extern from "Python.h":
     # No checks of type or index; borrowed.
     PyObject* PyList_GET_ITEM(object list, Py_ssize_t index)
     Py_ssize_t PyList_GET_SIZE(object list)
+    ctypedef struct PyTypeObject
+    ctypedef object (*newfunc)(PyTypeObject*, object, PyObject*)
+    ctypedef struct PyTypeObject:
+        # Returns a new reference, or NULL with an exception set.
+        newfunc tp_new
     # Takes over the reference, and forgets the one that it replaces.
     void PyList_SET_ITEM(object list, Py_ssize_t index, PyObject* item)
 
@@ -184,7 +192,7 @@ cdef class MultiStore(EventStore):
         cdef list tried
         try:
             tried = list({id(delayed): delayed for delayed in batch[head:head + begun]}.values())
-        except MemoryError:
+        except (MemoryError, RecursionError):
             EventStore.put_back(self, batch, head, begun)  # some are registered twice then, which is harmless
             raise
         if len(tried) < begun:  # two applies at once had the same bus: keep each once
@@ -240,6 +248,9 @@ cdef class MultiStore(EventStore):
     @cython.binding(True)
     def apply_and_get_applied_events(self, commit, *, robust=False, rounds=1):
         """Apply the registered buses, and return the events instead."""
+        return self.gather(commit, robust, rounds)
+
+    cdef list gather(self, object commit, object robust, object rounds):
         cdef list out = []
         cdef bint ours = class_flags(self) & APPLY_IS_OURS
         if rounds != 1 and ours:
@@ -267,6 +278,9 @@ cdef class MultiStore(EventStore):
 
         Where that is not `awaited`, nothing may have to be.
         """
+        return self.is_plain(awaited)
+
+    cdef bint is_plain(self, bint awaited) except -1:
         cdef Py_ssize_t i
         cdef int flags
         cdef DelayedStore delayed
@@ -435,6 +449,109 @@ class MultiEventBus(MultiStore, AbstractEventBus[DelayedEventBus], EventBusOrche
     _commitbus_multi = True
 
 
+# The unit of work
+
+
+cdef object MULTI = MultiEventBus
+cdef object COMMITTED = _committed
+# Give numbers, each larger than those before: of savepoints, and of where a unit of work began.
+cdef object NUMBERS = numbers
+
+
+cdef object yielded(object orchestrator, object execute):
+    """Make the pair, without the look-ups of a call of its class."""
+    return (<PyTypeObject*>Yielded).tp_new(<PyTypeObject*>Yielded, ((orchestrator, execute),), NULL)
+
+
+cdef class UnitStore:
+    # As in `commitbus._unit_of_work`.
+    cdef public MultiStore buses
+    cdef public object commit, commit_transaction, rollback_transaction, on_unapplied, robust, rounds, begun, kept
+    cdef public bint called, committed, rolled_back, unknown, applying
+
+    def __enter__(self):
+        return yielded(self.buses, self.commit_and_execute_side_effects)
+
+    def __exit__(self, kind, error, traceback):
+        # Mostly all was committed and applied, and there is nothing to see to.
+        if error is not None or not self.called or self.committed or self.buses.holds_any():
+            self.leave(error)
+
+    def commit_and_execute_side_effects(self):
+        """Commit, apply, and return the events that were applied."""
+        cdef bint plainly, committing = False
+        cdef list applied, stored = None
+        if self.applying:  # a handler calls it again: the commit is done
+            return self.buses.gather(self.commit, self.robust, self.rounds)
+        plainly = self.buses.is_plain(False)
+        if not plainly:
+            self.refuse()
+        self.called = True
+        self.rolled_back = False
+        if self.commit and not self.committed:
+            try:
+                if not plainly:
+                    stored = apply_before_commit(self.buses)
+                if self.commit_transaction is not None:
+                    committing = True
+                    result = self.commit_transaction()
+                    committing = False
+                    self.committed = True
+                    if result is not None:
+                        self.committed = False
+                        _messages.refuse_coroutine(self.commit_transaction, result, _messages.ASYNC_COMMIT)
+            except BaseException as error:
+                self.fail(error, committing)
+                raise
+            self.committed = True
+        token = PyContextVar_Set(COMMITTED, self.commit)
+        try:
+            self.applying = True
+            applied = self.buses.gather(self.commit, self.robust, self.rounds)
+        except BaseException as error:
+            stored = None  # the traceback keeps this frame, and must keep no event
+            if not self.commit:
+                self.roll_back(error)
+            _messages.drop_own_frames(error)
+            raise error  # and not only `raise`, which would bring back the frames that were dropped
+        finally:
+            self.applying = False
+            PyContextVar_Reset(COMMITTED, token)
+        self.committed = False
+        if self.kept or self.buses.holds_any():
+            self.end_commit()
+        if not self.commit:
+            self.roll_back(None)
+        return stored + applied if stored else applied
+
+
+class Unit(UnitStore, Rest):
+    """One unit of work: its buses, and how far it came. The block of a ``with`` statement."""
+
+    __slots__ = ()
+    stacklevel = 3  # `tell`, `leave`, and the caller: `__exit__` has no frame
+
+
+cdef object UNIT = Unit
+
+
+@cython.final
+cdef class Given:
+    """The block of a callee: its caller commits and applies."""
+
+    cdef object orchestrator
+
+    def __enter__(self):
+        return yielded(self.orchestrator, list)
+
+    def __exit__(self, kind, error, traceback):
+        pass
+
+
+cdef bint is_callback(object function):
+    return function is None or callable(function)
+
+
 @cython.embedsignature(False)
 def use_orchestrator_or_create_multi_event_bus(
     event_bus_orchestrator=MISSING,
@@ -447,19 +564,32 @@ def use_orchestrator_or_create_multi_event_bus(
     on_unapplied=None,
 ):
     """Run in the caller's unit of work or, without one, in a new one."""
+    cdef UnitStore unit
+    cdef Given given
     if commit is MISSING:
         both = ("event_bus_orchestrator",) if event_bus_orchestrator is MISSING else ()
         raise _messages.missing_arguments("use_orchestrator_or_create_multi_event_bus", *both, "commit")
-    return unit_of_work(
-        MultiEventBus,
-        event_bus_orchestrator,
-        commit,
-        commit_transaction,
-        rollback_transaction,
-        robust,
-        rounds,
-        on_unapplied,
-    )
+    if not (is_callback(commit_transaction) and is_callback(rollback_transaction) and is_callback(on_unapplied)):
+        check_callbacks(commit_transaction, rollback_transaction, on_unapplied)
+    if type(rounds) is not int or rounds < 1:
+        check_rounds(rounds)
+    if event_bus_orchestrator is not None:
+        if type(event_bus_orchestrator) is not MULTI and not isinstance(event_bus_orchestrator, EventBusOrchestrator):
+            raise _messages.not_an_orchestrator(event_bus_orchestrator)
+        given = Given.__new__(Given)
+        given.orchestrator = event_bus_orchestrator
+        return given
+    unit = make(UNIT)
+    unit.buses = make(MULTI)
+    unit.commit = commit
+    unit.commit_transaction = commit_transaction
+    unit.rollback_transaction = rollback_transaction
+    unit.on_unapplied = on_unapplied
+    unit.robust = robust
+    unit.rounds = rounds
+    unit.begun = next(NUMBERS)
+    unit.kept = ()
+    return unit
 
 
 use_orchestrator_or_create_multi_event_bus.__module__ = "commitbus.multi_event_bus"

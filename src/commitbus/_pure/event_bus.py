@@ -499,11 +499,14 @@ def use_middleware(stack: tuple[Middleware, ...] | None) -> None:
 tell_changes(use_middleware)
 
 
-def apply_collected(bus: AbstractEventBus[T], event: T, /, *, commit: bool) -> None:
+def apply_collected(bus: AbstractEventBus[T], event: T, /, *, commit: bool) -> object:
     """Apply one collected event: what `AbstractEventBus.collect` makes its callables of."""
+    if bus._commitbus_awaited:
+        return cast("Any", bus)._commitbus_await(event, commit)
     apply_event: Handler = bus._apply_event
     if (result := apply_event(event, commit)) is not None:
         _messages.refuse_coroutine(apply_event, result)
+    return None
 
 
 def is_bus(value: Any) -> bool:
