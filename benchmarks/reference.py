@@ -9,7 +9,8 @@ when something is published, nothing is safe in threads.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterable
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -96,3 +97,76 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]]):
             event.apply(commit)
             applied.extend(event.apply_without_delay(commit))
         return applied
+
+
+# The doors: what one would write by hand where the work is done.
+
+
+@contextmanager
+def use_orchestrator_or_create_multi_event_bus(
+    event_bus_orchestrator: MultiEventBus | None,
+    commit: bool,
+    *,
+    commit_transaction: Callable[[], object] | None = None,
+    rollback_transaction: Callable[[], object] | None = None,
+) -> Generator[tuple[MultiEventBus, Callable[[], list[Any]]]]:
+    if event_bus_orchestrator is not None:
+        yield event_bus_orchestrator, list
+        return
+    buses = MultiEventBus()
+
+    def commit_and_execute_side_effects() -> list[Any]:
+        if commit and commit_transaction is not None:
+            commit_transaction()
+        applied = buses.apply_and_get_applied_events(commit)
+        if not commit and rollback_transaction is not None:
+            rollback_transaction()
+        return applied
+
+    try:
+        yield buses, commit_and_execute_side_effects
+    except BaseException:
+        if rollback_transaction is not None:
+            rollback_transaction()
+        raise
+
+
+async def apply_awaited(functions: list[Callable[..., Awaitable[object]]], commit: bool) -> None:
+    for function in functions:
+        await function(commit=commit)
+
+
+@asynccontextmanager
+async def use_awaited(
+    lists: list[list[Callable[..., Awaitable[object]]]],
+    commit: bool,
+    *,
+    commit_transaction: Callable[[], Awaitable[object]],
+    rollback_transaction: Callable[[], Awaitable[object]],
+) -> AsyncGenerator[Callable[[], Awaitable[None]]]:
+    async def commit_and_execute_side_effects() -> None:
+        await commit_transaction()
+        for functions in lists:
+            await apply_awaited(functions, commit)
+
+    try:
+        yield commit_and_execute_side_effects
+    except BaseException:
+        await rollback_transaction()
+        raise
+
+
+def listen(session: Any) -> Callable[[Callable[..., object]], None]:
+    """Call after a session's commit what is given to the function that this gives; forget it at a rollback."""
+    from sqlalchemy import event
+
+    functions: list[Callable[..., object]] = []
+
+    def run(_: object) -> None:
+        for function in functions:
+            function(commit=True)
+        functions.clear()
+
+    event.listen(session, "after_commit", run)
+    event.listen(session, "after_rollback", lambda _: functions.clear())
+    return functions.append
