@@ -23,7 +23,7 @@ class Run:
     given, a run that is over is passed by.
     """
 
-    __slots__ = ("commit", "context", "depth", "entered", "outer", "outermost", "over", "stack", "thread", "values")
+    __slots__ = ("around", "commit", "context", "depth", "entered", "outer", "over", "stack", "thread", "values")
 
     def __init__(self, context: SharedSideEffectContext, commit: bool) -> None:
         self.context = context
@@ -32,16 +32,21 @@ class Run:
         self.thread = get_ident()
         within = context._run()
         # Resources belong to the outermost apply of the bus: a nested one must not close them.
-        self.outermost: Run = self if within is None else within.outermost
+        self.around: Run | None = None if within is None else within.outermost
         self.stack: ExitStack | None = None
         self.depth = 0  # how many context managers were entered or asked for by `enter_context`
         self.entered: dict[int, tuple[object, Any]] = {}
         self.values: dict[Hashable, Any] = {}
         self.over = False
 
+    @property
+    def outermost(self) -> Run:
+        """That of the outermost apply of the bus."""
+        return self if self.around is None else self.around
+
     def enter(self) -> None:
         """Have `SharedSideEffectContext.current` find it."""
-        _running.set(self)
+        running_now.set(self)
 
     def leave(self, error: BaseException | None) -> bool:
         """Close what was entered, then restore the context; true if that swallowed the error."""
@@ -54,12 +59,12 @@ class Run:
             self.over = True
             self.entered.clear()
             self.values.clear()
-            _running.set(self.outer)
+            running_now.set(self.outer)
 
 
 # True while a unit of work applies after its commit: what would belong to the transaction comes too late.
 committed: ContextVar[bool] = ContextVar("commitbus_committed", default=False)
-_running: ContextVar[Run | None] = ContextVar("commitbus_running", default=None)
+running_now: ContextVar[Run | None] = ContextVar("commitbus_running", default=None)
 
 
 def live(run: Run | None) -> Run | None:
@@ -71,7 +76,7 @@ def live(run: Run | None) -> Run | None:
 
 def running() -> Run | None:
     """Give the innermost run of this thread."""
-    return live(_running.get())
+    return live(running_now.get())
 
 
 # The multi bus whose applied events are being gathered, and where they go: for the hooks that a subclass

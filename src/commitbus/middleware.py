@@ -121,17 +121,20 @@ def _key(item: tuple[tuple[int, int], Middleware]) -> tuple[int, int]:
 class Call:
     """What a middleware is given to call: it goes on to the next one or, after the last, to the handler."""
 
-    __slots__ = ("_bus", "_commit", "_event", "_handler", "_stack")
+    __slots__ = ("_bus", "_commit", "_event", "_handler", "_number", "_stack")
 
     def __init__(
         self,
         stack: tuple[Middleware, ...],
+        number: int,
         handler: Callable[[Any, bool], object],
         bus: object,
         event: object,
         commit: bool,
     ) -> None:
+        # None once it was called, or the middleware that it was given to has returned.
         self._stack: tuple[Middleware, ...] | None = stack
+        self._number = number  # of the next one
         self._handler, self._bus, self._event, self._commit = handler, bus, event, commit
 
     def __call__(self) -> None:
@@ -147,19 +150,31 @@ class Call:
         stack, self._stack = self._stack, None
         if stack is None:
             raise _messages.called_again()
-        if not stack:
-            if (result := self._handler(self._event, self._commit)) is not None:
-                _messages.refuse_coroutine(self._handler, result)
-            return
-        function: Callable[..., object] = stack[0]
-        rest = Call(stack[1:], self._handler, self._bus, self._event, self._commit)
-        try:
-            result = function(rest, self._bus, self._event, self._commit)
-        finally:
-            rest._stack = None
-        if result is not None:
-            _messages.refuse_coroutine(function, result, _messages.ASYNC_MIDDLEWARE)
-            raise _messages.middleware_returned(function, result)
+        go_on(stack, self._number, self._handler, self._bus, self._event, self._commit)
+
+
+def go_on(
+    stack: tuple[Middleware, ...],
+    number: int,
+    handler: Callable[[Any, bool], object],
+    bus: object,
+    event: object,
+    commit: bool,
+) -> None:
+    """Run a middleware, with the next ones and the handler within it; after the last one, the handler."""
+    if number == len(stack):
+        if (result := handler(event, commit)) is not None:
+            _messages.refuse_coroutine(handler, result)
+        return
+    function: Callable[..., object] = stack[number]
+    rest = Call(stack, number + 1, handler, bus, event, commit)
+    try:
+        result = function(rest, bus, event, commit)
+    finally:
+        rest._stack = None
+    if result is not None:
+        _messages.refuse_coroutine(function, result, _messages.ASYNC_MIDDLEWARE)
+        raise _messages.middleware_returned(function, result)
 
 
 def surround(
@@ -168,7 +183,7 @@ def surround(
     """Make of a handler one that runs the middleware around it."""
 
     def apply_event(event: object, commit: bool) -> None:
-        Call(stack, handler, bus, event, commit)()
+        go_on(stack, 0, handler, bus, event, commit)
 
     return apply_event
 
@@ -187,4 +202,4 @@ def surround_pair(
         if result is not None:
             _messages.refuse_coroutine(function, result)
 
-    Call(stack, apply_pair, bus, pair[0], commit)()
+    go_on(stack, 0, apply_pair, bus, pair[0], commit)

@@ -29,8 +29,13 @@ cdef class Source:
     cdef int put_back(self, list batch, Py_ssize_t head, Py_ssize_t begun) except -1
     # Registers again with the multi bus that let go of it last.
     cdef int register(self) except -1
-    # What surrounds the handlers, or None.
+    # What surrounds the handlers, or None; and whether anything ever does.
     cdef object scope(self, object commit)
+    cdef bint surrounds(self) noexcept
+    # Whether there may be anything to apply in another round.
+    cdef bint goes_on(self) noexcept
+    # Whether what is applied are buses, whose own failures count.
+    cdef bint holds_buses(self) noexcept
 
 
 cdef class Pair:
@@ -46,7 +51,8 @@ cdef object event_at(list batch, Py_ssize_t position)
 cdef list events_of(list items)
 cdef object explicit(tuple pair)
 cdef list carry_out(Source source, object bus, object commit, object failures, list out)
-cdef list carry_out_in_rounds(Source source, object bus, object commit, object robust, object rounds, list out)
+cdef list apply_all(Source source, object bus, object commit, object robust, object rounds, list out)
+cdef object surround(tuple stack, object bus, object handler)
 cdef list stopped(
     Source source,
     object bus,

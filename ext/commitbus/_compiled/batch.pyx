@@ -16,7 +16,7 @@ from commitbus._compiled.side_effects cimport SideEffectCall
 from commitbus import _messages
 from commitbus._awaited import GONE as _GONE
 from commitbus._awaited import SPARSE as _SPARSE
-from commitbus._rounds import in_rounds, leave
+from commitbus._rounds import check_rounds, in_rounds, leave
 from commitbus.middleware import tell_changes
 
 
@@ -179,6 +179,69 @@ def use_middleware(stack):
 tell_changes(use_middleware)
 
 
+@cython.final
+@cython.freelist(16)
+cdef class Call:
+    """As in `commitbus.middleware`."""
+
+    # None once it was called, or the middleware that it was given to has returned.
+    cdef tuple stack
+    # Of the next one.
+    cdef Py_ssize_t number
+    cdef object handler, bus, event, commit
+
+    def __call__(self):
+        """Go on, once."""
+        cdef tuple stack = self.stack
+        self.stack = None
+        if stack is None:
+            raise _messages.called_again()
+        go_on(stack, self.number, self.handler, self.bus, self.event, self.commit)
+
+
+cdef int go_on(tuple stack, Py_ssize_t number, object handler, object bus, object event, object commit) except -1:
+    """Run a middleware, with the next ones and the handler within it; after the last one, the handler."""
+    cdef Call rest
+    if number == len(stack):
+        return check(handler, handler(event, commit))
+    rest = Call.__new__(Call)
+    rest.stack = stack
+    rest.number = number + 1
+    rest.handler = handler
+    rest.bus = bus
+    rest.event = event
+    rest.commit = commit
+    function = stack[number]
+    try:
+        result = function(rest, bus, event, commit)
+    finally:
+        rest.stack = None
+    if result is not None:
+        _messages.refuse_coroutine(function, result, _messages.ASYNC_MIDDLEWARE)
+        raise _messages.middleware_returned(function, result)
+    return 0
+
+
+@cython.final
+cdef class Surrounded:
+    """A handler with the middleware around it."""
+
+    cdef tuple stack
+    cdef object bus, handler
+
+    def __call__(self, event, commit):
+        go_on(self.stack, 0, self.handler, self.bus, event, commit)
+
+
+cdef object surround(tuple stack, object bus, object handler):
+    """Make of a handler one that runs the middleware around it."""
+    cdef Surrounded made = Surrounded.__new__(Surrounded)
+    made.stack = stack
+    made.bus = bus
+    made.handler = handler
+    return made
+
+
 # Where a batch comes from
 
 
@@ -205,6 +268,15 @@ cdef class Source:
 
     cdef object scope(self, object commit):
         return None
+
+    cdef bint surrounds(self) noexcept:
+        return False
+
+    cdef bint goes_on(self) noexcept:
+        return True
+
+    cdef bint holds_buses(self) noexcept:
+        return True
 
     # For `commitbus.aio`, whose loops are coroutines: what they leave is assigned here. See `commitbus._awaited`.
 
@@ -306,8 +378,9 @@ cdef object new(PyTypeObject* cls, object args, PyObject* kwargs):
 cdef list carry_out(Source source, object bus, object commit, object failures, list out):
     """Apply what is pending in a source: the one path behind every apply.
 
-    `bus` is named in notes. `failures` is None, or the `Failures` that a robust apply fills. `out` gathers the
-    events that multi buses apply. Returns the events that were applied.
+    `bus` is named in notes. `failures` is None, or the `Failures` that a robust apply fills, or an empty list to which
+    these are added once something has failed. `out` gathers the events that multi buses apply. Returns the events that
+    were applied.
     """
     cdef Py_ssize_t begin = 0
     cdef Progress at
@@ -333,9 +406,12 @@ cdef list carry_out(Source source, object bus, object commit, object failures, l
             scope.enter()
         if failures is None:
             source.run(hook, method, batch, &at, commit, None, out)
+        elif type(failures) is list:
+            failures = run_first(source, hook, method, bus, batch, begin, &at, commit, failures, out)
         else:
             before = len(failures.errors)
             run_robustly(source, hook, method, bus, batch, begin, &at, commit, failures, out)
+        if failures is not None:
             if failures.positions:
                 applied = applied_of(batch, begin, at.done, failures.positions)
                 if failures.rounds is not None:
@@ -345,11 +421,16 @@ cdef list carry_out(Source source, object bus, object commit, object failures, l
         if applied is None:
             applied = batch if begin == 0 else batch[begin:]
         owned = False
-        if scope is not None and leave(scope, bus, failures, before):
-            del failures.errors[before:]
+        if scope is not None:
+            if failures is None and scope.stack is None:
+                scope.leave(None)  # nothing was entered
+            elif leave(scope, bus, failures, before):
+                del failures.errors[before:]
         return applied
     except BaseException as error:
         if owned:
+            if type(failures) is list:
+                failures = failures[0] if failures else None
             applied = stopped(source, bus, batch, begin, &at, failures, error, scope is not None)
         if scope is not None and not scope.over and scope.leave(error):
             return applied
@@ -359,11 +440,59 @@ cdef list carry_out(Source source, object bus, object commit, object failures, l
             scope.over = True
 
 
-cdef list carry_out_in_rounds(Source source, object bus, object commit, object robust, object rounds, list out):
-    """Apply what is pending, and then what handlers publish meanwhile; raises what failed."""
+cdef list apply_all(Source source, object bus, object commit, object robust, object rounds, list out):
+    """Apply what is pending, robustly or in several rounds; raises what failed."""
+    cdef list failures = None
+    cdef list applied
+    if rounds != 1:
+        check_rounds(rounds)
+        if robust or source.surrounds():
+            return apply_in_rounds(source, bus, commit, robust, rounds, out)
+    else:
+        # Of a bus of events, nothing is made before something fails.
+        failures = [_messages.Failures()] if source.holds_buses() else []
+    try:
+        applied = carry_out(source, bus, commit, failures[0] if failures else failures, out)
+    except BaseException as error:
+        _messages.drop_own_frames(error)
+        raise error
+    if failures is None:
+        if applied and source.goes_on():
+            applied += apply_in_rounds(source, bus, commit, robust, rounds - 1, out)
+    elif failures and failures[0].errors:
+        raise failures[0].end(bus)
+    return applied
+
+
+cdef list apply_in_rounds(Source source, object bus, object commit, object robust, object rounds, list out):
     # Not where it is called from: a function with a closure in it takes a tenth longer for one event.
     scope = source.scope(commit)
     return in_rounds(bus, rounds, robust, scope, lambda failures: carry_out(source, bus, commit, failures, out))
+
+
+cdef object run_first(
+    Source source,
+    object hook,
+    bint method,
+    object bus,
+    list batch,
+    Py_ssize_t begin,
+    Progress* at,
+    object commit,
+    list made,
+    list out,
+):
+    """Run a batch as long as nothing fails; then go on robustly, and give the `Failures`, which are added to `made`."""
+    try:
+        source.run(hook, method, batch, at, commit, None, out)
+        return None
+    except Exception as error:
+        failures = _messages.Failures()
+        failures.start(bus, batch, begin, event_at(batch, begin))
+        made.append(failures)
+        failed_at(bus, batch, at, failures, error)
+    run_robustly(source, hook, method, bus, batch, begin, at, commit, failures, out)
+    return failures
 
 
 cdef int run_robustly(
@@ -379,27 +508,38 @@ cdef int run_robustly(
     list out,
 ) except -1:
     """Run a batch to its end, whatever `Exception` its events raise."""
-    cdef Py_ssize_t first
-    at.done += failures.start(bus, batch, begin, event_at(batch, begin))
+    if at.done == begin:
+        at.done += failures.start(bus, batch, begin, event_at(batch, begin))
     while True:
         known = len(failures.errors)
         try:
             if source.run(hook, method, batch, at, commit, failures, out) == 0:
                 return 0
+            note_failed(bus, batch, at, failures, at.done - 1, known)
         except Exception as error:
-            first = at.done
-            failures.positions.extend(range(first, first + at.width))
-            at.done += at.width
-            failures.errors.append(error)
-        else:
-            first = at.done - 1
-        try:
-            for error in failures.errors[known:]:
-                _messages.drop_own_frames(error)
-            failures.note(known, bus, event_at(batch, first), first, at.width, at.span)
-        except Exception:
-            pass  # where there is no stack left, that costs a note
-        at.width = at.span = 1
+            failed_at(bus, batch, at, failures, error)
+
+
+cdef int failed_at(object bus, list batch, Progress* at, object failures, object error) except -1:
+    """Count the events that have failed with an error, and note it."""
+    cdef Py_ssize_t first = at.done
+    failures.positions.extend(range(first, first + at.width))
+    at.done += at.width
+    failures.errors.append(error)
+    return note_failed(bus, batch, at, failures, first, len(failures.errors) - 1)
+
+
+cdef int note_failed(
+    object bus, list batch, Progress* at, object failures, Py_ssize_t first, Py_ssize_t known
+) except -1:
+    try:
+        for error in failures.errors[known:]:
+            _messages.drop_own_frames(error)
+        failures.note(known, bus, event_at(batch, first), first, at.width, at.span)
+    except Exception:
+        pass  # where there is no stack left, that costs a note
+    at.width = at.span = 1
+    return 0
 
 
 cdef list stopped(

@@ -4,7 +4,7 @@
 
 cimport cython
 
-from commitbus._compiled.batch cimport Progress, call_handler, check, look_up
+from commitbus._compiled.batch cimport Progress, call_handler, check, look_up, surround
 from commitbus._compiled.event_bus cimport EventStore
 
 from abc import abstractmethod
@@ -12,7 +12,6 @@ from abc import abstractmethod
 from commitbus import _messages
 from commitbus._compiled.event_bus import EXTENSION_TYPES, AbstractEventBus
 from commitbus._interfaces import PartlyApplied, T
-from commitbus.middleware import surround
 
 
 cdef extern from "Python.h":

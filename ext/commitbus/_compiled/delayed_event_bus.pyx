@@ -9,8 +9,8 @@ from cpython.weakref cimport PyWeakref_NewRef
 from commitbus._compiled.batch cimport (
     Progress,
     Source,
+    apply_all,
     carry_out,
-    carry_out_in_rounds,
     events_of,
     explicit,
     look_up,
@@ -136,18 +136,17 @@ cdef class DelayedStore(Source):
             raise _messages.missing_arguments("DelayedEventBus.apply_without_delay", "commit")
         cdef EventStore actual = self.wrapped()
         cdef PairStore store = self.collected
+        cdef list applied
         if rounds != 1:
-            return events_of(
-                carry_out_in_rounds(self.collecting(), self, commit, robust, rounds, gathering_of(actual))
-            )
-        failures = _messages.Failures() if robust else None
+            return events_of(apply_all(self.collecting(), self, commit, robust, rounds, gathering_of(actual)))
         if store is None:
             if actual._commitbus_marks is not None and covering(actual, self):
                 check_open(actual)
             return []
-        cdef list applied = carry_out(store, self, commit, failures, gathering_of(actual))
-        if failures is not None and failures.errors:
-            raise failures.end(self)
+        if robust:
+            applied = apply_all(store, self, commit, robust, rounds, gathering_of(actual))
+        else:
+            applied = carry_out(store, self, commit, None, gathering_of(actual))
         return events_of(applied) if store.mixed else applied
 
     def savepoint(self):

@@ -8,13 +8,14 @@ from cpython.object cimport PyObject
 from commitbus._compiled.batch cimport (
     Progress,
     Source,
+    apply_all,
     call_event,
     call_events,
     call_handler,
     carry_out,
-    carry_out_in_rounds,
     check,
     look_up,
+    surround,
 )
 
 from abc import abstractmethod
@@ -22,7 +23,6 @@ from abc import abstractmethod
 from commitbus import _lock, _messages, _naming, _state
 from commitbus._interfaces import CommittableFunction, EventBus, T, iterate
 from commitbus._looking import Shown
-from commitbus.middleware import surround
 from commitbus.savepoint import Savepoint, begun_anew, check_open, may_collect
 
 
@@ -315,6 +315,12 @@ cdef class EventStore(Source):
     cdef bint holds_any(self) noexcept:
         return self.pending is not None or self.left is not None
 
+    cdef bint goes_on(self) noexcept:
+        return self.holds_any() or self._commitbus_marks is not None
+
+    cdef bint holds_buses(self) noexcept:
+        return self.is_multi()
+
     cdef list items(self):
         """Copy what is pending."""
         cdef list copied = []
@@ -371,13 +377,9 @@ cdef class EventStore(Source):
         """Apply the pending events in the order in which they were published."""
         if commit is MISSING:
             raise _messages.missing_arguments("AbstractEventBus.apply", "commit")
-        if rounds != 1:
-            return carry_out_in_rounds(self, self, commit, robust, rounds, None)
-        failures = _messages.Failures() if robust else None
-        applied = carry_out(self, self, commit, failures, None)
-        if failures is not None and failures.errors:
-            raise failures.end(self)
-        return applied
+        if rounds != 1 or robust:
+            return apply_all(self, self, commit, robust, rounds, None)
+        return carry_out(self, self, commit, None, None)
 
     @cython.embedsignature(False)
     def collect(self, commit=MISSING):

@@ -7,7 +7,7 @@ from cpython.contextvars cimport PyContextVar_Reset, PyContextVar_Set
 from cpython.object cimport PyObject
 from cpython.weakref cimport PyWeakref_NewRef
 
-from commitbus._compiled.batch cimport Progress, carry_out, carry_out_in_rounds, check, events_of
+from commitbus._compiled.batch cimport Progress, apply_all, carry_out, check, events_of
 from commitbus._compiled.delayed_event_bus cimport DelayedStore
 from commitbus._compiled.event_bus cimport (
     APPLY_IS_OURS,
@@ -237,13 +237,9 @@ cdef class MultiStore(EventStore):
         """Apply the registered buses in the order in which they were registered."""
         if commit is MISSING:
             raise _messages.missing_arguments("MultiEventBus.apply", "commit")
-        if rounds != 1:
-            return carry_out_in_rounds(self, self, commit, robust, rounds, gathering_of(self))
-        failures = _messages.Failures() if robust else None
-        applied = carry_out(self, self, commit, failures, gathering_of(self))
-        if failures is not None and failures.errors:
-            raise failures.end(self)
-        return applied
+        if rounds != 1 or robust:
+            return apply_all(self, self, commit, robust, rounds, gathering_of(self))
+        return carry_out(self, self, commit, None, gathering_of(self))
 
     @cython.binding(True)
     def apply_and_get_applied_events(self, commit, *, robust=False, rounds=1):
@@ -252,15 +248,11 @@ cdef class MultiStore(EventStore):
 
     cdef list gather(self, object commit, object robust, object rounds):
         cdef list out = []
-        cdef bint ours = class_flags(self) & APPLY_IS_OURS
-        if rounds != 1 and ours:
-            carry_out_in_rounds(self, self, commit, robust, rounds, out)
-            return out
-        failures = _messages.Failures() if robust else None
-        if ours:
-            carry_out(self, self, commit, failures, out)
-            if failures is not None and failures.errors:
-                raise failures.end(self)
+        if class_flags(self) & APPLY_IS_OURS:
+            if rounds != 1 or robust:
+                apply_all(self, self, commit, robust, rounds, out)
+            else:
+                carry_out(self, self, commit, None, out)
             return out
         outer = gathering.get()
         gathering.set((self, out))

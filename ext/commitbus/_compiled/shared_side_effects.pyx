@@ -2,14 +2,91 @@
 # cython: auto_pickle=False, freethreading_compatible=True, boundscheck=False, wraparound=False
 """`SharedSideEffectsEventBus`: documented in `commitbus._pure.shared_side_effects`."""
 
+cimport cython
+from cpython.contextvars cimport PyContextVar_Get, PyContextVar_Set
+from cpython.object cimport PyObject
+from cpython.ref cimport Py_DECREF
+
 from commitbus._compiled.batch cimport Progress, call_event, call_events, call_handler
 from commitbus._compiled.event_bus cimport EventStore
 from commitbus._compiled.side_effects cimport SideEffectCall
 
 from commitbus import _messages
 from commitbus._compiled.event_bus import EXTENSION_TYPES, AbstractEventBus
-from commitbus._context import Run, SharedSideEffectContext
+from commitbus._context import SharedSideEffectContext, live
+from commitbus._context import running_now as _running_now
 from commitbus._interfaces import iterate
+
+
+cdef extern from "Python.h":
+    unsigned long PyThread_get_thread_ident()
+
+cdef object RUNNING_NOW = _running_now
+
+
+@cython.final
+@cython.freelist(8)
+cdef class Run:
+    """As in `commitbus._context`."""
+
+    cdef readonly object context, commit, outer
+    cdef readonly unsigned long thread
+    # That of the outermost apply of the bus, where this is not it; made when somebody asks for them.
+    cdef object around
+    cdef dict entered_in_it, values_in_it
+    cdef public object stack
+    cdef public Py_ssize_t depth
+    cdef public bint over
+
+    @property
+    def outermost(self):
+        return self if self.around is None else self.around
+
+    @property
+    def entered(self):
+        if self.entered_in_it is None:
+            self.entered_in_it = {}
+        return self.entered_in_it
+
+    @property
+    def values(self):
+        if self.values_in_it is None:
+            self.values_in_it = {}
+        return self.values_in_it
+
+    def enter(self):
+        """Have `SharedSideEffectContext.current` find it."""
+        PyContextVar_Set(RUNNING_NOW, self)
+
+    def leave(self, error):
+        """Close what was entered, then restore the context; true if that swallowed the error."""
+        try:
+            if self.stack is None:
+                return False
+            kind = None if error is None else type(error)
+            return bool(self.stack.__exit__(kind, error, None if error is None else error.__traceback__))
+        finally:
+            self.over = True
+            self.entered_in_it = self.values_in_it = None
+            PyContextVar_Set(RUNNING_NOW, self.outer)
+
+
+cdef Run begin(object context, object commit):
+    cdef Run run = Run.__new__(Run)
+    cdef PyObject* found = NULL
+    PyContextVar_Get(RUNNING_NOW, NULL, &found)
+    outer = <object>found
+    Py_DECREF(outer)
+    if outer is not None:
+        outer = live(outer)
+        within = context._run()
+        if within is not None:
+            run.around = within.outermost
+    run.context = context
+    run.commit = commit
+    run.outer = outer
+    run.thread = PyThread_get_thread_ident()
+    return run
 
 
 cdef class SharedStore(EventStore):
@@ -35,7 +112,10 @@ cdef class SharedStore(EventStore):
         return 0
 
     cdef object scope(self, object commit):
-        return Run(self.shared, commit)
+        return begin(self.shared, commit)
+
+    cdef bint surrounds(self) noexcept:
+        return True
 
     cdef int run(
         self, object hook, bint method, list batch, Progress* at, object commit, object failures, list out
@@ -54,7 +134,7 @@ cdef class SharedStore(EventStore):
             call_event(event, commit)
             return
         # Somebody called what collect() gave: that call is the outermost apply.
-        run = Run(self.shared, commit)
+        run = begin(self.shared, commit)
         try:
             run.enter()
             call_event(event, commit)

@@ -9,9 +9,9 @@ from commitbus._compiled.batch cimport (
     Pair,
     Progress,
     Source,
+    apply_all,
     call_event,
     carry_out,
-    carry_out_in_rounds,
     check,
     events_of,
     explicit,
@@ -98,6 +98,12 @@ cdef class PairStore(EventStore):
     cdef object scope(self, object commit):
         return self.wrapped().scope(commit)
 
+    cdef bint surrounds(self) noexcept:
+        return self.wraps is None or self.wraps.surrounds()
+
+    cdef bint holds_buses(self) noexcept:
+        return self.wraps is None or self.wraps.is_multi()
+
     cdef object hook(self, bint* method):
         """Give the hook of the wrapped bus or, in a tuple, one that somebody has set on this bus."""
         hook = look_up(self, "_apply_event", method)
@@ -151,13 +157,9 @@ cdef class PairStore(EventStore):
         """Apply the collected events in the order in which they were collected."""
         if commit is MISSING:
             raise _messages.missing_arguments("SideEffectsBus.apply", "commit")
-        if rounds != 1:
-            return self.look(carry_out_in_rounds(self, self, commit, robust, rounds, None))
-        failures = _messages.Failures() if robust else None
-        applied = carry_out(self, self, commit, failures, None)
-        if failures is not None and failures.errors:
-            raise failures.end(self)
-        return self.look(applied)
+        if rounds != 1 or robust:
+            return self.look(apply_all(self, self, commit, robust, rounds, None))
+        return self.look(carry_out(self, self, commit, None, None))
 
     def _apply_event(self, event, commit):
         """Call the callable of a pair."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from commitbus import _messages
 from commitbus._naming import describe, describe_bus
 from commitbus.aio import AsyncEventBus
-from commitbus.middleware import Call, add_middleware
+from commitbus.middleware import add_middleware
 
 try:
     from opentelemetry import metrics, trace
@@ -72,7 +72,7 @@ def instrument(
     )
 
     def middleware(call: Any, bus: Any, event: Any, commit: bool) -> Any:
-        if isinstance(bus, AsyncEventBus) and isinstance(call, Call):
+        if isinstance(bus, AsyncEventBus) and not hasattr(call, "__await__"):
             call()  # applied without awaiting it, which is refused: the error is not to name this function
             return None
         recorded = _Recorded(tracer, duration, bus, event, commit)
