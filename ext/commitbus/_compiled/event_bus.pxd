@@ -36,6 +36,8 @@ cdef class EventStore(Source):
     cdef object wrapper
     # The marks of the savepoints that are open, in a tuple: see `commitbus.savepoint`. Mostly None.
     cdef public object _commitbus_marks
+    # For `commitbus.integrations.sqlalchemy`: the buses of the session that has wrapped it, by a weak reference.
+    cdef public object _commitbus_claim
     cdef object __weakref__
 
     cdef int add(self, object event) except -1

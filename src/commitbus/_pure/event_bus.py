@@ -90,10 +90,12 @@ class AbstractEventBus(Source, Shown, _state.Stateful, EventBus[T], Generic[T]):
     # _owner, _wrapper: once a multi bus let go of this bus, that multi bus and the delayed bus around this
     #     one, weakly, as nobody else could apply them: the next event registers the one with the other
     # _batch: the one that an apply of a multi bus has taken and not finished
-    __slots__ = ("__weakref__", "_commitbus_batch", "_commitbus_owner", "_commitbus_wrapper")
+    # _claim: for `commitbus.integrations.sqlalchemy`, the buses of the session that has wrapped it, weakly
+    __slots__ = ("__weakref__", "_commitbus_batch", "_commitbus_claim", "_commitbus_owner", "_commitbus_wrapper")
     _commitbus_batch: Batch | None
     _commitbus_owner: weakref.ref[Any] | None
     _commitbus_wrapper: weakref.ref[Any] | None
+    _commitbus_claim: weakref.ref[Any] | None
     applies_before_commit: ClassVar[bool] = False
     _commitbus_plain = ATOMIC  # whether apply needs neither a lock nor a context nor middleware
     _commitbus_awaited = False  # whether its handlers are awaited
@@ -107,7 +109,7 @@ class AbstractEventBus(Source, Shown, _state.Stateful, EventBus[T], Generic[T]):
         self = object.__new__(cls)
         self._commitbus_pending = []
         self._commitbus_left = self._commitbus_marks = self._commitbus_batch = None
-        self._commitbus_owner = self._commitbus_wrapper = None
+        self._commitbus_owner = self._commitbus_wrapper = self._commitbus_claim = None
         return self
 
     def publish(self, event: T) -> None:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import sys
 import weakref
 from contextlib import suppress
-from functools import wraps
+from functools import partial, wraps
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from commitbus import _messages
 from commitbus._context import committed
-from commitbus._looking import events_to_apply, holds_buses
+from commitbus._looking import events_to_apply
 from commitbus._rounds import check_rounds
 from commitbus._unit_of_work import BEFORE_COMMIT_ROUNDS, apply_before_commit, before_commit
 from commitbus.aio import AsyncEventBus, AsyncMultiEventBus, apply_before_commit_async
 from commitbus.integrations import _leftovers
+from commitbus.multi_event_bus import MultiEventBus
 from commitbus.savepoint import Savepoint, open_marks, roll_back_in, stores_in
 
 try:
@@ -137,7 +138,7 @@ def leftovers(session: Session | AsyncSession | scoped_session[Any] | async_scop
     TypeError
         When `session` is none.
     """
-    return _bound(session, "leftovers").left
+    return _bound(session, "leftovers").leftovers()
 
 
 def in_greenlet() -> bool:
@@ -159,21 +160,18 @@ def _plain(session: object) -> object:
 
 
 def _bound(session: object, function: str) -> _Bound:
-    session = _plain(session)
-    if not isinstance(session, Session) or not issubclass(type(session), Session):
-        raise _messages.not_a_session(function, session)
+    # By its type: a mock of a session has its class, and gives another mock for everything.
+    plain: Any = session if issubclass(type(session), Session) else _plain(session)
+    if not issubclass(type(plain), Session):
+        raise _messages.not_a_session(function, plain)
     # On the session itself: a dictionary of all would keep one alive whose events refer to it.
-    bound = vars(session).get("_commitbus_bound")
-    if function == "orchestrator" and getattr(getattr(session, "_close_state", None), "name", None) == "CLOSED":
+    kept: dict[str, Any] = vars(plain)
+    bound = kept.get("_commitbus_bound")
+    if function == "orchestrator" and getattr(kept.get("_close_state"), "name", None) == "CLOSED":
         raise InvalidRequestError(_messages.SESSION_CLOSED)
-    if not isinstance(bound, _Bound):
-        bound = _Bound(session)
-        vars(session)["_commitbus_bound"] = bound
+    if type(bound) is not _Bound:
+        bound = kept["_commitbus_bound"] = _Bound(plain)
     return bound
-
-
-# Of each bus that a session's orchestrator has wrapped, by its identity: itself and the session's, by weak references.
-_wrapped: dict[int, tuple[weakref.ref[Any], weakref.ref[SessionBuses]]] = {}
 
 
 _INNER = {"commitbus", "sqlalchemy"}
@@ -187,11 +185,12 @@ def _stacklevel() -> int:
     return level
 
 
-def _drop_of_freed(bus: weakref.ref[Any]) -> None:
+def _drop_of_freed(buses: list[weakref.ref[Any]], claim: weakref.ref[SessionBuses]) -> None:
     """Drop what was published for a session that is gone without an end: its transaction was rolled back."""
-    with suppress(Exception):  # a savepoint of somebody else's; in a finalizer, nobody would catch it
-        if (freed := bus()) is not None:
-            freed._commitbus_take_into([])
+    for bus in buses:
+        with suppress(Exception):  # a savepoint of somebody else's; in a finalizer, nobody would catch it
+            if (freed := bus()) is not None and freed._commitbus_claim is claim:
+                freed._commitbus_take_into([])
 
 
 class SessionBuses(AsyncMultiEventBus):
@@ -199,6 +198,10 @@ class SessionBuses(AsyncMultiEventBus):
 
     def __init__(self, session: Session) -> None:
         self._session = weakref.ref(session)
+        self._wrapped: list[weakref.ref[Any]] = []
+        self._many = 64  # from how many on those that are gone are left out
+        # Each bus that is wrapped keeps this, as its claim.
+        self._claim: weakref.ref[SessionBuses] = weakref.ref(self, partial(_drop_of_freed, self._wrapped))
         self.has_outbox: bool = False  # whether a bus that belongs to the transaction was ever wrapped
         self.is_closed: bool = False  # others may wrap what this one has wrapped
 
@@ -207,23 +210,27 @@ class SessionBuses(AsyncMultiEventBus):
 
         Each session would apply or drop what was published in the other.
         """
-        known = _wrapped.get(id(event_bus))
+        bus: Any = event_bus
+        claim = getattr(bus, "_commitbus_claim", None)
         takes_over = False
-        if known is not None and known[0]() is event_bus:
-            other = known[1]()
-            if other is not None and other is not self and other._session() is not None:
+        if claim is not None and claim is not self._claim:
+            other = claim()
+            if other is not None and other._session() is not None:
                 if not other.is_closed:
                     raise _messages.bus_of_another_session(event_bus)
                 takes_over = True
         self.is_closed = False
-        delayed = super().wrap(event_bus)
-        if event_bus.applies_before_commit or holds_buses(event_bus):
+        delayed = MultiEventBus.wrap(self, event_bus)
+        if bus.applies_before_commit or bus._commitbus_multi:
             self.has_outbox = True
         if takes_over:  # an event on the bus itself would register it there
-            cast("Any", delayed)._commitbus_let_go(weakref.ref(self))
-        identity = id(event_bus)
-        bus = weakref.ref(event_bus, lambda _: _wrapped.pop(identity, None))
-        _wrapped[identity] = (bus, weakref.ref(self, lambda _: _drop_of_freed(bus)))
+            cast("Any", delayed)._commitbus_let_go(self._claim)
+        if claim is not self._claim:
+            self._wrapped.append(weakref.ref(bus))
+            bus._commitbus_claim = self._claim
+            if len(self._wrapped) > self._many:
+                self._wrapped[:] = [one for one in self._wrapped if one() is not None]
+                self._many = 64 + 2 * len(self._wrapped)
         return delayed
 
     async def _run_plainly(self, function: Callable[[], None]) -> None:
@@ -237,9 +244,11 @@ class SessionBuses(AsyncMultiEventBus):
 class _Bound:
     """What listens to one session, and applies its buses. Keeps no reference to it."""
 
+    __slots__ = ("applying", "buses", "committed", "committing", "left", "robust", "rounds", "savepoints")
+
     def __init__(self, session: Session) -> None:
         self.buses = SessionBuses(session)
-        self.left = SessionBuses(session)
+        self.left: SessionBuses | None = None
         self.robust, self.rounds = False, 100
         self.applying = False
         self.committed: set[SessionTransaction] = set()
@@ -247,26 +256,38 @@ class _Bound:
         # `after_commit` from being noted, it was committed all the same.
         self.committing: SessionTransaction | None = None
         self.savepoints: dict[SessionTransaction, Savepoint] = {}
-        for transaction in reversed(_open_savepoints(session)):
-            self.savepoints[transaction] = self.buses.savepoint()
         ending = session.get_nested_transaction() or session.get_transaction()
-        if ending is not None and getattr(cast("Any", ending)._state, "name", None) == "COMMITTED":
-            self.committed.add(ending)  # bound within a listener: `after_commit` came already
+        if ending is not None:
+            for transaction in reversed(_open_savepoints(session)):
+                self.savepoints[transaction] = self.buses.savepoint()
+            if getattr(cast("Any", ending)._state, "name", None) == "COMMITTED":
+                self.committed.add(ending)  # bound within a listener: `after_commit` came already
         session.__class__ = _ending(type(session))
 
-    def end(self, session: Session, name: str, inherited: Callable[[], Any]) -> Any:
+    def leftovers(self) -> SessionBuses:
+        """Give the bus of what was not applied after a commit: made when it is needed."""
+        if self.left is None:
+            self.left = SessionBuses(cast("Session", self.buses._session()))
+        return self.left
+
+    def is_plain(self) -> bool:
+        """Whether nothing in the buses is asynchronous, an outbox, nested, or covered by a savepoint."""
+        return cast("bool", cast("Any", self.buses)._commitbus_is_plain(False))
+
+    def end(self, session: Session, name: str, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call a method of the session, and also drop what was published before any transaction had begun.
 
         SQLAlchemy sends no event for the end of a transaction that has not begun.
         """
         begun = session.in_transaction()
-        result = inherited()
+        # Not by super() of the session's class: another tool may have given it one of its own since.
+        result = method(session, *args, **kwargs)
         if not begun and not self.applying:
             self.settle()
             self.drop()
         if name != "rollback":
             self.buses.is_closed = True
-            if count := len(events_to_apply(self.left)):
+            if self.left is not None and (count := len(events_to_apply(self.left))):
                 try:
                     _messages.warn(_messages.session_left(count), _stacklevel())
                 except Warning as warning:  # that is an error, in tests
@@ -278,30 +299,33 @@ class _Bound:
     def after_transaction_create(self, session: Session, transaction: SessionTransaction) -> None:  # noqa: ARG002
         if transaction.nested:
             self.savepoints[transaction] = self.buses.savepoint()
-        elif transaction.parent is None and not self.applying:
+        elif self.committed and transaction.parent is None and not self.applying:
             self.settle()
 
     def settle(self) -> None:
         """Keep what was committed where somebody's listener, of a class, has hidden the end of the transaction."""
         if self.committed:
-            _leftovers.move(self.buses, self.left)
+            _leftovers.move(self.buses, self.leftovers())
             self.committed.clear()
 
     def before_commit(self, session: Session) -> None:
         """Refuse, while nothing is done yet, what could not be applied after the commit."""
         if self.applying:
             return
-        still_open = _open_savepoints(session)
-        for transaction in list(self.savepoints):
-            if transaction not in still_open:  # somebody's listener, before this one, has hidden its end
-                self.end_savepoint(transaction)
-        if not in_greenlet() and (bus := self.asynchronous()) is not None:
+        if self.savepoints:
+            still_open = _open_savepoints(session)
+            for transaction in list(self.savepoints):
+                if transaction not in still_open:  # somebody's listener, before this one, has hidden its end
+                    self.end_savepoint(transaction)
+        plainly = self.is_plain()
+        if not plainly and not in_greenlet() and (bus := self.asynchronous()) is not None:
             raise _messages.not_applied_in_commit(bus)
         if session.in_nested_transaction():
             return
-        for store in stores_in(self.buses):
-            for mark in open_marks(store) or ():
-                raise _messages.savepoint_is_open(self.buses, mark.savepoint)
+        if not plainly:
+            for store in stores_in(self.buses):
+                for mark in open_marks(store) or ():
+                    raise _messages.savepoint_is_open(self.buses, mark.savepoint)
         if self.buses.has_outbox:
             self.store(session)
         self.committing = session.get_transaction()
@@ -363,6 +387,8 @@ class _Bound:
 
     def drop(self) -> None:
         """Drop what was published in a transaction that is not to be."""
+        if not self.buses._commitbus_holds_any() and self.is_plain():
+            return
         roll_back_in(self.buses, -1)  # savepoints that were opened by hand, and not ended
         self.buses.discard_pending_events()
 
@@ -378,19 +404,20 @@ class _Bound:
             token = committed.set(True)
             if in_greenlet():
                 await_only(self.buses.apply_async(True, robust=self.robust, rounds=self.rounds))
-            elif (bus := self.asynchronous()) is not None:  # by a listener, after `before_commit` had looked
+            elif not self.is_plain() and (bus := self.asynchronous()) is not None:  # by a listener, after `before_commit` had looked
                 raise _messages.not_awaited_in_commit(bus)
             else:
                 self.buses.apply(True, robust=self.robust, rounds=self.rounds)
-            if events_to_apply(self.buses):
+            if self.buses._commitbus_holds_any() and events_to_apply(self.buses):
                 raise _messages.too_many_rounds(self.rounds)
         except BaseException as raised:
             for store in stores_in(self.buses):  # of savepoints that a handler has left open
                 while marks := open_marks(store):
                     _end(marks[0].savepoint, True)
-            before = len(events_to_apply(self.left))
-            _leftovers.move(self.buses, self.left)
-            left = len(events_to_apply(self.left)) - before
+            leftovers = self.leftovers()
+            before = len(events_to_apply(leftovers))
+            _leftovers.move(self.buses, leftovers)
+            left = len(events_to_apply(leftovers)) - before
             _messages.note_committed(raised, left, "leftovers(session)")
             _messages.drop_own_frames(raised)
             self.committed.clear()
@@ -427,8 +454,7 @@ def _method(cls: type[Session], name: str) -> Callable[..., Any]:
 
     @wraps(function)
     def method(self: Session, *args: Any, **kwargs: Any) -> Any:
-        # Not by super() of the session's class: another tool may have given it one of its own since.
-        return vars(self)["_commitbus_bound"].end(self, name, lambda: function(self, *args, **kwargs))
+        return vars(self)["_commitbus_bound"].end(self, name, function, *args, **kwargs)
 
     return method
 
@@ -452,10 +478,12 @@ def _listen(name: str) -> None:
     transaction.
     """
 
+    method = getattr(_Bound, name)
+
     def listener(session: Session, *args: Any) -> None:
         bound = vars(session).get("_commitbus_bound")
         if bound is not None:
-            getattr(bound, name)(session, *args)
+            method(bound, session, *args)
 
     event.listen(Session, name, listener, insert=True)
 
