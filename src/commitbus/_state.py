@@ -6,6 +6,7 @@ A pickle names the public class, never a twin's: it loads under whichever twin i
 from __future__ import annotations
 
 import importlib
+import weakref
 from typing import Any, cast
 
 # Where the classes are that a pickle may name. Nothing else is ever looked up by a name: an unpickler that
@@ -60,7 +61,14 @@ def collected(bus: Any, event: Any) -> Any:
     return resolve("AbstractEventBus")._collect_event(bus, event, None)
 
 
+# Of each class of buses, what it keeps in slots: looking for them takes as long as all the rest of a copy.
+_slots_of: weakref.WeakKeyDictionary[type, list[str]] = weakref.WeakKeyDictionary()
+
+
 def _slots(cls: type) -> list[str]:
+    known = _slots_of.get(cls)
+    if known is not None:
+        return known
     names: list[str] = []
     for base in cls.__mro__:
         slots = base.__dict__.get("__slots__", ())
@@ -69,12 +77,13 @@ def _slots(cls: type) -> list[str]:
                 continue
             private = name.startswith("__") and not name.endswith("__")
             names.append(f"_{base.__name__.lstrip('_')}{name}" if private else name)
+    _slots_of[cls] = names
     return names
 
 
 def _get_own(instance: Any) -> Any:
     """Give what a subclass keeps, as `object.__getstate__` would."""
-    cls = cast("Any", type(instance))
+    cls: Any = type(instance)
     if cls.__getstate__ is not object.__getstate__:
         return instance.__getstate__()
     attributes: dict[str, Any] = dict(getattr(instance, "__dict__", ()))
@@ -112,6 +121,17 @@ class Stateful:
         """Make a copy that shares the events, but has lists of its own."""
         made = new(type(self))
         _set_state(made, (cast("Any", self)._commitbus_get(), _get_own(self)))
+        return made
+
+    def _commitbus_like(self) -> Any:
+        """Make a copy that has nothing pending."""
+        cls: Any = type(self)
+        if cls.__copy__ is not Stateful.__copy__ or hasattr(cls, "_commitbus_wrapped_bus"):
+            made = cls.__copy__(self)
+            made.discard_pending_events()
+            return made
+        made = cls.__new__(cls)
+        _set_own(made, _get_own(self))
         return made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:

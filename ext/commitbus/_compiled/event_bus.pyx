@@ -508,6 +508,12 @@ cdef class EventStore(Source):
         """Whether anything is pending."""
         return self.holds_any()
 
+    def _commitbus_follower(self):
+        """Give the delayed bus that the next event here registers, or None."""
+        with cython.critical_section(self):
+            wrapper = self.wrapper
+        return None if wrapper is None else wrapper()
+
     def _commitbus_events(self):
         """Copy what is pending, whatever a subclass overrides."""
         return self.look(self.items())

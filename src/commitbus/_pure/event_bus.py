@@ -412,6 +412,11 @@ class AbstractEventBus(Source, Shown, _state.Stateful, EventBus[T], Generic[T]):
                 # fmt: on
         self._commitbus_marks = marks
 
+    def _commitbus_follower(self) -> Any:
+        """Give the delayed bus that the next event here registers, or None."""
+        wrapper = self._commitbus_wrapper
+        return None if wrapper is None else wrapper()
+
     def _commitbus_events(self) -> list[T]:
         """Copy what is pending, whatever a subclass overrides."""
         return self._commitbus_look(self._commitbus_items())

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import threading
 import weakref
-from copy import copy
+from threading import get_ident
 from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, TypeVar, cast
 
 from commitbus import _messages, _naming
 from commitbus._interfaces import EventBus, EventBusOrchestrator, iterate
-from commitbus._looking import events_to_apply, holds_buses
-from commitbus.aio import AsyncEventBus
+from commitbus._looking import events_to_apply
 from commitbus.delayed_event_bus import DelayedEventBus
 from commitbus.event_bus import AbstractEventBus
 from commitbus.multi_event_bus import MultiEventBus
@@ -83,18 +82,14 @@ class OnCommitEventBus(EventBus[T], Generic[T]):
         robust: bool = False,
         outside: Literal["apply", "raise"] = "apply",
     ) -> None:
-        bus: Any = event_bus
-        if not isinstance(bus, AbstractEventBus) or isinstance(bus, AsyncEventBus) or holds_buses(bus):
-            raise _messages.not_for_on_commit(cast("object", bus))
-        if bus.applies_before_commit:
-            raise _messages.belongs_to_the_transaction(cast("object", bus))
+        _check(event_bus)
         if outside not in {"apply", "raise"}:
             raise _messages.not_an_outside(outside)
         connections[using or DEFAULT]
         self._event_bus, self._using, self._robust, self._outside = event_bus, using, robust, outside
         # The run of events of each thread, by a weak reference, as Django may drop it; its connection is the thread's.
         # To look that up for each event would take longer than all the rest.
-        self._last = threading.local()
+        self._last: _LastOfThread | _Last = _LastOfThread()
 
     def publish(self, event: T) -> None:
         """Add an event: it is applied when the outermost ``atomic`` block commits.
@@ -113,11 +108,11 @@ class OnCommitEventBus(EventBus[T], Generic[T]):
         BaseException
             Outside of a transaction, whatever the handler raises; the event is kept nowhere: publish it again.
         """
-        run: _Run | None = getattr(self._last, "run", _no_run)()
+        run = self._last.run()
         if run is not None and run.goes_on():
             run.bus.publish(event)
         else:
-            self._begin((event,))
+            self._begin(event)
 
     def publish_all(self, events: Iterable[T]) -> None:
         """Publish one by one.
@@ -171,7 +166,7 @@ class OnCommitEventBus(EventBus[T], Generic[T]):
         return [event for run in self._runs() for event in run.bus.discard_pending_events()]
 
     def _runs(self) -> list[_Run]:
-        connection: Any = connections[self._using or DEFAULT]
+        connection = self._connection()
         hooks = [hook for _, hook, _ in connection.run_on_commit] + _state(connection).later
         return [hook for hook in hooks if type(hook) is _Run and hook.owner is self]
 
@@ -181,20 +176,23 @@ class OnCommitEventBus(EventBus[T], Generic[T]):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over what a copy has."""
-        vars(self).update(state, _last=threading.local())
+        vars(self).update(state, _last=_LastOfThread())
 
     def __repr__(self) -> str:
         """Name the bus, and say how many events the open transaction has."""
         return f"<{type(self).__name__} of {type(self._event_bus).__name__}: {len(self.pending_events())} pending>"
 
-    def _begin(self, events: Iterable[T]) -> None:
+    def _connection(self) -> Any:
+        return connections[self._using or DEFAULT]
+
+    def _begin(self, event: T) -> None:
         """Begin a run of events: a hook of its own."""
-        connection: Any = connections[self._using or DEFAULT]
+        connection = self._connection()
         if not connection.in_atomic_block and self._outside == "raise":
             raise transaction.TransactionManagementError(_messages.outside_a_transaction(self._event_bus))
-        bus = copy(self._event_bus)
-        bus.discard_pending_events()
-        bus.publish_all(events)
+        bus: Any = self._event_bus
+        bus = bus._commitbus_like()
+        bus.publish(event)
         state = _state(connection)
         if state.errors is not None and not connection.in_atomic_block:
             # The hooks of a commit run: Django would call this one in the middle of the handler that publishes.
@@ -203,24 +201,52 @@ class OnCommitEventBus(EventBus[T], Generic[T]):
             state.later.append(run)
             return
         # Tests capture hooks by their number: there, each event has its own.
-        merges = not any(getattr(block, "_from_testcase", False) for block in connection.atomic_blocks)
+        merges = True
+        for block in connection.atomic_blocks:
+            if getattr(block, "_from_testcase", False):
+                merges = False
         run = _Run(self, bus, state, merges, connection)
         if merges:
             self._last.run = weakref.ref(run)
         connection.on_commit(run)
 
 
+def _check(bus: Any) -> None:
+    """Refuse what no commit can apply."""
+    # Not by isinstance(), which takes a detour through `abc`.
+    if AbstractEventBus not in type(bus).__mro__ or bus._commitbus_awaited or bus._commitbus_multi:
+        raise _messages.not_for_on_commit(cast("object", bus))
+    if bus.applies_before_commit:
+        raise _messages.belongs_to_the_transaction(cast("object", bus))
+
+
 def _no_run() -> None:
     return None
+
+
+class _LastOfThread(threading.local):
+    """The last run of a bus, for each thread its own."""
+
+    run: Callable[[], _Run | None] = staticmethod(_no_run)
+
+
+class _Last:
+    """The last run of a bus that mostly one thread uses: less to be made."""
+
+    __slots__ = ("run",)
+
+    def __init__(self) -> None:
+        self.run: Callable[[], _Run | None] = _no_run
 
 
 class _Run:
     """A hook: a run of events that were published on one bus, with nothing in between."""
 
-    __slots__ = ("__weakref__", "bus", "connection", "kept", "open", "owner", "state")
+    __slots__ = ("__weakref__", "bus", "connection", "kept", "open", "owner", "state", "thread")
 
     def __init__(self, owner: OnCommitEventBus[Any], bus: Any, state: _State, merges: bool, connection: Any) -> None:
         self.owner, self.bus, self.state, self.open, self.connection = owner, bus, state, merges, connection
+        self.thread = get_ident()
         self.kept = False  # whether what it has not applied is among the leftovers
 
     def __repr__(self) -> str:
@@ -229,7 +255,7 @@ class _Run:
 
     def goes_on(self) -> bool:
         """Whether nothing came between, in the very same savepoints."""
-        if not self.open:
+        if not self.open or self.thread != get_ident():
             return False
         connection = self.connection
         if self.state.later and not connection.in_atomic_block:
@@ -244,7 +270,7 @@ class _Run:
         self.open = False
         try:
             self.bus.apply(True, robust=self.owner._robust, rounds=ROUNDS)
-            if self.bus.pending_events():
+            if self.bus._commitbus_holds_any() and self.bus.pending_events():
                 raise _messages.too_many_rounds(ROUNDS)
         except BaseException as error:
             _messages.drop_own_frames(error)
@@ -284,14 +310,15 @@ class _State:
         connection.validate_no_atomic_block()  # what Django does first of all: nothing is committed yet
         runs = [hook for _, hook, _ in connection.run_on_commit if type(hook) is _Run]
         outer, errors = self.errors, [] if self.errors is None else self.errors
-        if outer is None:
+        left: Any = self.left
+        if outer is None and left._commitbus_holds_any():
             self.told = len(events_to_apply(self.left))
         try:
             self.errors = errors  # here, as an interrupt before would leave it set
             if self.patched is not None:
                 self.patched()
             else:
-                cast("Any", type(connection)).run_and_clear_commit_hooks(connection)
+                type(connection).run_and_clear_commit_hooks(connection)
             if outer is None:
                 self.run_later(runs)
         except BaseException as error:
@@ -351,10 +378,11 @@ class _State:
 
 def _state(connection: Any) -> _State:
     # On the connection itself: a dictionary of all would keep one alive whose events refer to it.
-    kept = cast("dict[str, Any]", vars(connection))
-    if "_commitbus_state" not in kept:
-        kept["_commitbus_state"] = _State(connection)
-    return cast("_State", kept["_commitbus_state"])
+    kept: dict[str, Any] = connection.__dict__
+    state: _State | None = kept.get("_commitbus_state")
+    if state is None:
+        state = kept["_commitbus_state"] = _State(connection)
+    return state
 
 
 def leftovers(using: str | None = None) -> MultiEventBus:
@@ -385,17 +413,27 @@ class _OnCommitDelayedEventBus(DelayedEventBus[T]):
     def __init__(self, event_bus: AbstractEventBus[T], on_commit: OnCommitEventBus[T]) -> None:
         super().__init__(event_bus)
         self._on_commit = on_commit
-        self._owner = _direct_of(event_bus)
-        self._owner.add(self)
+        bus: Any = event_bus
+        other = bus._commitbus_follower()
+        self._owner = _DIRECT
+        if type(other) is _OnCommitDelayedEventBus:  # the bus is wrapped by several, in several threads perhaps
+            other._owner = self._owner = _direct_of(event_bus)
+            self._owner.add(other)
+            self._owner.add(self)
         self.follow()
 
     def follow(self) -> None:
         """Have the next event that is published on the wrapped bus itself moved to the transaction."""
         delayed: Any = self
-        delayed._commitbus_let_go(weakref.ref(self._owner))
+        delayed._commitbus_let_go(self._owner.reference)
 
     def publish(self, event: T) -> None:
-        self._on_commit.publish(event)
+        on_commit: Any = self._on_commit
+        run = on_commit._last.run()  # as it would
+        if run is not None and run.goes_on():
+            run.bus.publish(event)
+        else:
+            on_commit._begin(event)
 
     def publish_all(self, events: Iterable[T]) -> None:
         self._on_commit.publish_all(events)
@@ -421,13 +459,14 @@ class _OnCommitDelayedEventBus(DelayedEventBus[T]):
 class _Direct(MultiEventBus):
     """Is told of what is published on a wrapped bus itself, and moves it to the transaction."""
 
-    def __init__(self, event_bus: AbstractEventBus[Any]) -> None:
-        self.of = weakref.ref(event_bus)
-        self._delayed: list[weakref.ref[Any]] = []  # in which the bus is wrapped: by several threads, say
+    def __init__(self, event_bus: AbstractEventBus[Any] | None) -> None:
+        self.of: Any = None if event_bus is None else weakref.ref(event_bus)
+        self.reference = weakref.ref(self)
+        self._delayed: list[weakref.ref[Any]] = []  # in which the bus is wrapped, where there are several
 
     def add(self, delayed: _OnCommitDelayedEventBus[Any]) -> None:
         """Note one more."""
-        self._delayed = [one for one in self._delayed if one() is not None]
+        self._delayed = [one for one in self._delayed if one() is not None and one() is not delayed]
         self._delayed.append(weakref.ref(delayed))
 
     def publish(self, event: Any) -> None:
@@ -435,12 +474,18 @@ class _Direct(MultiEventBus):
         event.follow()
 
     def wrap(self, event_bus: AbstractEventBus[T]) -> DelayedEventBus[T]:  # noqa: ARG002
-        """Go on with another delayed bus, where the last one is gone: the transaction is that of the thread."""
-        found = [delayed for one in self._delayed if (delayed := one()) is not None]
-        self.publish(found[-1])
-        return cast("DelayedEventBus[T]", found[-1])
+        """Go on with another delayed bus, where the last one is gone: the transaction is that of the thread.
+
+        Where there is none, the event is left alone: no transaction has anything to do with it.
+        """
+        for one in reversed(self._delayed):
+            if (delayed := one()) is not None:
+                self.publish(delayed)
+                return cast("DelayedEventBus[T]", delayed)
+        return cast("Any", None)
 
 
+_DIRECT = _Direct(None)  # of all buses that are wrapped once
 # By the identity of the bus. Each delayed bus keeps that of its own.
 _directs: weakref.WeakValueDictionary[int, _Direct] = weakref.WeakValueDictionary()
 
@@ -453,16 +498,41 @@ def _direct_of(event_bus: AbstractEventBus[Any]) -> _Direct:
     return direct
 
 
+class _Wrapped(OnCommitEventBus[T]):
+    """What an orchestrator makes of a bus."""
+
+    def __init__(self, event_bus: AbstractEventBus[T], orchestrator: _Orchestrator) -> None:
+        _check(event_bus)
+        self._event_bus, self._orchestrator = event_bus, orchestrator
+        self._using, self._robust, self._outside = orchestrator.using, orchestrator.robust, "apply"
+        self._last = _Last()
+
+    def _connection(self) -> Any:
+        return self._orchestrator.connection()
+
+
 class _Orchestrator(EventBusOrchestrator):
     def __init__(self, using: str | None, robust: bool) -> None:
-        connections[using or DEFAULT]
-        self._using, self._robust = using, robust
+        self.using, self.robust = using, robust
+        self._connection, self._thread = connections[using or DEFAULT], get_ident()
+
+    def connection(self) -> Any:
+        """Give the connection of this thread: the one of before, where it is sure to be that still.
+
+        Looking it up takes as long as all the rest of publishing.
+        """
+        connection = self._connection
+        if connection.in_atomic_block and self._thread == get_ident():
+            return connection
+        return connections[self.using or DEFAULT]
 
     def wrap(self, event_bus: AbstractEventBus[T]) -> DelayedEventBus[T]:
-        on_commit = OnCommitEventBus(event_bus, self._using, self._robust)
-        on_commit.publish_all(event_bus.discard_pending_events())
+        on_commit = _Wrapped(event_bus, self)
+        bus: Any = event_bus
+        if bus._commitbus_holds_any():
+            on_commit.publish_all(event_bus.discard_pending_events())
         delayed = _OnCommitDelayedEventBus(event_bus, on_commit)
-        connection: Any = connections[self._using or DEFAULT]
+        connection = self.connection()
         if connection.in_atomic_block:
             _state(connection).keep_wrapped(delayed, connection.atomic_blocks[0])
         return delayed
