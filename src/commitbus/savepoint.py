@@ -7,7 +7,7 @@ from collections import Counter
 from contextlib import contextmanager
 from itertools import count
 from threading import get_ident
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from commitbus import _lock, _messages
 from commitbus._looking import Shown, collected_in, flatten, holds_buses
@@ -32,14 +32,32 @@ numbers = count()  # each number is larger than those before
 _collecting: dict[int, int] = {}
 
 
-class Mark(NamedTuple):
-    """Where what was published since a savepoint begins, in one bus."""
+class Mark:
+    """Where what was published since a savepoint begins, in one bus. Once it is placed, it is never changed."""
 
-    savepoint: Savepoint
-    delayed: Any  # the delayed bus through which the savepoint covers this one, or None
-    start: int  # in what is pending
-    collected: int  # in what the delayed bus has collected
-    kept: tuple[tuple[int, int], ...]  # in that, where events begin, and how many, that are older than the savepoint
+    __slots__ = ("collected", "delayed", "kept", "savepoint", "start")
+
+    def __init__(
+        self,
+        savepoint: Savepoint,
+        delayed: Any,
+        start: int = 0,
+        collected: int = 0,
+        kept: tuple[tuple[int, int], ...] = (),
+    ) -> None:
+        self.savepoint = savepoint
+        self.delayed = delayed  # the delayed bus through which the savepoint covers this one, or None
+        self.start = start  # in what is pending
+        self.collected = collected  # in what the delayed bus has collected
+        self.kept = kept  # in that, where events begin, and how many, that are older than the savepoint
+
+    def at(self, start: int) -> Mark:
+        """Give one that begins elsewhere in what is pending."""
+        return Mark(self.savepoint, self.delayed, start, self.collected, self.kept)
+
+    def keeping(self, kept: tuple[tuple[int, int], ...]) -> Mark:
+        """Give one with other events that are older."""
+        return Mark(self.savepoint, self.delayed, self.start, self.collected, kept)
 
 
 class Savepoint:
@@ -121,7 +139,7 @@ class Savepoint:
         """
         with _lock.lock:
             self._check()
-        self._end()
+            self._end()
 
     def rollback(self) -> list[Any]:
         """End it, and drop what was published since.
@@ -216,12 +234,24 @@ class Savepoint:
             self._place(bus, None)
 
     def _cover_delayed(self, delayed: Any) -> None:
-        actual, _ = delayed._commitbus_parts()
-        if any(mark.savepoint is self and mark.delayed is delayed for mark in actual._commitbus_marks or ()):
+        actual, collected = delayed._commitbus_parts()
+        before = actual._commitbus_marks
+        if before is not None and any(mark.savepoint is self and mark.delayed is delayed for mark in before):
             return
         self._delayed.append(delayed)
         # Marked first, and measured then: from here on what another thread, or a finalizer, applies or collects waits,
         # is refused, or is counted. (What was measured before could be applied, and a rollback put it back.)
+        if collected is None and before is None and not actual._commitbus_multi:
+            # Mostly nothing more is there.
+            mark = Mark(self, delayed)
+            marks = actual._commitbus_marks = (mark,)
+            self._stores.append(actual)
+            mark.start, _ = actual._commitbus_mark()
+            if actual._commitbus_marks is marks and delayed._commitbus_parts()[1] is None:
+                return
+            self._mark_collected(delayed)  # a finalizer has collected in between
+            self._place(actual, delayed)
+            return
         self._mark_collected(delayed)
         self._mark(actual, delayed)
         self._mark_collected(delayed)  # it may have been made meanwhile
@@ -246,7 +276,7 @@ class Savepoint:
                 self._cover_delayed(delayed)
 
     def _mark(self, store: Any, delayed: Any) -> None:
-        store._commitbus_marks = (*(store._commitbus_marks or ()), Mark(self, delayed, 0, 0, ()))
+        store._commitbus_marks = (*(store._commitbus_marks or ()), Mark(self, delayed))
         self._stores.append(store)
 
     def _mark_collected(self, delayed: Any) -> None:
@@ -256,20 +286,20 @@ class Savepoint:
             return
         marks: tuple[Mark, ...] = collected._commitbus_marks or ()
         if not [mark for mark in marks if mark.savepoint is self]:
-            collected._commitbus_marks = (*marks, Mark(self, None, 0, 0, ()))
+            collected._commitbus_marks = (*marks, Mark(self, None))
 
     def _place(self, store: Any, delayed: Any) -> None:
         """Say where the mark of a bus is: all that is in it by now is older."""
         *others, last = cast("tuple[Mark, ...]", store._commitbus_marks)
         if delayed is None and last.savepoint is self:
-            store._commitbus_marks = (*others, last._replace(start=store._commitbus_mark()[0]))
+            store._commitbus_marks = (*others, last.at(store._commitbus_mark()[0]))
             return
         measured = (-1, -1)
         while measured != (now := _measure(store, delayed)):  # a finalizer may have collected in between
             measured = collected, start = now
             marks = cast("tuple[Mark, ...]", store._commitbus_marks)
             store._commitbus_marks = tuple(
-                mark._replace(start=start, collected=collected, kept=())
+                Mark(self, delayed, start, collected)
                 if mark.savepoint is self and mark.delayed is delayed
                 else mark
                 for mark in marks
@@ -279,7 +309,9 @@ class Savepoint:
         if self._bus is None:
             raise _messages.savepoint_ended()
         for store in self._stores:
-            if (last := cast("Any", open_marks(store))[-1].savepoint) is not self:
+            marks = store._commitbus_marks
+            # Else the last one may be of a savepoint that an interrupt has ended.
+            if marks[-1].savepoint is not self and (last := cast("Any", open_marks(store))[-1].savepoint) is not self:
                 raise _messages.savepoint_not_last(self, last)
 
     def _check_new(self, buses: Iterable[Any]) -> None:
@@ -297,7 +329,11 @@ class Savepoint:
             if collected is not None:
                 open_marks(collected)
         for store in self._stores:
-            open_marks(store)
+            marks = store._commitbus_marks
+            if marks is not None and len(marks) == 1 and marks[0].savepoint is self:
+                store._commitbus_marks = None
+            else:
+                open_marks(store)
         self._stores.clear()
         self._delayed.clear()
         self._registered.clear()
@@ -330,7 +366,7 @@ class Savepoint:
                     pairs = collected._commitbus_cut(mark.collected, mark.kept)
                     # What older savepoints keep of it has moved to the front.
                     actual._commitbus_marks = tuple(
-                        one._replace(kept=_shifted(one.kept, mark)) if one.delayed is delayed else one for one in marks
+                        one.keeping(_shifted(one.kept, mark)) if one.delayed is delayed else one for one in marks
                     )
                 if not holds_buses(actual):
                     newer = actual._commitbus_cut(mark.start, ())
@@ -514,7 +550,7 @@ def cut(pending: list[Any], start: int, kept: tuple[tuple[int, int], ...]) -> li
 
 def begun_anew(bus: Any) -> tuple[Mark, ...]:
     """Give the marks of a bus of which all is taken: what is published from now on is newer than any."""
-    return tuple(mark._replace(start=0) for mark in open_marks(bus) or ())
+    return tuple(mark.at(0) for mark in open_marks(bus) or ())
 
 
 class Collecting:
@@ -588,7 +624,7 @@ class Collecting:
                 continue
             before = self.find(mark)
             older_ones = keep if before is None else [one for one in self.older(before, events, count) if one in now]
-            marks.append(mark._replace(kept=mark.kept + _spans([now[one] for one in older_ones])))
+            marks.append(mark.keeping(mark.kept + _spans([now[one] for one in older_ones])))
         return keep, tuple(marks) or None
 
     def fail(self) -> None:
@@ -599,7 +635,7 @@ class Collecting:
         marks: list[Mark] = []
         for mark in open_marks(self.bus) or ():
             before = self.find(mark)
-            marks.append(mark._replace(start=before.start if before is not None else mark.start + count))
+            marks.append(mark.at(before.start if before is not None else mark.start + count))
         self.bus._commitbus_bring_back(count, tuple(marks) or None)
         starts = [mark.start for mark in self.before if self.rolled_back(mark)]
         if starts:  # rolled back meanwhile
