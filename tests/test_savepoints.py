@@ -575,6 +575,7 @@ def test_rule_22_an_error_while_it_opens_leaves_no_mark(twin: Any, make: Any) ->
         def _commitbus_parts(self) -> Any:
             raise Boom
 
+    assert bad.side_effects_bus is not None  # what it collects has a bus of its own by now: it needs a mark
     bad.__class__ = Broken
     with pytest.raises(Boom):
         multi.savepoint()

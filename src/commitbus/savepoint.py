@@ -99,10 +99,12 @@ class Savepoint:
     # these; and for each multi bus, by its identity, the delayed buses that were registered.
     # And: whether a rollback was begun and, while it runs, the thread that runs it; and the buses, by identity, in
     # which it has dropped what was published since: what comes after that is newer.
+    # And what the compiled twin covers without marks, or None.
     __slots__ = (
         "__weakref__",
         "_begun",
         "_bus",
+        "_covered",
         "_delayed",
         "_dropped",
         "_number",
@@ -116,6 +118,7 @@ class Savepoint:
             raise _messages.not_for_savepoints(bus)
         self._bus: Any = bus
         self._begun = False
+        self._covered: Any = None
         self._dropped: set[int] = set()
         self._number = next(numbers)  # in the order in which they were opened
         self._thread: int | None = None
@@ -157,8 +160,8 @@ class Savepoint:
         """
         with _lock.lock:
             self._check()
-            for multi, known in list(self._registered.values()):
-                self._check_new(delayed for delayed in multi._commitbus_get() if id(delayed) not in known)
+            for multi, _ in list(self._registered.values()):
+                self._check_new(self._new_in(multi))
         # In this order: one that was begun and runs in no thread is taken for one that an interrupt has stopped.
         self._thread = get_ident()
         self._begun = True
@@ -206,9 +209,13 @@ class Savepoint:
         self.rollback()
 
     def _find_later(self) -> Savepoint | None:
+        if self._covered is not None:
+            with _lock.lock:
+                if (later := self._covered.later()) is not None:
+                    return cast("Savepoint", later)
         stores = list(self._stores)
-        for multi, known in self._registered.values():
-            stores += _stores_in(one for one in multi._commitbus_get() if id(one) not in known)
+        for multi, _ in list(self._registered.values()):
+            stores += _stores_in(self._new_in(multi))
         for store in stores:
             marks = open_marks(store)
             if marks is not None and marks[-1].savepoint._number > self._number:
@@ -225,13 +232,15 @@ class Savepoint:
 
     def _cover(self, bus: Any) -> None:
         """Mark a bus and all that are in it, each once."""
-        if is_delayed(bus):
+        # As Shown buses, they have these: `is_delayed` and `holds_buses` look at anything.
+        if bus._commitbus_delayed:
             self._cover_delayed(bus)
-        elif holds_buses(bus):
+        elif bus._commitbus_multi:
             self._cover_buses(bus, [])
         else:
-            self._mark(bus, None)
-            self._place(bus, None)
+            # Marked first, and measured then, as below.
+            mark = self._mark(bus, None)
+            mark.start = bus._commitbus_mark()[0]
 
     def _cover_delayed(self, delayed: Any) -> None:
         actual, collected = delayed._commitbus_parts()
@@ -265,19 +274,33 @@ class Savepoint:
             self._registered[id(multi)] = (multi, {})
             self._mark(multi, None)
         _, known = self._registered[id(multi)]
-        # Also those of an apply that is under way, whose turn may be still to come. Registered ones are looked at
-        # before and after these: another thread may take them, or put them back.
-        before = multi._commitbus_get()
-        running = [delayed for batch in multi._commitbus_running() for delayed in batch]
-        for delayed in (*before, *multi._commitbus_get(), *collected, *running):
+        for delayed in (*multi._commitbus_to_cover(self), *collected):
             # A pair that was put on a side_effects_bus by hand is an event among the buses.
             if is_delayed(delayed) and id(delayed) not in known:
                 known[id(delayed)] = delayed
                 self._cover_delayed(delayed)
 
-    def _mark(self, store: Any, delayed: Any) -> None:
-        store._commitbus_marks = (*(store._commitbus_marks or ()), Mark(self, delayed))
+    def _adopt(self, multi: Any, delayed: Any, dropped: bool) -> None:
+        """Take over, before a mark is made for it, what the compiled twin has covered without one."""
+        self._registered[id(multi)][1][id(delayed)] = delayed
+        self._delayed.append(delayed)
+        self._stores.append(delayed._commitbus_parts()[0])
+        if dropped:
+            self._dropped.add(id(delayed))
+
+    def _new_in(self, multi: Any) -> list[Any]:
+        """List what was registered with a multi bus since."""
+        _, known = self._registered[id(multi)]
+        # What the compiled twin covers are buses of one multi bus, the outermost; it knows a faster way.
+        new: list[Any] = multi._commitbus_get() if self._covered is None else self._covered.new_in(multi)
+        return [delayed for delayed in new if id(delayed) not in known]
+
+    def _mark(self, store: Any, delayed: Any) -> Mark:
+        mark = Mark(self, delayed)
+        marks = store._commitbus_marks
+        store._commitbus_marks = (mark,) if marks is None else (*marks, mark)
         self._stores.append(store)
+        return mark
 
     def _mark_collected(self, delayed: Any) -> None:
         """Mark what a delayed bus has collected, once."""
@@ -290,10 +313,6 @@ class Savepoint:
 
     def _place(self, store: Any, delayed: Any) -> None:
         """Say where the mark of a bus is: all that is in it by now is older."""
-        *others, last = cast("tuple[Mark, ...]", store._commitbus_marks)
-        if delayed is None and last.savepoint is self:
-            store._commitbus_marks = (*others, last.at(store._commitbus_mark()[0]))
-            return
         measured = (-1, -1)
         while measured != (now := _measure(store, delayed)):  # a finalizer may have collected in between
             measured = collected, start = now
@@ -308,6 +327,8 @@ class Savepoint:
     def _check(self) -> None:
         if self._bus is None:
             raise _messages.savepoint_ended()
+        if self._covered is not None and (later := self._covered.later()) is not None:
+            raise _messages.savepoint_not_last(self, later)
         for store in self._stores:
             marks = store._commitbus_marks
             # Else the last one may be of a savepoint that an interrupt has ended.
@@ -324,6 +345,9 @@ class Savepoint:
     def _end(self) -> None:
         # This ends it: what an interrupt leaves of its marks is passed by.
         self._bus = None
+        if self._covered is not None:
+            with _lock.lock:
+                self._covered.end()
         for delayed in self._delayed:
             _, collected = delayed._commitbus_parts()
             if collected is not None:
@@ -337,6 +361,7 @@ class Savepoint:
         self._stores.clear()
         self._delayed.clear()
         self._registered.clear()
+        self._covered = None
 
     def _drop(self, bus: Any, done: set[int]) -> list[Any]:
         """Drop what was published since, in a bus and all that are in it, and give it; `done` are multi buses."""
@@ -383,9 +408,15 @@ class Savepoint:
         done.add(id(multi))
         _, known = self._registered[id(multi)]
         dropped: list[Any] = []
-        for delayed in known.values():
+        if self._covered is not None:
+            with _lock.lock:
+                if known:  # all of them the same way, for the order of what was dropped
+                    self._covered.make_marks()
+                dropped += self._covered.drop()
+        place = {id(delayed): number for number, delayed in enumerate(multi._commitbus_get())} if len(known) > 1 else {}
+        for delayed in sorted(known.values(), key=lambda one: place.get(id(one), -1)):
             dropped += self._drop_delayed(delayed, done)
-        new = {id(delayed): delayed for delayed in multi._commitbus_get() if id(delayed) not in known}
+        new = {id(delayed): delayed for delayed in self._new_in(multi)}
         for delayed in new.values():
             dropped += self._let_go(delayed, multi) if is_delayed(delayed) else [delayed]
         # Last: an interrupt before leaves buses registered that are empty, and none that nobody would apply.
@@ -398,7 +429,7 @@ class Savepoint:
     def _let_go(self, delayed: Any, multi: Any) -> list[Any]:
         """Let go of a bus that was registered since, and drop all that is in it."""
         actual, collected = delayed._commitbus_parts()
-        if any(one is delayed for one in self._delayed):
+        if any(one is delayed for one in self._delayed) or (self._covered is not None and self._covered.holds(delayed)):
             return []  # it was in another multi bus before: that one sees to it
         if self._covers(delayed):
             # What it wraps is in another delayed bus, too, which was there before: that one sees to it.

@@ -17,6 +17,8 @@ cdef class DelayedStore(Source):
     cdef PairStore collected
     # For `MultiStore.put_back`, within one call: whether it is among those that failed.
     cdef bint failed
+    # The number of the savepoint, plus one, whose `Cover` has covered it last.
+    cdef size_t cover_number
     cdef object __weakref__
 
     cdef int enclose(self, EventStore actual) except -1

@@ -21,6 +21,7 @@ from commitbus._compiled.event_bus cimport (
     class_flags,
     collects_itself,
     collects_plainly,
+    is_covered,
     make,
 )
 from commitbus._compiled.side_effects_bus cimport PairStore
@@ -61,7 +62,7 @@ cdef class DelayedStore(Source):
         # Every AbstractEventBus is one, and this check takes no time.
         if not isinstance(actual_event_bus, EventStore):
             raise _messages.not_a_bus(actual_event_bus)
-        if self.actual is not None and self.actual._commitbus_marks is not None and covering(self.actual, self):
+        if self.actual is not None and is_covered(self.actual) and covering(self.actual, self):
             check_open(self.actual)
         if self.collected is not None and self.collected.items():
             raise _messages.still_collected(self)
@@ -140,7 +141,7 @@ cdef class DelayedStore(Source):
         if rounds != 1:
             return events_of(apply_all(self.collecting(), self, commit, robust, rounds, gathering_of(actual)))
         if store is None:
-            if actual._commitbus_marks is not None and covering(actual, self):
+            if is_covered(actual) and covering(actual, self):
                 check_open(actual)
             return []
         if robust:
@@ -195,12 +196,12 @@ cdef class DelayedStore(Source):
             made = make(SIDE_EFFECTS)
             made.wraps = actual
             made.collector = PyWeakref_NewRef(self, None)
-            if actual._commitbus_marks is None:
+            if not is_covered(actual):
                 self.keep_first(made)
             # Looked at after it was kept: else a savepoint that is opened meanwhile would not see it.
-            if actual._commitbus_marks is not None:
+            if is_covered(actual):
                 with _lock.lock:
-                    made._commitbus_marks = covering(actual, self)
+                    made.marks = covering(actual, self)
                     self.keep_first(made)
         return self.collected
 
@@ -219,10 +220,10 @@ cdef class DelayedStore(Source):
         cdef bint stored = False
         if collects_itself(actual):
             return self.collect_overridden(commit)
-        if not collects_plainly(actual) or actual._commitbus_marks is not None:
+        if not collects_plainly(actual) or is_covered(actual):
             return self.collect_with_care(commit)
         with cython.critical_section(actual):
-            if actual._commitbus_marks is None:
+            if not is_covered(actual):
                 items = actual.remove(&head)
                 stored = True
         if not stored:  # another thread has opened a savepoint meanwhile
@@ -233,7 +234,7 @@ cdef class DelayedStore(Source):
             copied = items[head:]
             events = items if head == 0 else items[head:]
             with cython.critical_section(actual):
-                stored = actual._commitbus_marks is None
+                stored = not is_covered(actual)
                 if stored:
                     store.extend(events)
             if not stored:  # opened since: what was taken is older
@@ -256,7 +257,7 @@ cdef class DelayedStore(Source):
         collecting = None
         try:
             with _lock.lock:  # no savepoint is opened meanwhile, or rolled back
-                if actual._commitbus_marks is not None:
+                if is_covered(actual):
                     collecting = Collecting(actual, self)
                     items = actual.take_within(&head, begun_anew(actual))
                 else:
@@ -299,7 +300,7 @@ cdef class DelayedStore(Source):
             copied = list(items)
             if copied:
                 store.extend(items)
-            actual._commitbus_marks = marks
+            actual.marks = marks
         return copied
 
     cdef list collect_overridden(self, object commit):
@@ -363,7 +364,7 @@ cdef class DelayedStore(Source):
         cdef bint multi = self.actual.is_multi()
         cdef PairStore store
         cdef list applied
-        if self.actual._commitbus_marks is not None:
+        if is_covered(self.actual):
             check_open(self.actual)
         if self.collected is None and collects_plainly(self.actual):
             # The direct path: nobody can have seen what was never collected. From now on an event registers
@@ -388,7 +389,7 @@ cdef class DelayedStore(Source):
         """
         cdef list taken
         # As in `turn`.
-        if self.actual._commitbus_marks is not None:
+        if is_covered(self.actual):
             check_open(self.actual)
         mixed[0] = False
         if self.collected is None and collects_plainly(self.actual):
@@ -493,6 +494,7 @@ class DelayedEventBus(DelayedStore, Shown, _state.Stateful, EventBus[T]):
 
     __module__ = "commitbus.delayed_event_bus"
     __signature__ = ClassSignature("actual_event_bus")
+    _commitbus_delayed = True
 
 
 cdef object SIDE_EFFECTS = SideEffectsBus

@@ -17,7 +17,7 @@ cdef enum:
 # | EventStore   | pending, left, head      | an event is in one place: append, extend, take (which looks for marks   |
 # |              |                          | in the same section), put_back, items, cut, bring_back                  |
 # | EventStore   | owner, wrapper           | who takes the owner registers: register, link, hold                     |
-# | EventStore   | _commitbus_marks         | written with `commitbus._lock.lock` held as well; read by take          |
+# | EventStore   | marks, cover             | written with `commitbus._lock.lock` held as well; read by take          |
 # | MultiStore   | running, others          | which batches run: begin, finish, _commitbus_running                    |
 # | DelayedStore | owner, linked, collected | let_go, link, hold, register; `collected` is set once                   |
 # | Surrounding  | stack                    | which middleware there is, read once an apply                           |
@@ -34,8 +34,10 @@ cdef class EventStore(Source):
     # references, as nobody else could apply them. The next event registers the one with the other.
     cdef object owner
     cdef object wrapper
-    # The marks of the savepoints that are open, in a tuple: see `commitbus.savepoint`. Mostly None.
-    cdef public object _commitbus_marks
+    # The marks of the savepoints that are open, in a tuple: see `commitbus.savepoint`. Mostly None. And what covers it
+    # without one, so far: a `Cover`, or None. Who looks at `_commitbus_marks` has marks made of that.
+    cdef tuple marks
+    cdef object cover
     # For `commitbus.integrations.sqlalchemy`: the buses of the session that has wrapped it, by a weak reference.
     cdef public object _commitbus_claim
     cdef object __weakref__
@@ -68,6 +70,11 @@ cdef class CallableStore(EventStore):
     # Never used. Python takes the C methods of the base whose memory differs from the others', and of the first
     # base where none does: a mixin of `AbstractEventBus`, before this one, would bring those of `EventStore`.
     cdef bint differs
+
+
+cdef inline bint is_covered(EventStore bus) noexcept:
+    """Whether a savepoint covers a bus."""
+    return bus.marks is not None or bus.cover is not None
 
 
 cdef int class_flags(object bus) except -1

@@ -51,6 +51,15 @@ cdef extern from *:
 cdef tuple EMPTY = ()
 # What stands for an argument that was not given.
 cdef object MISSING = _messages.MISSING
+# Makes marks of what covers a bus: in `savepoints`, which builds on this module.
+cdef object MAKE_MARKS = None
+
+
+def use_covers(function):
+    """Have a function make marks of what covers a bus."""
+    global MAKE_MARKS
+    MAKE_MARKS = function
+
 # The extension types below, and those of the modules that build on this one.
 EXTENSION_TYPES = set()
 
@@ -264,14 +273,25 @@ cdef class EventStore(Source):
             raise
         return 0
 
+    @property
+    def _commitbus_marks(self):
+        """The marks of the savepoints that are open, in a tuple, or None."""
+        if self.cover is not None:
+            MAKE_MARKS(self)
+        return self.marks
+
+    @_commitbus_marks.setter
+    def _commitbus_marks(self, tuple marks):
+        self.marks = marks
+
     cdef list take(self, Py_ssize_t* head):
         cdef list taken = None
         cdef bint done = False
         while not done:
-            if self._commitbus_marks is not None:
+            if is_covered(self):
                 check_open(self)
             with cython.critical_section(self):
-                if self._commitbus_marks is None:  # else another thread has opened one meanwhile
+                if not is_covered(self):  # else another thread has opened one meanwhile
                     taken = self.remove(head)
                     done = True
         return taken
@@ -280,8 +300,8 @@ cdef class EventStore(Source):
         cdef list taken
         with cython.critical_section(self):
             taken = self.remove(head)
-            if self._commitbus_marks is not None:
-                self._commitbus_marks = marks or None
+            if self.marks is not None:
+                self.marks = marks or None
         return taken
 
     cdef list remove(self, Py_ssize_t* head):
@@ -316,7 +336,7 @@ cdef class EventStore(Source):
         return self.pending is not None or self.left is not None
 
     cdef bint goes_on(self) noexcept:
-        return self.holds_any() or self._commitbus_marks is not None
+        return self.holds_any() or is_covered(self)
 
     cdef bint holds_buses(self) noexcept:
         return self.is_multi()
@@ -391,7 +411,7 @@ cdef class EventStore(Source):
             raise _messages.missing_arguments("AbstractEventBus.collect", "commit")
         collect_event = look_up(self, "_collect_event", &method)
         cdef list items, batch
-        if self._commitbus_marks is not None and may_collect(self):
+        if is_covered(self) and may_collect(self):
             with _lock.lock:  # no savepoint is opened meanwhile
                 items = self.take_within(&head, begun_anew(self))
         else:
@@ -471,7 +491,7 @@ cdef class EventStore(Source):
                 del self.left[begin:]
                 if self.head >= PyList_GET_SIZE(self.left):
                     self.left = None
-            self._commitbus_marks = marks
+            self.marks = marks
 
     def savepoint(self):
         """Begin a block whose events are dropped when it is left by an exception."""
@@ -595,6 +615,7 @@ class AbstractEventBus(EventStore, Shown, _state.Stateful, EventBus[T]):
     __slots__ = ()
     applies_before_commit = False
     _commitbus_awaited = False
+    _commitbus_delayed = False
     _commitbus_multi = False
 
     @abstractmethod

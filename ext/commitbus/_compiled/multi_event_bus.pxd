@@ -9,6 +9,7 @@ cdef class MultiStore(EventStore):
 
     cdef list gather(self, object commit, object robust, object rounds)
     cdef bint is_plain(self, bint awaited) except -1
+    cdef list items_from(self, Py_ssize_t position)
     cdef int begin(self, list batch) except -1
     cdef int finish(self, list batch) except -1
     # Gives 1 where the bus keeps what failed in it.

@@ -6,6 +6,7 @@ cimport cython
 from cpython.contextvars cimport PyContextVar_Reset, PyContextVar_Set
 from cpython.object cimport PyObject
 from cpython.weakref cimport PyWeakref_NewRef
+from libc.stdlib cimport free, malloc
 
 from commitbus._compiled.batch cimport Progress, apply_all, carry_out, check, events_of
 from commitbus._compiled.delayed_event_bus cimport DelayedStore
@@ -16,19 +17,20 @@ from commitbus._compiled.event_bus cimport (
     PUBLISH_IS_OURS,
     EventStore,
     class_flags,
+    is_covered,
     make,
 )
 
-from commitbus import _messages
+from commitbus import _lock, _messages
 from commitbus._compiled.delayed_event_bus import DelayedEventBus
-from commitbus._compiled.event_bus import EXTENSION_TYPES, AbstractEventBus
+from commitbus._compiled.event_bus import EXTENSION_TYPES, AbstractEventBus, use_covers
 from commitbus._context import committed as _committed
 from commitbus._context import gathering, gathering_of
 from commitbus._interfaces import EventBusOrchestrator, iterate
 from commitbus._looking import events_to_apply
 from commitbus._rounds import check_rounds
 from commitbus._unit_of_work import Rest, Yielded, apply_before_commit, check_callbacks
-from commitbus.savepoint import numbers, refuse_open
+from commitbus.savepoint import Mark, numbers, refuse_open
 
 # What stands for an argument that was not given.
 cdef object MISSING = _messages.MISSING
@@ -146,6 +148,15 @@ cdef class MultiStore(EventStore):
             if not ours:
                 gathering.set(outer)
         return 0
+
+    cdef list items_from(self, Py_ssize_t position):
+        """Copy what is registered from a position on."""
+        cdef Py_ssize_t left = 0
+        if self.left is not None:
+            left = PyList_GET_SIZE(self.left) - self.head
+        if position < left or self.pending is None:
+            return self.items()[position:]
+        return self.pending[position - left:]
 
     cdef int begin(self, list batch) except -1:
         """Note that a batch runs, for a savepoint that a handler opens."""
@@ -277,14 +288,14 @@ cdef class MultiStore(EventStore):
         cdef int flags
         cdef DelayedStore delayed
         cdef EventStore actual
-        cdef bint plain = self._commitbus_marks is None and self.left is None
+        cdef bint plain = not is_covered(self) and self.left is None
         with cython.critical_section(self):
             for i in range(0 if self.pending is None or not plain else PyList_GET_SIZE(self.pending)):
                 delayed = <DelayedStore>PyList_GET_ITEM(self.pending, i)
                 actual = delayed.actual
-                if actual is None or actual._commitbus_marks is not None:
+                if actual is None or is_covered(actual):
                     plain = False
-                elif delayed.collected is not None and delayed.collected._commitbus_marks is not None:
+                elif delayed.collected is not None and is_covered(delayed.collected):
                     plain = False
                 else:
                     flags = class_flags(actual)
@@ -307,6 +318,13 @@ cdef class MultiStore(EventStore):
     def _commitbus_take_turn(self, delayed, commit, failures, out):
         """Apply one bus; true where something failed in it, in a robust apply."""
         return bool(self.turn(delayed, PyWeakref_NewRef(self, None), commit, failures, out))
+
+    def _commitbus_to_cover(self, savepoint):
+        """Cover the plain buses that are registered by a savepoint, and give the others: they need marks.
+
+        To be called in the lock of the savepoints.
+        """
+        return cover_plain(self, savepoint)
 
     def _commitbus_running(self):
         """Copy the batches of buses that applies have taken and not finished."""
@@ -422,6 +440,222 @@ cdef int apply_overridden(DelayedStore delayed, object ref, object commit, bint 
     if out is not None and not actual.is_multi():
         out.extend(events)
     return 0
+
+
+# Savepoints
+
+
+cdef enum:
+    MADE = -1  # into a mark
+    DROPPED = -2
+
+
+@cython.final
+cdef class Cover:
+    """What a savepoint covers of a multi bus: its plain buses, in one pass, and without an object for each.
+
+    Where anything but publishing comes to one of them, a mark is made for it first, as all others have from the
+    beginning: see `commitbus.savepoint`. What is here is called in the lock of the savepoints.
+    """
+
+    cdef object savepoint
+    cdef MultiStore multi
+    # How many of these had been made, this one included.
+    cdef size_t number
+    # The delayed buses that were registered; what covered the bus in each before; and where what was published on that
+    # since begins, or what became of it.
+    cdef Py_ssize_t count
+    cdef list delayed, below
+    cdef Py_ssize_t* starts
+    # Whether a mark was made for one of them.
+    cdef readonly bint mixed
+
+    def __dealloc__(self):
+        free(self.starts)
+
+    cdef int add(self, list buses, Py_ssize_t position, size_t number, list rest) except -1:
+        """Cover the buses of a list, from a position on, or add them to the rest. No Python code runs."""
+        cdef DelayedStore delayed
+        cdef EventStore actual
+        for position in range(position, 0 if buses is None else PyList_GET_SIZE(buses)):
+            delayed = <DelayedStore>PyList_GET_ITEM(buses, position)
+            actual = delayed.actual
+            self.delayed[self.count] = delayed
+            self.starts[self.count] = MADE
+            if actual is None or actual.is_multi() or actual.marks is not None or delayed.collected is not None:
+                rest.append(delayed)
+            elif delayed.cover_number != number:  # else it is registered twice
+                delayed.cover_number = number
+                self.below[self.count] = actual.cover
+                with cython.critical_section(actual):
+                    self.starts[self.count] = 0 if actual.pending is None else PyList_GET_SIZE(actual.pending)
+                    actual.cover = self
+            self.count += 1
+        return 0
+
+    def holds(self, DelayedStore delayed):
+        """Whether it covers what a delayed bus wraps through that."""
+        return any(one is delayed for one in self.delayed)
+
+    def new_in(self, MultiStore multi):
+        """List what was registered with a multi bus since or, where it covers another one, all of that."""
+        if multi is self.multi and self.count:
+            if self.is_beginning():  # as mostly: nothing but registering has come
+                return multi.items_from(self.count)
+            known = {id(self.delayed[i]) for i in range(self.count)}
+            return [delayed for delayed in multi.items() if id(delayed) not in known]
+        return multi.items()
+
+    cdef bint is_beginning(self) noexcept:
+        """Whether what is registered begins with what was then."""
+        cdef MultiStore multi = self.multi
+        cdef Py_ssize_t i = 0, j
+        if registered(multi) < self.count:
+            return False
+        if multi.left is not None:
+            for j in range(multi.head, PyList_GET_SIZE(multi.left)):
+                if i < self.count and PyList_GET_ITEM(multi.left, j) != PyList_GET_ITEM(self.delayed, i):
+                    return False
+                i += 1
+        j = 0
+        while i < self.count:
+            if PyList_GET_ITEM(multi.pending, j) != PyList_GET_ITEM(self.delayed, i):
+                return False
+            i += 1
+            j += 1
+        return True
+
+    def later(self):
+        """Give a savepoint that was opened later, covers one of the buses, and is open; or None."""
+        cdef Py_ssize_t i = 0
+        cdef EventStore actual
+        cdef Cover other
+        while i < self.count and covers_made != self.number:
+            actual = (<DelayedStore>PyList_GET_ITEM(self.delayed, i)).actual
+            if self.starts[i] != MADE and actual.cover is not self:
+                other = actual.cover
+                if other.savepoint._bus is not None:
+                    return other.savepoint
+                other.end()  # an interrupt has kept it from that
+            else:
+                i += 1
+        return None
+
+    def end(self):
+        """Cover nothing any more."""
+        cdef Py_ssize_t i
+        cdef EventStore actual
+        cdef list above = []
+        for i in reversed(range(self.count)):
+            if self.starts[i] != MADE:
+                actual = (<DelayedStore>PyList_GET_ITEM(self.delayed, i)).actual
+                if actual.cover is self:
+                    with cython.critical_section(actual):
+                        actual.cover = <object>PyList_GET_ITEM(self.below, i)
+                    self.starts[i] = MADE
+                else:
+                    above.append(actual)
+        for actual in above:  # by one that an interrupt has left; what has ended is left out of marks
+            make_marks(actual)
+        self.count = 0
+        self.delayed, self.below = [], []
+
+    def drop(self):
+        """Drop what was published since, and give it."""
+        cdef Py_ssize_t i
+        cdef list dropped = []
+        cdef EventStore actual
+        for i in range(self.count):
+            if self.starts[i] >= 0:
+                actual = (<DelayedStore>PyList_GET_ITEM(self.delayed, i)).actual
+                if actual.pending is not None and PyList_GET_SIZE(actual.pending) > self.starts[i]:
+                    dropped += actual._commitbus_cut(self.starts[i], ())
+                if self.starts[i] != MADE:  # by a finalizer, meanwhile
+                    self.starts[i] = DROPPED
+        return dropped
+
+    def make_marks(self):
+        """Make marks for all."""
+        cdef Py_ssize_t i
+        for i in range(self.count):
+            if self.starts[i] != MADE:
+                make_marks((<DelayedStore>PyList_GET_ITEM(self.delayed, i)).actual)
+
+
+cdef size_t covers_made = 0
+
+
+cdef list cover_plain(MultiStore multi, object savepoint):
+    """Cover the plain buses that are registered, and give the others, and those whose turn is under way."""
+    global covers_made
+    cdef Cover cover = Cover.__new__(Cover)
+    cdef Py_ssize_t size = -1
+    cdef size_t number = savepoint._number + 1  # a delayed bus that was never covered has 0
+    cdef list rest = []
+    if savepoint._covered is not None:  # that of the outer multi bus
+        return [*multi.items(), *(delayed for batch in multi._commitbus_running() for delayed in batch)]
+    covers_made += 1
+    cover.number = covers_made
+    cover.savepoint = savepoint
+    cover.multi = multi
+    while size != registered(multi):  # making the lists may run a finalizer, and that may register more
+        size = registered(multi)
+        cover.delayed = [None] * size
+        cover.below = [None] * size
+    cover.starts = <Py_ssize_t*>malloc(max(size, 1) * sizeof(Py_ssize_t))
+    if cover.starts is NULL:
+        raise MemoryError
+    savepoint._covered = cover  # who ends that ends this, however far it comes
+    cover.add(multi.left, multi.head, number, rest)
+    cover.add(multi.pending, 0, number, rest)
+    for batch in multi._commitbus_running():
+        rest += batch
+    return rest
+
+
+cdef Py_ssize_t registered(MultiStore multi) noexcept:
+    cdef Py_ssize_t count = 0
+    if multi.left is not None:
+        count += PyList_GET_SIZE(multi.left) - multi.head
+    if multi.pending is not None:
+        count += PyList_GET_SIZE(multi.pending)
+    return count
+
+
+def make_marks(EventStore bus):
+    """Make marks of all that covers a bus."""
+    cdef Cover cover
+    cdef Py_ssize_t i
+    cdef list found = [], marks = []
+    cdef tuple made
+    with _lock.lock:
+        top = bus.cover
+        cover = top
+        while cover is not None:
+            below = None
+            for i in reversed(range(cover.count)):
+                if cover.starts[i] != MADE and (<DelayedStore>PyList_GET_ITEM(cover.delayed, i)).actual is bus:
+                    found.append((cover, i))
+                    below = <object>PyList_GET_ITEM(cover.below, i)
+            cover = below
+        for cover, i in reversed(found):
+            if cover.savepoint._bus is not None:
+                delayed = cover.delayed[i]
+                dropped = cover.starts[i] == DROPPED
+                marks.append(Mark(cover.savepoint, delayed, 0 if dropped else cover.starts[i]))
+                cover.savepoint._adopt(cover.multi, delayed, dropped)
+        made = (bus.marks or ()) + tuple(marks)
+        if bus.cover is not top:  # a finalizer has come here meanwhile
+            return
+        for cover, i in found:
+            cover.starts[i] = MADE
+            cover.mixed = True
+        with cython.critical_section(bus):
+            bus.marks = made or None
+            bus.cover = None
+
+
+use_covers(make_marks)
 
 
 EXTENSION_TYPES.add(MultiStore)

@@ -96,6 +96,7 @@ class DelayedEventBus(Home, Shown, _state.Stateful, EventBus[T], Generic[T]):
     """
 
     __module__ = "commitbus.delayed_event_bus"
+    _commitbus_delayed = True
 
     # _direct: whether publishing appends to the wrapped bus's pending list
     # _owner: the multi bus that let go of this bus last, where its next event registers it again; weak, as

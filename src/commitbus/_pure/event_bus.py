@@ -99,6 +99,7 @@ class AbstractEventBus(Source, Shown, _state.Stateful, EventBus[T], Generic[T]):
     applies_before_commit: ClassVar[bool] = False
     _commitbus_plain = ATOMIC  # whether apply needs neither a lock nor a context nor middleware
     _commitbus_awaited = False  # whether its handlers are awaited
+    _commitbus_delayed = False
     _commitbus_multi = False  # isinstance() takes a detour through `abc`
     _commitbus_keeps_events = True  # whether what is pending are the events themselves
 

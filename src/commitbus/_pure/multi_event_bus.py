@@ -390,6 +390,14 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
         """Apply one bus; true where something failed in it, in a robust apply."""
         return self._commitbus_turn(delayed, weakref.ref(self), commit, failures, out) is AGAIN
 
+    def _commitbus_to_cover(self, savepoint: object) -> list[Any]:  # noqa: ARG002
+        """Give the buses that a savepoint has to mark."""
+        # Also those of an apply that is under way, whose turn may be still to come. Registered ones are looked at
+        # before and after these: another thread may take them, or put them back.
+        before = self._commitbus_items()
+        running = [delayed for batch in self._commitbus_running() for delayed in batch]
+        return [*before, *self._commitbus_items(), *running]
+
     def _commitbus_running(self) -> list[list[Any]]:
         """Copy the batches of buses that applies have taken and not finished."""
         batches = [batch for multi, batch in list(OTHERS.values()) if multi is self]

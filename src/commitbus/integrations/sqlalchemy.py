@@ -202,7 +202,8 @@ class SessionBuses(AsyncMultiEventBus):
         self._many = 64  # from how many on those that are gone are left out
         # Each bus that is wrapped keeps this, as its claim.
         self._claim: weakref.ref[SessionBuses] = weakref.ref(self, partial(_drop_of_freed, self._wrapped))
-        self.has_outbox: bool = False  # whether a bus that belongs to the transaction was ever wrapped
+        # Whether a bus that belongs to the transaction was ever wrapped, and one that may have to be awaited.
+        self.has_outbox = self.has_awaited = False
         self.is_closed: bool = False  # others may wrap what this one has wrapped
 
     def wrap(self, event_bus: AbstractEventBus[T]) -> DelayedEventBus[T]:
@@ -223,6 +224,8 @@ class SessionBuses(AsyncMultiEventBus):
         delayed = MultiEventBus.wrap(self, event_bus)
         if bus.applies_before_commit or bus._commitbus_multi:
             self.has_outbox = True
+        if bus._commitbus_awaited or bus._commitbus_multi:
+            self.has_awaited = True
         if takes_over:  # an event on the bus itself would register it there
             cast("Any", delayed)._commitbus_let_go(self._claim)
         if claim is not self._claim:
@@ -317,6 +320,8 @@ class _Bound:
             for transaction in list(self.savepoints):
                 if transaction not in still_open:  # somebody's listener, before this one, has hidden its end
                     self.end_savepoint(transaction)
+        if session.in_nested_transaction() and not self.buses.has_awaited:
+            return  # what is registered by hand is seen to at the outermost commit
         plainly = self.is_plain()
         if not plainly and not in_greenlet() and (bus := self.asynchronous()) is not None:
             raise _messages.not_applied_in_commit(bus)
