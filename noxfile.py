@@ -155,6 +155,9 @@ def bench(session: nox.Session) -> None:
     quiet = [] if any(option.startswith("--benchmark-compare") for option in options) else ["--benchmark-quiet"]
     turns = ["--turns=5", "--benchmark-disable-gc", "-q", "--no-header", *quiet, f"--benchmark-save={version}"]
     session.run("python", "-m", "pytest", "benchmarks", *turns, *options)
+    # A process has the integrations of one twin.
+    pure = [*turns[:-1], f"--benchmark-save={version}-pure", "-k", "awaited or session or commit or django"]
+    session.run("python", "-m", "pytest", "benchmarks/test_doors.py", *pure, env={"COMMITBUS_NO_EXTENSIONS": "1"})
     report = ["python", "-m", "benchmarks.report", version]
     if "--report" in session.posargs:
         words = [f"'{word}'" if " " in word else word for word in session.posargs]

@@ -26,12 +26,12 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 def test_it_says_what_runs_and_measures_it() -> None:
     done = run("--seconds", "0.1")
     assert done.returncode == 0, done.stderr
-    first, _, header, request, batch = done.stdout.splitlines()
+    first, _, header, unit_of_work, batch = done.stdout.splitlines()
     python = f"{platform.python_implementation()} {platform.python_version()}"
     assert first.startswith(f"commitbus {commitbus.__version__} on {python}: the ")
     assert header.split()[:5] == ["time", "per", "event,", "in", "ns"]
     assert header.split()[5:] == [*TWINS, "ratio"]
-    assert request.startswith("a request: 3 buses of 2 events")
+    assert unit_of_work.startswith("a unit of work: 3 buses of 2 events")
     assert batch.startswith("a batch: 20 buses of 100 events")
     assert batch.split()[-1].endswith("x") != PURE_ONLY
 
@@ -94,6 +94,23 @@ def theirs(tmp_path: Path) -> Path:
     (package / "event_bus.py").write_text(EVENT_BUS)
     (package / "multi_event_bus.py").write_text(MULTI_EVENT_BUS)
     return tmp_path / "old"
+
+
+UNIT_OF_WORK = """
+from contextlib import contextmanager
+@contextmanager
+def use_orchestrator_or_create_multi_event_bus(event_bus_orchestrator, commit):
+    buses = event_bus_orchestrator or MultiEventBus()
+    yield buses, lambda: buses.apply(commit)
+"""
+
+
+def test_against_a_unit_of_work(theirs: Path) -> None:
+    """Where it has one, as it has been used."""
+    with (theirs / "shared" / "event_bus" / "multi_event_bus.py").open("a") as file:
+        file.write(UNIT_OF_WORK)
+    report = json.loads(run("--json", "--seconds", "0.1", "--against", str(theirs)).stdout)
+    assert set(report["ns_per_event"]["a unit of work: 3 buses of 2 events"]) == {"yours", *TWINS}
 
 
 @pytest.mark.parametrize("where", ["", "shared/event_bus"])

@@ -21,14 +21,17 @@ from commitbus import _against, _select
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+# The second is what remains of the first where somebody's own has no unit of work.
+UNIT_OF_WORK, REQUEST = "a unit of work: 3 buses of 2 events", "a request: 3 buses of 2 events"
 # What a job does, how many times it publishes an event, and how many times it runs in one timing.
 JOBS = {
-    "a request: 3 buses of 2 events": (3, 2, 100),
+    UNIT_OF_WORK: (3, 2, 100),
+    REQUEST: (3, 2, 100),
     "a batch: 20 buses of 100 events": (20, 100, 1),
 }
 
 
-def make_job(candidate: Any, buses: int, events: int) -> Callable[[], object]:
+def make_job(row: str, candidate: Any, buses: int, events: int) -> Callable[[], object]:
     """Make one run of the main job: wrap, publish, apply."""
 
     class Bus(candidate.AbstractEventBus):
@@ -36,6 +39,17 @@ def make_job(candidate: Any, buses: int, events: int) -> Callable[[], object]:
             pass
 
     published = [object() for _ in range(events)]
+
+    def unit_of_work() -> None:
+        with candidate.use_orchestrator_or_create_multi_event_bus(None, True) as (multi, commit_and_execute):
+            for _ in range(buses):
+                publish = multi.wrap(Bus()).publish
+                for event in published:
+                    publish(event)
+            commit_and_execute()
+
+    if row == UNIT_OF_WORK:
+        return unit_of_work
     counts = hasattr(candidate.MultiEventBus, "apply_and_get_applied_events")
 
     def job() -> None:
@@ -55,12 +69,14 @@ def make_job(candidate: Any, buses: int, events: int) -> Callable[[], object]:
 def make_jobs(candidates: dict[str, Any], workload: Any) -> dict[str, tuple[dict[str, Callable[[], object]], int, int]]:
     """Make the jobs, each with how often it runs in one timing, and how many events it has; try each once."""
     jobs: dict[str, tuple[dict[str, Callable[[], object]], int, int]] = {}
-    rows = {"a call of the workload": (1, 1, 1)} if workload is not None else JOBS
+    rows = {"a call of the workload": (1, 1, 1)} if workload is not None else dict(JOBS)
+    all_have_it = all(hasattr(one, "use_orchestrator_or_create_multi_event_bus") for one in candidates.values())
+    rows.pop(REQUEST if all_have_it else UNIT_OF_WORK, None)
     for row, (buses, events, repeat) in rows.items():
         runs: dict[str, Callable[[], object]] = {}
         for name, candidate in candidates.items():
             try:
-                run = partial(workload, candidate) if workload is not None else make_job(candidate, buses, events)
+                run = partial(workload, candidate) if workload is not None else make_job(row, candidate, buses, events)
                 run()
             except Exception as error:
                 print(f"{name}: skipped in {row!r}: {type(error).__name__}: {error}", file=sys.stderr)

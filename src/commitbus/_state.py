@@ -81,7 +81,7 @@ def _slots(cls: type) -> list[str]:
     return names
 
 
-def _get_own(instance: Any) -> Any:
+def _get_own(instance: object) -> Any:
     """Give what a subclass keeps, as `object.__getstate__` would."""
     cls: Any = type(instance)
     if cls.__getstate__ is not object.__getstate__:

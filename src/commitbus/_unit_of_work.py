@@ -81,7 +81,8 @@ def apply_now(delayed: Any) -> list[Any]:
 class Rest:
     """What a unit of work does where it is not simply committed and applied. Either twin has the rest of the class."""
 
-    __slots__ = ()
+    if not TYPE_CHECKING:  # a type checker wants those of the twins here
+        __slots__ = ()
     buses: Any
     commit: bool
     commit_transaction: Callable[[], object] | None

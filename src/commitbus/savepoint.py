@@ -318,9 +318,7 @@ class Savepoint:
             measured = collected, start = now
             marks = cast("tuple[Mark, ...]", store._commitbus_marks)
             store._commitbus_marks = tuple(
-                Mark(self, delayed, start, collected)
-                if mark.savepoint is self and mark.delayed is delayed
-                else mark
+                Mark(self, delayed, start, collected) if mark.savepoint is self and mark.delayed is delayed else mark
                 for mark in marks
             )
 

@@ -51,7 +51,9 @@ cdef extern from *:
 cdef tuple EMPTY = ()
 # What stands for an argument that was not given.
 cdef object MISSING = _messages.MISSING
-# Makes marks of what covers a bus: in `savepoints`, which builds on this module.
+# The extension types below, and those of the modules that build on this one.
+EXTENSION_TYPES = set()
+# Makes marks of what covers a bus: of `multi_event_bus`, which builds on this module.
 cdef object MAKE_MARKS = None
 
 
@@ -59,9 +61,6 @@ def use_covers(function):
     """Have a function make marks of what covers a bus."""
     global MAKE_MARKS
     MAKE_MARKS = function
-
-# The extension types below, and those of the modules that build on this one.
-EXTENSION_TYPES = set()
 
 
 cdef object make(object cls):

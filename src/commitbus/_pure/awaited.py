@@ -1,4 +1,4 @@
-"""The loops of `commitbus.aio`: coroutines, which take from the buses what is to be applied and put back what is left."""
+"""The loops of `commitbus.aio`: coroutines that take events out of the buses, and put back what is left."""
 
 from __future__ import annotations
 

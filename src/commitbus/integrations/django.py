@@ -414,12 +414,13 @@ class _OnCommitDelayedEventBus(DelayedEventBus[T]):
         super().__init__(event_bus)
         self._on_commit = on_commit
         bus: Any = event_bus
-        other = bus._commitbus_follower()
+        other: Any = bus._commitbus_follower()
         self._owner = _DIRECT
         if type(other) is _OnCommitDelayedEventBus:  # the bus is wrapped by several, in several threads perhaps
             other._owner = self._owner = _direct_of(event_bus)
-            self._owner.add(other)
-            self._owner.add(self)
+            direct: Any = self._owner
+            direct.add(other)
+            direct.add(self)
         self.follow()
 
     def follow(self) -> None:
@@ -478,11 +479,12 @@ class _Direct(MultiEventBus):
 
         Where there is none, the event is left alone: no transaction has anything to do with it.
         """
-        for one in reversed(self._delayed):
-            if (delayed := one()) is not None:
-                self.publish(delayed)
-                return cast("DelayedEventBus[T]", delayed)
-        return cast("Any", None)
+        found: Any = None
+        for one in self._delayed:
+            found = one() or found
+        if found is not None:
+            self.publish(found)
+        return cast("DelayedEventBus[T]", found)
 
 
 _DIRECT = _Direct(None)  # of all buses that are wrapped once

@@ -161,17 +161,17 @@ def _plain(session: object) -> object:
 
 def _bound(session: object, function: str) -> _Bound:
     # By its type: a mock of a session has its class, and gives another mock for everything.
-    plain: Any = session if issubclass(type(session), Session) else _plain(session)
-    if not issubclass(type(plain), Session):
+    plain: object = session if issubclass(type(session), Session) else _plain(session)
+    if not isinstance(plain, Session) or not issubclass(type(plain), Session):
         raise _messages.not_a_session(function, plain)
     # On the session itself: a dictionary of all would keep one alive whose events refer to it.
-    kept: dict[str, Any] = vars(plain)
-    bound = kept.get("_commitbus_bound")
+    kept = vars(plain)
+    bound: Any = kept.get("_commitbus_bound")
     if function == "orchestrator" and getattr(kept.get("_close_state"), "name", None) == "CLOSED":
         raise InvalidRequestError(_messages.SESSION_CLOSED)
     if type(bound) is not _Bound:
         bound = kept["_commitbus_bound"] = _Bound(plain)
-    return bound
+    return cast("_Bound", bound)
 
 
 _INNER = {"commitbus", "sqlalchemy"}
@@ -409,7 +409,9 @@ class _Bound:
             token = committed.set(True)
             if in_greenlet():
                 await_only(self.buses.apply_async(True, robust=self.robust, rounds=self.rounds))
-            elif not self.is_plain() and (bus := self.asynchronous()) is not None:  # by a listener, after `before_commit` had looked
+            elif (
+                not self.is_plain() and (bus := self.asynchronous()) is not None
+            ):  # by a listener, after `before_commit` had looked
                 raise _messages.not_awaited_in_commit(bus)
             else:
                 self.buses.apply(True, robust=self.robust, rounds=self.rounds)
@@ -482,7 +484,6 @@ def _listen(name: str) -> None:
     list that a new one would change. Before the listeners of others: one that raises must not hide what became of the
     transaction.
     """
-
     method = getattr(_Bound, name)
 
     def listener(session: Session, *args: Any) -> None:
