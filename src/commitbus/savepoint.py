@@ -26,7 +26,7 @@ def __dir__() -> list[str]:
     return __all__
 
 
-numbers = count()  # each number is larger than those before
+numbers: count[int] = count()  # each number is larger than those before
 # The buses that a delayed bus collects within a savepoint, by identity, and the thread that does it: what user code
 # of another thread does meanwhile is refused.
 _collecting: dict[int, int] = {}
@@ -36,6 +36,11 @@ class Mark:
     """Where what was published since a savepoint begins, in one bus. Once it is placed, it is never changed."""
 
     __slots__ = ("collected", "delayed", "kept", "savepoint", "start")
+    savepoint: Savepoint
+    delayed: Any  # the delayed bus through which the savepoint covers this one, or None
+    start: int  # in what is pending
+    collected: int  # in what the delayed bus has collected
+    kept: tuple[tuple[int, int], ...]  # in that, where events begin, and how many, that are older than the savepoint
 
     def __init__(
         self,
@@ -45,11 +50,8 @@ class Mark:
         collected: int = 0,
         kept: tuple[tuple[int, int], ...] = (),
     ) -> None:
-        self.savepoint = savepoint
-        self.delayed = delayed  # the delayed bus through which the savepoint covers this one, or None
-        self.start = start  # in what is pending
-        self.collected = collected  # in what the delayed bus has collected
-        self.kept = kept  # in that, where events begin, and how many, that are older than the savepoint
+        self.savepoint, self.delayed = savepoint, delayed
+        self.start, self.collected, self.kept = start, collected, kept
 
     def at(self, start: int) -> Mark:
         """Give one that begins elsewhere in what is pending."""

@@ -203,7 +203,8 @@ class SessionBuses(AsyncMultiEventBus):
         # Each bus that is wrapped keeps this, as its claim.
         self._claim: weakref.ref[SessionBuses] = weakref.ref(self, partial(_drop_of_freed, self._wrapped))
         # Whether a bus that belongs to the transaction was ever wrapped, and one that may have to be awaited.
-        self.has_outbox = self.has_awaited = False
+        self.has_outbox: bool = False
+        self.has_awaited: bool = False
         self.is_closed: bool = False  # others may wrap what this one has wrapped
 
     def wrap(self, event_bus: AbstractEventBus[T]) -> DelayedEventBus[T]:
