@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import gc
+import sys
 import traceback
+import types
 import weakref
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 from conftest import notes, run_over_the_other_twin
@@ -1394,3 +1396,90 @@ def test_both_twins() -> None:
 def test_the_types_are_what_they_say() -> None:
     assert issubclass(AsyncMultiEventBus, MultiEventBus)
     assert isinstance(AsyncMultiEventBus().wrap(Bus()), DelayedEventBus)
+
+
+# What a handler may return, and when it is awaited: the compiled loop takes a coroutine's first step by itself
+
+
+def test_a_coroutine_that_is_a_generator() -> None:
+    log: list[object] = []
+
+    @types.coroutine
+    def step() -> Any:
+        log.append((yield))
+
+    @types.coroutine
+    def event(*, commit: bool) -> Any:
+        log.append(commit)
+        yield from step()
+
+    bus = BasicAsyncEventBus()
+    bus.publish_all([event, event])
+    asyncio.run(bus.apply_async(True))
+    assert log == [True, None, True, None]
+
+
+def test_a_coroutine_that_somebody_else_awaits() -> None:
+    """It is refused as by an ``await``, and its event stays."""
+
+    async def main() -> None:
+        async def wait() -> None:
+            await asyncio.sleep(30)
+
+        work = wait()
+        task = asyncio.ensure_future(work)
+        await asyncio.sleep(0)
+        bus = BasicAsyncEventBus()
+        bus.publish(lambda *, commit: work)
+        with pytest.raises(RuntimeError, match="being awaited already"):
+            await bus.apply_async(True)
+        assert len(bus.pending_events()) == 1
+        task.cancel()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("wraps", [False, True])
+def test_a_handler_that_waits_again_and_again(wraps: bool) -> None:
+    """What it is sent and what is thrown into it arrive, and what it raises comes out."""
+    log: list[object] = []
+
+    async def event(*, commit: bool) -> None:
+        for number in range(3):
+            await asyncio.sleep(0)
+            log.append(number)
+        with pytest.raises(asyncio.TimeoutError):
+            async with asyncio.timeout(0.01):
+                await asyncio.sleep(30)
+        raise KeyError
+
+    async def main() -> None:
+        bus = BasicAsyncEventBus()
+        buses = AsyncMultiEventBus()
+        target: Any = buses.wrap(bus) if wraps else bus
+        target.publish(event)
+        with pytest.raises(KeyError) as caught:
+            await (buses if wraps else bus).apply_async(True)
+        assert "event 1 of 1" in caught.value.__notes__[0]
+        assert target.pending_events() or target.collected_events()
+
+    asyncio.run(main())
+    assert log == [0, 1, 2]
+
+
+def test_a_loop_that_ends_before_the_commit_has_begun() -> None:
+    """The task of the commit is cancelled before its first step: nobody waits for it for ever."""
+
+    async def commit() -> None:
+        raise AssertionError("it has begun")
+
+    async def main() -> None:
+        work = asyncio.ensure_future(cast("Any", aio)._to_the_end(commit()))
+        await asyncio.sleep(0)
+        (inner,) = asyncio.all_tasks() - {work, asyncio.current_task()}
+        inner.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(work, 30)
+
+    if sys.version_info < (3, 12):  # from then on, it begins at once
+        asyncio.run(main())

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gc
 import importlib
 import linecache
 import pickle
 import sys
 import threading
+import weakref
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -868,3 +870,86 @@ def test_a_savepoint_is_neither_copied_nor_pickled(twin: Any) -> None:
         for function in (pickle.dumps, copy.copy, copy.deepcopy):
             with pytest.raises(TypeError, match="can be neither copied nor pickled: it marks a place"):
                 function(savepoint)
+
+
+# Many plain buses: the compiled twin covers them in one pass, and makes marks when more than publishing comes to one
+
+
+def test_rule_22_many_buses_and_savepoints_within_each_other(twin: Any, make: Any) -> None:
+    multi = twin.MultiEventBus()
+    buses = [multi.wrap(make()) for _ in range(100)]
+    buses[3].publish("old")
+    outer = multi.savepoint()
+    buses[3].publish("outer")
+    inner = multi.savepoint()
+    buses[3].publish("inner")
+    buses[99].publish("last")
+    multi.wrap(make()).publish("new")
+    with pytest.raises(RuntimeError, match="opened later"):
+        outer.release()
+    with pytest.raises(RuntimeError, match="is open"):
+        buses[99].actual_event_bus.apply(True)
+    assert inner.rollback() == ["inner", "last", "new"]
+    assert multi.events_to_apply() == ["old", "outer"]
+    assert outer.rollback() == ["outer"]
+    assert multi.apply_and_get_applied_events(True) == ["old"]
+
+
+def test_rule_22_a_bus_that_is_registered_again_in_the_block_stays_registered(twin: Any, make: Any) -> None:
+    multi = twin.MultiEventBus()
+    delayed = multi.wrap(make())
+    delayed.publish("old")
+    savepoint = multi.savepoint()
+    delayed.publish("new")
+    multi.publish(delayed)
+    assert savepoint.rollback() == ["new"]
+    assert multi.apply_and_get_applied_events(True) == ["old"]
+
+
+@pytest.mark.parametrize("how", ["collect", "look", "nested savepoint", "twice"])
+def test_rule_22_what_else_comes_to_a_bus_in_the_block(twin: Any, make: Any, how: str) -> None:
+    multi = twin.MultiEventBus()
+    actual = make()
+    delayed = multi.wrap(actual)
+    other = multi.wrap(actual) if how == "twice" else delayed
+    others = [multi.wrap(make()) for _ in range(20)]
+    delayed.publish("old")
+    others[7].publish("older")
+    savepoint = multi.savepoint()
+    other.publish("new")
+    others[7].publish("newer")
+    if how in {"collect", "twice"}:
+        assert delayed.apply(True) == ["old", "new"]
+        delayed.publish("newest")
+    elif how == "look":
+        assert multi.events_to_apply() == ["old", "new", "older", "newer"]
+    else:
+        with pytest.raises(Boom), delayed.savepoint():
+            delayed.publish("dropped")
+            raise Boom
+    assert "new" in savepoint.rollback()
+    assert multi.apply_and_get_applied_events(True) == ["old", "older"]
+
+
+def test_rule_22_a_savepoint_that_nobody_has_goes_with_its_bus(twin: Any, make: Any) -> None:
+    multi = twin.MultiEventBus()
+    multi.wrap(make()).publish("event")
+    gone = weakref.ref(multi), weakref.ref(multi.savepoint())
+    del multi
+    gc.collect()
+    assert [one() for one in gone] == [None, None]
+
+
+def test_rule_22_after_a_savepoint_that_covers_nothing_more(twin: Any, make: Any) -> None:
+    """What it covered is as it was before."""
+    multi = twin.MultiEventBus()
+    buses = [multi.wrap(make()) for _ in range(5)]
+    for keep in (True, False):
+        savepoint = multi.savepoint()
+        buses[2].publish(keep)
+        if keep:
+            savepoint.release()
+        else:
+            savepoint.rollback()
+        assert all(one.actual_event_bus._commitbus_marks is None for one in buses)
+    assert multi.apply_and_get_applied_events(True) == [True]

@@ -10,13 +10,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
 GONE: Final[Any] = object()  # in place of an event that is finished, in a list where others before it are not
 SPARSE: Final[Any] = object()  # in place of an iterator: what is finished is `GONE`
 # In the list: the events; what iterates over them, or SPARSE; what the loop has under way or, where it is sparse, how
 # many were begun; what failed; what was left before.
 EVENTS, ITERATOR, EVENT, FAILED, BEHIND = range(5)
+
+
+async def wait_for(awaitable: Awaitable[object]) -> object:
+    """Make a coroutine of anything that can be awaited."""
+    return await awaitable
 
 
 def new_batch(events: list[Any], iterator: Any) -> list[Any]:

@@ -15,6 +15,7 @@ from commitbus._compiled.side_effects_bus cimport PairStore
 
 from inspect import isawaitable
 
+from commitbus._awaited import wait_for
 from commitbus._compiled.delayed_event_bus import DelayedEventBus
 
 
@@ -116,8 +117,11 @@ cdef class Loop:
             return None
         while self.at.done < PyList_GET_SIZE(self.batch):
             result = self.call(<object>PyList_GET_ITEM(self.batch, self.at.done))
-            # One that somebody else has, too, may be awaited there already: `await` refuses that.
-            if is_coroutine(result) and Py_REFCNT(<PyObject*>result) == 1:
+            if result is not None and not (is_coroutine(result) and Py_REFCNT(<PyObject*>result) == 1):
+                # Among others a coroutine that somebody else has, too, and may await already: Python refuses that.
+                if isawaitable(result):
+                    result = wait_for(result)
+            if is_coroutine(result):
                 # The first step is taken here. Mostly it is the last: that leaves out what an `await` makes.
                 waits = take_step(result, &out)
                 given = <object>out
@@ -128,8 +132,6 @@ cdef class Loop:
                     waiting.first = given
                     return waiting
                 result = given
-            elif result is not None and isawaitable(result):
-                return result
             self.finish(result)
         return None
 

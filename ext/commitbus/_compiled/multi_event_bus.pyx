@@ -462,8 +462,8 @@ cdef class Cover:
     cdef MultiStore multi
     # How many of these had been made, this one included.
     cdef size_t number
-    # The delayed buses that were registered; what covered the bus in each before; and where what was published on that
-    # since begins, or what became of it.
+    # The delayed buses that were registered; what covered the bus in each before, where anything did, or None; and where
+    # what was published on that since begins, or what became of it.
     cdef Py_ssize_t count
     cdef list delayed, below
     cdef Py_ssize_t* starts
@@ -473,56 +473,67 @@ cdef class Cover:
     def __dealloc__(self):
         free(self.starts)
 
-    cdef int add(self, list buses, Py_ssize_t position, size_t number, list rest) except -1:
-        """Cover the buses of a list, from a position on, or add them to the rest. No Python code runs."""
+    cdef list begin(self, size_t number):
+        """Cover the plain ones of the delayed buses, and give the rest."""
+        cdef Py_ssize_t i
         cdef DelayedStore delayed
         cdef EventStore actual
-        for position in range(position, 0 if buses is None else PyList_GET_SIZE(buses)):
-            delayed = <DelayedStore>PyList_GET_ITEM(buses, position)
+        cdef list rest = []
+        for i in range(PyList_GET_SIZE(self.delayed)):
+            delayed = <DelayedStore>PyList_GET_ITEM(self.delayed, i)
             actual = delayed.actual
-            self.delayed[self.count] = delayed
-            self.starts[self.count] = MADE
+            self.starts[i] = MADE
             if actual is None or actual.is_multi() or actual.marks is not None or delayed.collected is not None:
                 rest.append(delayed)
             elif delayed.cover_number != number:  # else it is registered twice
                 delayed.cover_number = number
-                self.below[self.count] = actual.cover
+                if actual.cover is not None:
+                    if self.below is None:
+                        self.below = [None] * PyList_GET_SIZE(self.delayed)
+                    self.below[i] = actual.cover
                 with cython.critical_section(actual):
-                    self.starts[self.count] = 0 if actual.pending is None else PyList_GET_SIZE(actual.pending)
+                    self.starts[i] = 0 if actual.pending is None else PyList_GET_SIZE(actual.pending)
                     actual.cover = self
             self.count += 1
-        return 0
+        return rest
 
     def holds(self, DelayedStore delayed):
         """Whether it covers what a delayed bus wraps through that."""
-        return any(one is delayed for one in self.delayed)
+        cdef Py_ssize_t i
+        for i in range(PyList_GET_SIZE(self.delayed)):
+            if PyList_GET_ITEM(self.delayed, i) == <PyObject*>delayed:
+                return True
+        return False
 
     def new_in(self, MultiStore multi):
         """List what was registered with a multi bus since or, where it covers another one, all of that."""
-        if multi is self.multi and self.count:
-            if self.is_beginning():  # as mostly: nothing but registering has come
-                return multi.items_from(self.count)
-            known = {id(self.delayed[i]) for i in range(self.count)}
-            return [delayed for delayed in multi.items() if id(delayed) not in known]
-        return multi.items()
+        cdef list now
+        if multi is not self.multi or not self.count:
+            return multi.items()
+        # Mostly nothing but registering has come.
+        now = multi.items_from(self.count) if self.is_beginning() else multi.items()
+        if not now:
+            return now
+        known = {id(delayed) for delayed in self.delayed} if PyList_GET_SIZE(now) > 16 else None
+        return [new for new in now if not (self.holds(new) if known is None else id(new) in known)]
 
-    cdef bint is_beginning(self) noexcept:
+    cdef bint is_beginning(self):
         """Whether what is registered begins with what was then."""
         cdef MultiStore multi = self.multi
-        cdef Py_ssize_t i = 0, j
-        if registered(multi) < self.count:
-            return False
-        if multi.left is not None:
-            for j in range(multi.head, PyList_GET_SIZE(multi.left)):
-                if i < self.count and PyList_GET_ITEM(multi.left, j) != PyList_GET_ITEM(self.delayed, i):
-                    return False
-                i += 1
-        j = 0
-        while i < self.count:
-            if PyList_GET_ITEM(multi.pending, j) != PyList_GET_ITEM(self.delayed, i):
+        cdef Py_ssize_t i = 0, j, left = 0, pending = 0
+        with cython.critical_section(multi):
+            if multi.left is not None:
+                left = PyList_GET_SIZE(multi.left) - multi.head
+            if multi.pending is not None:
+                pending = PyList_GET_SIZE(multi.pending)
+            if left + pending < self.count:
                 return False
-            i += 1
-            j += 1
+            for j in range(min(left, self.count)):
+                if PyList_GET_ITEM(multi.left, multi.head + j) != PyList_GET_ITEM(self.delayed, j):
+                    return False
+            for j in range(left, self.count):
+                if PyList_GET_ITEM(multi.pending, j - left) != PyList_GET_ITEM(self.delayed, j):
+                    return False
         return True
 
     def later(self):
@@ -551,14 +562,18 @@ cdef class Cover:
                 actual = (<DelayedStore>PyList_GET_ITEM(self.delayed, i)).actual
                 if actual.cover is self:
                     with cython.critical_section(actual):
-                        actual.cover = <object>PyList_GET_ITEM(self.below, i)
+                        actual.cover = self.before(i)
                     self.starts[i] = MADE
                 else:
                     above.append(actual)
         for actual in above:  # by one that an interrupt has left; what has ended is left out of marks
             make_marks(actual)
         self.count = 0
-        self.delayed, self.below = [], []
+        self.delayed, self.below = [], None
+
+    cdef object before(self, Py_ssize_t i):
+        """Give what covered a bus before."""
+        return None if self.below is None else <object>PyList_GET_ITEM(self.below, i)
 
     def drop(self):
         """Drop what was published since, and give it."""
@@ -589,37 +604,23 @@ cdef list cover_plain(MultiStore multi, object savepoint):
     """Cover the plain buses that are registered, and give the others, and those whose turn is under way."""
     global covers_made
     cdef Cover cover = Cover.__new__(Cover)
-    cdef Py_ssize_t size = -1
-    cdef size_t number = savepoint._number + 1  # a delayed bus that was never covered has 0
-    cdef list rest = []
+    cdef list rest
     if savepoint._covered is not None:  # that of the outer multi bus
         return [*multi.items(), *(delayed for batch in multi._commitbus_running() for delayed in batch)]
     covers_made += 1
     cover.number = covers_made
     cover.savepoint = savepoint
     cover.multi = multi
-    while size != registered(multi):  # making the lists may run a finalizer, and that may register more
-        size = registered(multi)
-        cover.delayed = [None] * size
-        cover.below = [None] * size
-    cover.starts = <Py_ssize_t*>malloc(max(size, 1) * sizeof(Py_ssize_t))
+    # What is registered from here on, by a finalizer say, is newer.
+    cover.delayed = multi.items()
+    cover.starts = <Py_ssize_t*>malloc(max(PyList_GET_SIZE(cover.delayed), 1) * sizeof(Py_ssize_t))
     if cover.starts is NULL:
         raise MemoryError
     savepoint._covered = cover  # who ends that ends this, however far it comes
-    cover.add(multi.left, multi.head, number, rest)
-    cover.add(multi.pending, 0, number, rest)
+    rest = cover.begin(savepoint._number + 1)  # a delayed bus that was never covered has 0
     for batch in multi._commitbus_running():
         rest += batch
     return rest
-
-
-cdef Py_ssize_t registered(MultiStore multi) noexcept:
-    cdef Py_ssize_t count = 0
-    if multi.left is not None:
-        count += PyList_GET_SIZE(multi.left) - multi.head
-    if multi.pending is not None:
-        count += PyList_GET_SIZE(multi.pending)
-    return count
 
 
 def make_marks(EventStore bus):
@@ -636,7 +637,7 @@ def make_marks(EventStore bus):
             for i in reversed(range(cover.count)):
                 if cover.starts[i] != MADE and (<DelayedStore>PyList_GET_ITEM(cover.delayed, i)).actual is bus:
                     found.append((cover, i))
-                    below = <object>PyList_GET_ITEM(cover.below, i)
+                    below = cover.before(i)
             cover = below
         for cover, i in reversed(found):
             if cover.savepoint._bus is not None:
