@@ -9,7 +9,9 @@ import linecache
 import pickle
 import sys
 import threading
+import warnings
 import weakref
+from contextlib import suppress
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -806,11 +808,14 @@ class Interrupt(BaseException):
     pass
 
 
+# Only a tracer can raise here, and no signal arrives.
+SPARED = ("return Savepoint", "self._begun = True", "try:", "finally:", "self._thread = None")
+
+
 @pytest.mark.skipif(not CPYTHON, reason="PyPy can be interrupted in more places: see docs/guarantees.md")
 def test_rule_22_an_interrupt_at_every_line(twin: Any, make: Any, log: Log) -> None:
     """What was rolled back never comes back, what is older stays, and no bus is left refusing to be applied."""
     package = str(Path(commitbus.__file__).parent)
-    spared = ("return Savepoint", "self._begun = True", "try:", "finally:", "self._thread = None")
     number = 0
     interrupted = True
     while interrupted:
@@ -827,9 +832,8 @@ def test_rule_22_an_interrupt_at_every_line(twin: Any, make: Any, log: Log) -> N
 
         def trace(frame: Any, what: str, arg: Any, number: int = number) -> Any:
             nonlocal count, interrupted
-            # Only a tracer can raise here, and no signal arrives.
             line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
-            if not frame.f_code.co_filename.startswith(package) or what == "return" or line.startswith(spared):
+            if not frame.f_code.co_filename.startswith(package) or what == "return" or line.startswith(SPARED):
                 return trace if frame.f_code.co_filename.startswith(package) else None
             count += 1
             if count == number:
@@ -863,6 +867,92 @@ def test_rule_22_an_interrupt_at_every_line(twin: Any, make: Any, log: Log) -> N
             multi.apply(True)
         assert log.events == ([1, 2] if new is None else [1, 2, 5]), number
     assert number > 50
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_rule_22_an_interrupt_as_a_block_begins_or_ends(twin: Any, make: Any, log: Log, fails: bool) -> None:
+    """The bus does not refuse for good: the next apply ends what nobody has any more, and tells."""
+    package = str(Path(commitbus.__file__).parent)
+    told: list[str] = []
+    number, interrupted = 0, True
+    while interrupted:
+        number, interrupted, count = number + 1, False, 0
+        log.calls.clear()
+        bus, published, ended = make(), False, False
+        bus.publish(1)
+
+        def trace(frame: Any, what: str, arg: Any, number: int = number) -> Any:
+            nonlocal count, interrupted
+            if not frame.f_code.co_filename.startswith(package):
+                return None
+            line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+            if what == "return" or line.startswith(SPARED):
+                return trace
+            count += 1
+            if count == number:
+                sys.settrace(None)
+                interrupted = True
+                raise Interrupt
+            return trace
+
+        def work(bus: Any = bus, trace: Any = trace) -> None:
+            nonlocal published, ended
+            sys.settrace(trace)
+            with bus.savepoint():
+                sys.settrace(None)
+                bus.publish(2)
+                published = True
+                sys.settrace(trace)
+                if fails:
+                    raise Boom
+            sys.settrace(None)
+            ended = True
+
+        with suppress(Interrupt, Boom):
+            work()
+        sys.settrace(None)
+        gc.collect()
+        while LOCK.lock._is_owned():
+            LOCK.lock.release()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                bus.apply(True)
+            except RuntimeError as error:
+                told.append(str(error))
+                bus.apply(True)
+        told += [str(warning.message) for warning in caught]
+        # Where the end was under way, it may have been kept already.
+        assert log.events in ([[1, 2]] if ended else [[1], [1, 2]] if published and not fails else [[1]]), number
+        bus.publish(3)
+        bus.apply(True)
+        assert log.events[-1] == 3
+    assert any("nobody has entered" in text for text in told)
+    assert any("was left without ending it" in text and "with 1 event" in text for text in told)
+
+
+def test_rule_22_a_savepoint_that_was_forgotten(twin: Any, make: Any, log: Log) -> None:
+    multi = twin.MultiEventBus()
+    delayed = multi.wrap(make())
+    multi.savepoint()  # without a `with`
+    delayed.publish(1)
+    with pytest.raises(RuntimeError, match="write `with bus.savepoint"):
+        multi.apply(True)
+    multi.apply(True)
+    assert log.events == [1]
+
+
+def test_rule_22_an_outer_savepoint_ends_one_that_was_left(twin: Any, make: Any) -> None:
+    multi = twin.MultiEventBus()
+    delayed = multi.wrap(make())
+    delayed.publish(1)
+    outer = multi.savepoint()
+    delayed.publish(2)
+    multi.savepoint().__enter__()
+    delayed.publish(3)
+    with pytest.warns(commitbus.UnappliedEventsWarning, match="rolled back now, with 1 event"):
+        outer.release()
+    assert multi.apply_and_get_applied_events(True) == [1, 2]
 
 
 def test_a_savepoint_is_neither_copied_nor_pickled(twin: Any) -> None:

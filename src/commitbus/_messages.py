@@ -350,6 +350,23 @@ def savepoint_is_open(bus: object, savepoint: object) -> RuntimeError:
     )
 
 
+def savepoint_never_entered(bus: object) -> RuntimeError:
+    """Say that a savepoint was made for nothing; it has been ended."""
+    return RuntimeError(
+        f"a savepoint of {describe_bus(bus)} was made, but nobody has entered or ended it, and nobody has it any more; "
+        "write `with bus.savepoint():`; it is ended now, and what was published since is kept"
+    )
+
+
+def savepoint_left(bus: object, count: int) -> str:
+    """Tell that a savepoint was rolled back in the place of its block."""
+    events = "1 event" if count == 1 else f"{count} events"
+    return (
+        f"the block of a savepoint of {describe_bus(bus)} was left without ending it, by an interrupt perhaps: it is "
+        f"rolled back now, with {events}"
+    )
+
+
 def not_for_savepoints(value: object) -> TypeError:
     """Refuse a savepoint of what is no bus."""
     return TypeError(f"Savepoint() takes a bus of commitbus, not {type_name(type(value))}; call bus.savepoint()")
@@ -726,6 +743,14 @@ def warn(text: str, stacklevel: int) -> None:
     frame = sys._getframe(stacklevel)
     place = frame.f_code.co_filename, frame.f_lineno
     warnings.warn_explicit(text, UnappliedEventsWarning, *place, frame.f_globals.get("__name__"), {})
+
+
+def warn_outside(text: str, *inner: str) -> None:
+    """Warn at the caller's line: at the first that is neither commitbus's own nor of one of these packages."""
+    level, frame = 2, sys._getframe(1)
+    while (back := frame.f_back) is not None and frame.f_globals["__name__"].partition(".")[0] in {"commitbus", *inner}:
+        level, frame = level + 1, back
+    warn(text, level)
 
 
 def note_unapplied(error: BaseException, events: list[object], unknown: bool = False) -> None:

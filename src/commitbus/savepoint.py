@@ -36,7 +36,7 @@ class Mark:
     """Where what was published since a savepoint begins, in one bus. Once it is placed, it is never changed."""
 
     __slots__ = ("collected", "delayed", "kept", "savepoint", "start")
-    savepoint: Savepoint
+    savepoint: Opened
     delayed: Any  # the delayed bus through which the savepoint covers this one, or None
     start: int  # in what is pending
     collected: int  # in what the delayed bus has collected
@@ -44,7 +44,7 @@ class Mark:
 
     def __init__(
         self,
-        savepoint: Savepoint,
+        savepoint: Opened,
         delayed: Any,
         start: int = 0,
         collected: int = 0,
@@ -77,6 +77,9 @@ class Savepoint:
     collect meanwhile. A bus that is registered in the block is let go of when the block fails, with all that is
     in it: its next event registers it again.
 
+    Keep it until it has ended: one that nobody has any more, as after an interrupt, is ended by the next use of the
+    bus that it would refuse, with a warning or an error.
+
     Examples
     --------
     >>> from commitbus import AbstractEventBus
@@ -97,42 +100,15 @@ class Savepoint:
 
     __module__ = "commitbus.savepoint"
 
-    # Strong references, until it ends: to the bus, to all buses that it covers, and to the delayed ones among
-    # these; and for each multi bus, by its identity, the delayed buses that were registered.
-    # And: whether a rollback was begun and, while it runs, the thread that runs it; and the buses, by identity, in
-    # which it has dropped what was published since: what comes after that is newer.
-    # And what the compiled twin covers without marks, or None.
-    __slots__ = (
-        "__weakref__",
-        "_begun",
-        "_bus",
-        "_covered",
-        "_delayed",
-        "_dropped",
-        "_number",
-        "_registered",
-        "_stores",
-        "_thread",
-    )
+    # Marks refer to what was opened, and not to this: where an interrupt keeps a block from ending it, nobody has it
+    # any more, and what was opened is told.
+    __slots__ = ("__weakref__", "_opened")
 
     def __init__(self, bus: Any) -> None:
         if not isinstance(bus, Shown):
             raise _messages.not_for_savepoints(bus)
-        self._bus: Any = bus
-        self._begun = False
-        self._covered: Any = None
-        self._dropped: set[int] = set()
-        self._number = next(numbers)  # in the order in which they were opened
-        self._thread: int | None = None
-        self._stores: list[Any] = []
-        self._delayed: list[Any] = []
-        self._registered: dict[int, tuple[Any, dict[int, Any]]] = {}
-        try:
-            with _lock.lock:
-                self._cover(bus)
-        except BaseException:
-            self._end()
-            raise
+        self._opened = Opened(bus, weakref.ref(self))
+        self._opened.open()
 
     def release(self) -> None:
         """End it, and keep what was published.
@@ -142,9 +118,7 @@ class Savepoint:
         RuntimeError
             When it has ended, or one that was opened later has not.
         """
-        with _lock.lock:
-            self._check()
-            self._end()
+        self._opened.release()
 
     def rollback(self) -> list[Any]:
         """End it, and drop what was published since.
@@ -160,10 +134,110 @@ class Savepoint:
         RuntimeError
             When it has ended, or one that was opened later has not.
         """
+        return self._opened.rollback()
+
+    def __enter__(self) -> Self:
+        """Return itself: it is open since it was made.
+
+        Raises
+        ------
+        RuntimeError
+            When it has ended.
+        """
+        if self._opened._bus is None:
+            raise _messages.savepoint_ended()
+        self._opened._entered = True
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Release it or, after an exception, roll it back, with those that were opened later.
+
+        One that was ended by hand in the block stays as it is.
+        """
+        opened = self._opened
+        if opened._bus is None:
+            return
+        if kind is None:
+            opened.release()
+            return
+        try:
+            opened._roll_back_all()
+        except Exception as second:
+            _messages.chain(cast("BaseException", error), second)  # what left the block is the first error
+
+    def __reduce__(self) -> Any:
+        """Refuse to be copied or pickled."""
+        raise _messages.savepoint_is_no_value()
+
+    def __repr__(self) -> str:
+        """Name the bus."""
+        return repr(self._opened)
+
+
+class Opened:
+    """What a savepoint covers, and how far it came."""
+
+    # Strong references, until it ends: to the bus, to all buses that it covers, and to the delayed ones among
+    # these; and for each multi bus, by its identity, the delayed buses that were registered.
+    # And: whether a rollback was begun and, while it runs, the thread that runs it; and the buses, by identity, in
+    # which it has dropped what was published since: what comes after that is newer.
+    # And what the compiled twin covers without marks, or None.
+    # And: the `Savepoint`, by a weak reference, and whether its block was entered.
+    __slots__ = (
+        "_begun",
+        "_bus",
+        "_covered",
+        "_delayed",
+        "_dropped",
+        "_entered",
+        "_number",
+        "_registered",
+        "_savepoint",
+        "_stores",
+        "_thread",
+    )
+
+    def __init__(self, bus: Any, savepoint: weakref.ref[Savepoint]) -> None:
+        self._bus: Any = bus
+        self._savepoint = savepoint
+        self._begun = self._entered = False
+        self._covered: Any = None
+        self._dropped: set[int] = set()
+        self._number = next(numbers)  # in the order in which they were opened
+        self._thread: int | None = None
+        self._stores: list[Any] = []
+        self._delayed: list[Any] = []
+        self._registered: dict[int, tuple[Any, dict[int, Any]]] = {}
+
+    def open(self) -> None:
+        """Cover the bus, and all that are in it."""
+        try:
+            with _lock.lock:
+                self._cover(self._bus)
+        except BaseException:
+            self._end()
+            raise
+
+    def release(self) -> None:
+        """End it, and keep what was published."""
         with _lock.lock:
-            self._check()
+            if (last := self._check()) is None:
+                self._end()
+                return
+        self._see_to_last(last)
+        self.release()
+
+    def rollback(self) -> list[Any]:
+        """End it, and drop what was published since."""
+        with _lock.lock:
+            last = self._check()
             for multi, _ in list(self._registered.values()):
-                self._check_new(self._new_in(multi))
+                last = last or self._check_new(self._new_in(multi))
+        if last is not None:
+            self._see_to_last(last)
+            return self.rollback()
         # In this order: one that was begun and runs in no thread is taken for one that an interrupt has stopped.
         self._thread = get_ident()
         self._begun = True
@@ -175,46 +249,46 @@ class Savepoint:
             self._thread = None
         return dropped
 
-    def __enter__(self) -> Self:
-        """Return itself: it is open since it was made.
+    def _see_to_last(self, last: Opened) -> None:
+        """End one that was opened later, if nobody has it any more; refuse to end before it otherwise."""
+        if last._savepoint() is not None:
+            raise _messages.savepoint_not_last(self, last)
+        last._end_left(self._bus)
 
-        Raises
-        ------
-        RuntimeError
-            When it has ended.
-        """
+    def _end_left(self, bus: Any) -> None:
+        """End it in the place of its block, which an interrupt has kept from it."""
         if self._bus is None:
-            raise _messages.savepoint_ended()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Release it or, after an exception, roll it back, with those that were opened later.
-
-        One that was ended by hand in the block stays as it is.
-        """
-        if self._bus is None:
-            return
-        if kind is None:
-            self.release()
-            return
+            return  # it was ended, and let go of after that
+        count = 0
         try:
-            self._roll_back_all()
-        except Exception as second:
-            _messages.chain(cast("BaseException", error), second)  # what left the block is the first error
+            if self._entered:
+                count = self._roll_back_all()
+            else:
+                self.release()
+        except RuntimeError:
+            if self._bus is None:
+                return  # another thread has come first
+            raise
+        if not self._entered:
+            raise _messages.savepoint_never_entered(bus)
+        _messages.warn_outside(_messages.savepoint_left(bus, count))
 
-    def _roll_back_all(self) -> None:
-        """Roll it back, and before that those that were opened later on one of its buses."""
+    def __repr__(self) -> str:
+        """Name the bus."""
+        return "<Savepoint, ended>" if self._bus is None else f"<Savepoint of {describe_bus(self._bus)}>"
+
+    def _roll_back_all(self) -> int:
+        """Roll it back, and before that those that were opened later on one of its buses; tell how many events go."""
+        count = 0
         while (later := self._find_later()) is not None:
-            later._roll_back_all()
-        self.rollback()
+            count += later._roll_back_all()
+        return count + len(self.rollback())
 
-    def _find_later(self) -> Savepoint | None:
+    def _find_later(self) -> Opened | None:
         if self._covered is not None:
             with _lock.lock:
                 if (later := self._covered.later()) is not None:
-                    return cast("Savepoint", later)
+                    return cast("Opened", later)
         stores = list(self._stores)
         for multi, _ in list(self._registered.values()):
             stores += _stores_in(self._new_in(multi))
@@ -223,14 +297,6 @@ class Savepoint:
             if marks is not None and marks[-1].savepoint._number > self._number:
                 return marks[-1].savepoint
         return None
-
-    def __reduce__(self) -> Any:
-        """Refuse to be copied or pickled."""
-        raise _messages.savepoint_is_no_value()
-
-    def __repr__(self) -> str:
-        """Name the bus."""
-        return "<Savepoint, ended>" if self._bus is None else f"<Savepoint of {describe_bus(self._bus)}>"
 
     def _cover(self, bus: Any) -> None:
         """Mark a bus and all that are in it, each once."""
@@ -324,23 +390,26 @@ class Savepoint:
                 for mark in marks
             )
 
-    def _check(self) -> None:
+    def _check(self) -> Opened | None:
+        """Give one that was opened later, and has not ended."""
         if self._bus is None:
             raise _messages.savepoint_ended()
         if self._covered is not None and (later := self._covered.later()) is not None:
-            raise _messages.savepoint_not_last(self, later)
+            return cast("Opened", later)
         for store in self._stores:
             marks = store._commitbus_marks
             # Else the last one may be of a savepoint that an interrupt has ended.
             if marks[-1].savepoint is not self and (last := cast("Any", open_marks(store))[-1].savepoint) is not self:
-                raise _messages.savepoint_not_last(self, last)
+                return cast("Opened", last)
+        return None
 
-    def _check_new(self, buses: Iterable[Any]) -> None:
-        """Refuse to drop what is in buses that were registered since, where another savepoint covers them."""
+    def _check_new(self, buses: Iterable[Any]) -> Opened | None:
+        """Give another savepoint that covers buses which were registered since."""
         for store in _stores_in(buses):
             marks = open_marks(store)
             if marks is not None and all(mark.savepoint is not self for mark in marks):
-                raise _messages.savepoint_not_last(self, marks[-1].savepoint)
+                return marks[-1].savepoint
+        return None
 
     def _end(self) -> None:
         # This ends it: what an interrupt leaves of its marks is passed by.
@@ -513,6 +582,9 @@ def check_open(bus: Any) -> None:
     """
     while (marks := open_marks(bus)) is not None:
         savepoint = marks[-1].savepoint
+        if savepoint._savepoint() is None and not savepoint._begun:
+            savepoint._end_left(bus)
+            continue
         if not savepoint._begun or savepoint._thread is not None:
             raise _messages.savepoint_is_open(bus, savepoint)
         if savepoint._bus is not None:  # else its own thread has just ended it

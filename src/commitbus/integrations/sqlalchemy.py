@@ -17,7 +17,7 @@ from commitbus._unit_of_work import BEFORE_COMMIT_ROUNDS, apply_before_commit, b
 from commitbus.aio import AsyncEventBus, AsyncMultiEventBus, apply_before_commit_async
 from commitbus.integrations import _leftovers
 from commitbus.multi_event_bus import MultiEventBus
-from commitbus.savepoint import Savepoint, open_marks, roll_back_in, stores_in
+from commitbus.savepoint import Opened, Savepoint, open_marks, roll_back_in, stores_in
 
 try:
     from sqlalchemy import event
@@ -174,17 +174,6 @@ def _bound(session: object, function: str) -> _Bound:
     return cast("_Bound", bound)
 
 
-_INNER = {"commitbus", "sqlalchemy"}
-
-
-def _stacklevel() -> int:
-    """Find the caller's line: of its ``with``, SQLAlchemy's own would be named, and so be warned of only once."""
-    level, frame = 1, sys._getframe(1)
-    while (back := frame.f_back) is not None and frame.f_globals["__name__"].partition(".")[0] in _INNER:
-        level, frame = level + 1, back
-    return level
-
-
 def _drop_of_freed(buses: list[weakref.ref[Any]], claim: weakref.ref[SessionBuses]) -> None:
     """Drop what was published for a session that is gone without an end: its transaction was rolled back."""
     for bus in buses:
@@ -263,7 +252,7 @@ class _Bound:
         ending = session.get_nested_transaction() or session.get_transaction()
         if ending is not None:
             for transaction in reversed(_open_savepoints(session)):
-                self.savepoints[transaction] = self.buses.savepoint()
+                self.savepoints[transaction] = self.buses.savepoint().__enter__()
             if getattr(cast("Any", ending)._state, "name", None) == "COMMITTED":
                 self.committed.add(ending)  # bound within a listener: `after_commit` came already
         session.__class__ = _ending(type(session))
@@ -293,7 +282,7 @@ class _Bound:
             self.buses.is_closed = True
             if self.left is not None and (count := len(events_to_apply(self.left))):
                 try:
-                    _messages.warn(_messages.session_left(count), _stacklevel())
+                    _messages.warn_outside(_messages.session_left(count), "sqlalchemy")
                 except Warning as warning:  # that is an error, in tests
                     if (error := sys.exception()) is None or (first := error.__context__) is None:
                         raise
@@ -302,7 +291,7 @@ class _Bound:
 
     def after_transaction_create(self, session: Session, transaction: SessionTransaction) -> None:  # noqa: ARG002
         if transaction.nested:
-            self.savepoints[transaction] = self.buses.savepoint()
+            self.savepoints[transaction] = self.buses.savepoint().__enter__()
         elif self.committed and transaction.parent is None and not self.applying:
             self.settle()
 
@@ -388,8 +377,8 @@ class _Bound:
         committed = transaction in self.committed
         self.committed.discard(transaction)
         savepoint = self.savepoints.pop(transaction, None)
-        if savepoint is not None and savepoint._bus is not None:
-            _end(savepoint, committed)
+        if savepoint is not None and savepoint._opened._bus is not None:
+            _end(savepoint._opened, committed)
 
     def drop(self) -> None:
         """Drop what was published in a transaction that is not to be."""
@@ -499,7 +488,7 @@ for _name in ("after_transaction_create", "before_commit", "after_commit", "afte
     _listen(_name)
 
 
-def _end(savepoint: Savepoint, keep: bool) -> None:
+def _end(savepoint: Opened, keep: bool) -> None:
     """End a savepoint with that of the database; those that were opened by hand since end with it."""
     if not keep:
         savepoint._roll_back_all()
