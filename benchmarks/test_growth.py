@@ -158,6 +158,20 @@ def savepoints(who: Candidate, size: int) -> Any:
     return use
 
 
+def savepoints_and_buses(who: Candidate, size: int) -> Any:
+    """A savepoint for each row, and a bus that is wrapped in it."""
+    if size > 10_000 or who.name != "compiled":
+        pytest.skip("by the square of the rows: 0.75 ms for each of 1,000 in the pure twin")
+    buses = who.module.MultiEventBus()
+
+    def use() -> None:
+        for number in range(size):
+            with buses.savepoint():
+                buses.wrap(who.bus()).publish(number)
+
+    return use
+
+
 ROWS: dict[str, Callable[[Candidate, int], Any]] = {
     "an apply that is resumed, every seventh event fails": resumed,
     "the same, delayed": resumed_delayed,
@@ -168,6 +182,7 @@ ROWS: dict[str, Callable[[Candidate, int], Any]] = {
     "one delayed bus, with N multi buses at once": at_once,
     "N delayed buses around one multi bus": wrappers,
     "a savepoint for each row, every third fails": savepoints,
+    "a savepoint and a bus for each row": savepoints_and_buses,
 }
 
 

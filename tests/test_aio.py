@@ -1411,7 +1411,7 @@ def test_a_coroutine_that_is_a_generator() -> None:
     @types.coroutine
     def event(*, commit: bool) -> Any:
         log.append(commit)
-        yield from step()
+        yield from cast("Any", step())
 
     bus = BasicAsyncEventBus()
     bus.publish_all([event, event])

@@ -462,7 +462,7 @@ cdef class Cover:
     cdef MultiStore multi
     # How many of these had been made, this one included.
     cdef size_t number
-    # The delayed buses that were registered; what covered the bus in each before, where anything did, or None; and where
+    # The delayed buses that were registered; what covered the bus in each before, or None where nothing did; and where
     # what was published on that since begins, or what became of it.
     cdef Py_ssize_t count
     cdef list delayed, below
@@ -520,7 +520,7 @@ cdef class Cover:
     cdef bint is_beginning(self):
         """Whether what is registered begins with what was then."""
         cdef MultiStore multi = self.multi
-        cdef Py_ssize_t i = 0, j, left = 0, pending = 0
+        cdef Py_ssize_t j, left = 0, pending = 0
         with cython.critical_section(multi):
             if multi.left is not None:
                 left = PyList_GET_SIZE(multi.left) - multi.head
