@@ -656,3 +656,20 @@ def test_rule_17b_a_bus_that_was_registered_elsewhere_waits_for_nobody(twin: Any
     assert first.pending_events() == (delayed,)
     assert second.pending_events() == ()
     assert first.apply_and_get_applied_events(True) == [1]
+
+
+def test_rule_17_a_bus_that_is_registered_twice_and_fails_in_a_nested_one(twin: Any, make: Any) -> None:
+    """Random histories found it: the twins kept it once, or twice."""
+    inner, outer = twin.MultiEventBus(), twin.MultiEventBus()
+    bus = make()
+    delayed = twin.DelayedEventBus(bus)
+    savepoint = bus.savepoint()
+    inner.publish(delayed)
+    inner.publish(delayed)
+    wrapper = outer.wrap(inner)
+    with pytest.raises(ExceptionGroup):
+        outer.apply(True, robust=True)
+    assert wrapper.collected_events() == (delayed, delayed)
+    savepoint.release()
+    outer.apply(True)
+    assert wrapper.collected_events() == ()

@@ -232,7 +232,8 @@ def test_rule_4d_errors_stay_in_sight(twin: Any, make: Any, log: Log) -> None:
     """A later round that cannot begin hides none of those before."""
     bus = make()
     log.on("bad", Boom("the real one"))
-    log.on("opens", lambda: [bus.publish("more"), bus.savepoint()])
+    opened: dict[str, Any] = {}
+    log.on("opens", lambda: [bus.publish("more"), opened.setdefault("it", bus.savepoint())])
     bus.publish_all(["bad", "opens"])
     with pytest.raises(RuntimeError, match="while <Savepoint") as caught:
         bus.apply(True, robust=True, rounds=2)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 import time
 import warnings
@@ -482,15 +485,112 @@ def test_rule_18b_an_interrupt_while_it_drops(unit: Any, make: Any, transaction:
     assert transaction.calls == ["rollback"]
 
 
-def test_rule_18_a_handler_that_calls_it_again(unit: Any, make: Any, log: Log, transaction: Transaction) -> None:
-    with pytest.raises(Boom) as caught, unit() as (bus, execute):
+def test_rule_18f_a_handler_that_calls_it(unit: Any, make: Any, log: Log, transaction: Transaction) -> None:
+    with pytest.raises(RuntimeError, match="has called for a commit") as caught, unit() as (bus, execute):
         mails = bus.wrap(make())
         log.on(1, execute)
-        log.on(2, Boom())
         mails.publish_all([1, 2, 3])
         execute()
     assert transaction.calls == ["commit"]
-    assert notes(caught.value)[-1].endswith("the transaction was committed, but 2 events were not applied: int, int")
+    assert "3 events were not applied: int, int, int" in notes(caught.value)[-1]
+
+
+def test_rule_18f_a_handler_that_calls_it_where_nothing_is_committed(twin: Any, make: Any, log: Log) -> None:
+    with twin.use_orchestrator_or_create_multi_event_bus(None, True) as (bus, execute):
+        mails = bus.wrap(make())
+        log.on(1, lambda: (mails.publish(3), execute()))
+        mails.publish_all([1, 2])
+        execute()
+        execute()
+    assert sorted(map(str, log.events)) == ["1", "2", "3"]
+
+
+def test_rule_18f_another_thread_that_calls_it(unit: Any, make: Any, log: Log, transaction: Transaction) -> None:
+    errors: list[Exception] = []
+
+    def call() -> None:
+        try:
+            execute()
+        except RuntimeError as error:
+            errors.append(error)
+
+    def start() -> None:
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+
+    with unit() as (bus, execute):
+        log.on(1, start)
+        bus.wrap(make()).publish(1)
+        execute()
+    assert (transaction.calls, log.events, len(errors)) == (["commit"], [1], 1)
+
+
+@pytest.mark.parametrize("rolls_back", [True, False])
+def test_rule_18f_called_again_after_a_commit_that_failed(
+    twin: Any, make: Any, log: Log, transaction: Transaction, rolls_back: bool
+) -> None:
+    transaction.fail["commit"] = Boom()
+    options = {"rollback_transaction": transaction.rollback} if rolls_back else {}
+    with (
+        warnings.catch_warnings(record=True) as caught,
+        twin.use_orchestrator_or_create_multi_event_bus(
+            None, True, commit_transaction=transaction.commit, **options
+        ) as (bus, execute),
+    ):
+        warnings.simplefilter("always")
+        mails = bus.wrap(make())
+        mails.publish(1)
+        with pytest.raises(Boom):
+            execute()
+        transaction.fail.clear()
+        mails.publish(2)
+        if rolls_back:
+            execute()
+        else:
+            with pytest.raises(RuntimeError, match="pass rollback_transaction, or begin another"):
+                execute()
+    assert log.events == ([2] if rolls_back else [])
+    assert len(caught) == (0 if rolls_back else 1), "what was not applied is told"
+
+
+FORKED = """
+import os, sys
+from commitbus import BasicEventBus, use_orchestrator_or_create_multi_event_bus
+
+def wait(pid):
+    if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]):
+        sys.exit("the child failed")
+
+log, calls = [], []
+with use_orchestrator_or_create_multi_event_bus(
+    None, True, commit_transaction=lambda: calls.append("commit"), rollback_transaction=lambda: calls.append("rollback")
+) as (buses, execute):
+    buses.wrap(BasicEventBus()).publish(lambda *, commit: log.append(1))
+    for leaves in (False, True):
+        if (pid := os.fork()) == 0:
+            break
+        wait(pid)
+    else:
+        execute()
+    if pid == 0 and not leaves:
+        try:
+            execute()
+        except RuntimeError as error:
+            os._exit("in another process" not in str(error))
+        os._exit(1)
+if pid == 0:
+    os._exit(bool(calls))  # left as any block, without a call
+assert (log, calls) == ([1], ["commit"])
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows")
+@pytest.mark.parametrize("pure", ["", "1"])
+def test_rule_26_a_unit_of_work_in_a_forked_child(pure: str) -> None:
+    environment = {**os.environ, "COMMITBUS_NO_EXTENSIONS": pure}
+    done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, check=False, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_rule_18b_a_savepoint_on_one_of_its_buses(unit: Any, make: Any, transaction: Transaction) -> None:

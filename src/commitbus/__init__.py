@@ -23,6 +23,7 @@ from commitbus.middleware import (
 from commitbus.multi_event_bus import (
     EventBusOrchestrator,
     MultiEventBus,
+    NotCommittedError,
     UnappliedEventsWarning,
     use_orchestrator_or_create_multi_event_bus,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "EventBus",
     "EventBusOrchestrator",
     "MultiEventBus",
+    "NotCommittedError",
     "PartlyApplied",
     "Savepoint",
     "SharedSideEffectContext",

@@ -269,6 +269,32 @@ class PartlyApplied(Exception):
         return f"{len(self.errors)} {'event' if len(self.errors) == 1 else 'events'} of the batch failed"
 
 
+class NotCommittedError(RuntimeError):
+    """A transaction was not committed, though nothing has said so.
+
+    PostgreSQL answers the COMMIT of a transaction in which a statement has failed with a rollback, and no error. A unit
+    of work, a session and Django's ``atomic`` look whether it would before they commit, as far as a driver tells.
+    Nothing was committed, nothing is applied, and what was published is dropped with the data.
+
+    Examples
+    --------
+    >>> from commitbus import BasicEventBus, NotCommittedError, use_orchestrator_or_create_multi_event_bus
+    >>> def commit_transaction() -> None:
+    ...     raise NotCommittedError("the driver knows better")
+    >>> with use_orchestrator_or_create_multi_event_bus(
+    ...     None, True, commit_transaction=commit_transaction
+    ... ) as (buses, execute):
+    ...     buses.wrap(BasicEventBus()).publish(lambda *, commit: print("sent"))
+    ...     try:
+    ...         execute()
+    ...     except NotCommittedError as error:
+    ...         print(error, len(buses.events_to_apply()))
+    the driver knows better 0
+    """
+
+    __module__ = "commitbus.multi_event_bus"
+
+
 class UnappliedEventsWarning(RuntimeWarning):
     """A unit of work was left with events that nobody applied.
 

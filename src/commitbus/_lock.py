@@ -1,4 +1,4 @@
-"""One lock for what changes rarely: which middleware there is, and which savepoints are open."""
+"""One lock for what changes rarely: which middleware there is, and which savepoints are open; and whether we forked."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ from threading import RLock
 lock = RLock()
 
 
+forks = 0  # of this process's line: what was begun with another number belongs to a parent
+
+
 def _renew() -> None:
     """Start a forked child with a lock that no thread of its parent holds."""
-    global lock
+    global lock, forks
     lock = RLock()
+    forks += 1
 
 
 if hasattr(os, "register_at_fork"):  # pragma: no branch (Windows)

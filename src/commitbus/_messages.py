@@ -628,6 +628,39 @@ def bus_of_another_session(bus: object) -> RuntimeError:
     )
 
 
+def failed_before() -> RuntimeError:
+    """Refuse to commit again where nobody has ended what a commit that failed has left."""
+    return RuntimeError(
+        "the commit of this unit of work has failed before, and without rollback_transaction nothing has ended its "
+        "transaction, or dropped what was published in it; pass rollback_transaction, or begin another unit of work"
+    )
+
+
+def not_known_before() -> RuntimeError:
+    """Refuse to commit again where nobody knows what became of the commit before."""
+    return RuntimeError(
+        "an interrupt came within the commit of this unit of work, and it is not known whether it has committed; "
+        "look what is there, and begin another unit of work"
+    )
+
+
+def called_while_applying() -> RuntimeError:
+    """Refuse to commit while the side effects of a commit are applied."""
+    return RuntimeError(
+        "the side effects of this unit of work's commit are being applied, and one of them, or another thread or task, "
+        "has called for a commit: that would not be theirs; begin another unit of work for it, or only publish: pass "
+        "rounds=n, or call again after this call"
+    )
+
+
+def begun_before_a_fork(what: str) -> RuntimeError:
+    """Refuse to commit or apply in a forked child what its parent will."""
+    return RuntimeError(
+        f"{what} was begun in another process, of which this one is a fork: that one commits, and applies what was "
+        "published there; begin another here, on a connection of this process"
+    )
+
+
 def too_many_rounds(rounds: int) -> RuntimeError:
     """Say that handlers have published again and again."""
     return RuntimeError(f"handlers have published more in each of {rounds} rounds; the rest was not applied")

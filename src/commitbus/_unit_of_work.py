@@ -6,11 +6,12 @@ import sys
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-from commitbus import _messages
+from commitbus import _lock, _messages
 from commitbus._awaited import hand_over
 from commitbus._context import committed
-from commitbus._interfaces import EventBusOrchestrator
+from commitbus._interfaces import EventBusOrchestrator, NotCommittedError
 from commitbus._looking import events_to_apply, holds_buses, holds_pairs, in_store
+from commitbus._outcome import refuse_failed
 from commitbus._rounds import check_rounds
 from commitbus.savepoint import numbers, refuse_open, roll_back_in, stores_in
 
@@ -94,10 +95,22 @@ class Rest:
     committed: bool  # and not all applied since
     rolled_back: bool  # and not called again since
     unknown: bool  # whether an interrupt came within a commit, whose outcome nobody knows
+    failed: bool  # whether a commit has failed, and there is nothing that ends its transaction
+    forks: int  # whether this is the process in which it was begun
     # What an apply after a commit left, in each bus that has any: it belongs to what was committed.
     kept: Sequence[tuple[Any, list[Any]]]
     begun: int  # savepoints with a larger number were opened within it
     stacklevel: ClassVar[int]  # from a warning to the caller's `with`
+
+    def refuse_call(self) -> None:
+        """Refuse a commit that would not be the one of what was published here."""
+        if self.forks != _lock.forks:
+            raise _messages.begun_before_a_fork("this unit of work")
+        if self.failed:
+            raise _messages.failed_before()
+        if self.unknown:
+            raise _messages.not_known_before()
+        raise _messages.called_while_applying()
 
     def refuse(self) -> None:
         """Refuse before the commit what an apply would refuse after it."""
@@ -113,6 +126,10 @@ class Rest:
             self.end_unknown(error)
         elif not self.committed:
             self.roll_back(error)
+            if self.rollback_transaction is None:
+                if isinstance(error, NotCommittedError):
+                    self.drop()  # with the data, whoever rolls that back
+                self.failed = committing
 
     def refuse_without_rollback(self) -> None:
         """Refuse an outbox where a commit that fails would leave the other buses as they are, and that one empty."""
@@ -188,6 +205,8 @@ class Rest:
 
     def leave(self, error: BaseException | None) -> None:
         """See to what was not applied when the block is left, by an error or not."""
+        if self.forks != _lock.forks:
+            return  # the parent sees to it: a rollback would go over its line
         if error is not None and not self.committed and not self.unknown:
             self.roll_back(error)
             if not self.kept:
@@ -227,6 +246,8 @@ class Unit(Rest):
         "commit",
         "commit_transaction",
         "committed",
+        "failed",
+        "forks",
         "kept",
         "on_unapplied",
         "robust",
@@ -252,7 +273,8 @@ class Unit(Rest):
         self.commit_transaction, self.rollback_transaction = commit_transaction, rollback_transaction
         self.on_unapplied = on_unapplied
         self.called = self.applying = False
-        self.committed = self.rolled_back = self.unknown = False
+        self.committed = self.rolled_back = self.unknown = self.failed = False
+        self.forks = _lock.forks
         self.kept = ()
         self.begun = next(numbers)
 
@@ -274,8 +296,10 @@ class Unit(Rest):
 
     def commit_and_execute_side_effects(self) -> list[Any]:
         """Commit, apply, and return the events that were applied."""
-        if self.applying:  # a handler calls it again: the commit is done
-            return self.apply()
+        if self.applying or self.failed or self.unknown or self.forks != _lock.forks:
+            if not self.applying or self.commit_transaction is not None or self.forks != _lock.forks:
+                self.refuse_call()
+            return self.apply()  # a handler calls it again, and there is nothing to commit
         plainly = self.buses._commitbus_is_plain(False)
         if not plainly:
             self.refuse()
@@ -288,6 +312,7 @@ class Unit(Rest):
                 if not plainly:
                     stored = apply_before_commit(self.buses)
                 if self.commit_transaction is not None:
+                    refuse_failed(self.commit_transaction)
                     committing = True
                     # One line: an interrupt comes within the commit, or finds it noted.
                     result = self.commit_transaction(); self.committed = True; committing = False  # fmt: skip  # noqa: E702

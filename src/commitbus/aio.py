@@ -18,11 +18,12 @@ from inspect import isawaitable, iscoroutinefunction, ismethod
 from types import FunctionType, coroutine
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
-from commitbus import _messages
+from commitbus import _lock, _messages
 from commitbus._awaited import BEHIND, EVENT, GONE, SPARSE, hand_over, new_batch
 from commitbus._context import committed
-from commitbus._interfaces import EventBusOrchestrator
+from commitbus._interfaces import EventBusOrchestrator, NotCommittedError
 from commitbus._looking import events_to_apply
+from commitbus._outcome import FAILED, ask, needs_asking, refuse_failed
 from commitbus._rounds import check_rounds
 from commitbus._select import implementation
 from commitbus._unit_of_work import BEFORE_COMMIT_ROUNDS, Unit, Yielded, apply_now, before_commit
@@ -791,6 +792,16 @@ async def _awaited(result: Awaitable[object], function: object) -> None:
     _messages.refuse_coroutine(function, await result)
 
 
+async def _refuse_failed(commit_transaction: Callable[[], object]) -> None:
+    """Refuse to commit a transaction that the server would only roll back; ask it, where an error was seen in it."""
+    if type(commit_transaction) is FunctionType:
+        return
+    refuse_failed(commit_transaction)
+    owner: Any = getattr(commit_transaction, "__self__", None)
+    if hasattr(owner, "run_sync") and needs_asking(owner) and await owner.run_sync(ask):
+        raise NotCommittedError(FAILED)
+
+
 def _of_this_task(function: Callable[[], object]) -> Callable[[], object]:
     """Give the method of the session that a scoped one stands for in this task: it is called in another one."""
     if type(function) is FunctionType:
@@ -826,8 +837,10 @@ class _AsyncUnit(Unit):
 
     async def commit_and_execute_side_effects_async(self) -> list[Any]:
         """Commit, apply, and return the events that were applied."""
-        if self.applying:  # a handler calls it again: the commit is done
-            return await self._apply()
+        if self.applying or self.failed or self.unknown or self.forks != _lock.forks:
+            if not self.applying or self.commit_transaction is not None or self.forks != _lock.forks:
+                self.refuse_call()
+            return await self._apply()  # a handler calls it again, and there is nothing to commit
         if self.committing:
             raise _messages.committing()
         plainly = self.buses._commitbus_is_plain(True)
@@ -839,6 +852,7 @@ class _AsyncUnit(Unit):
         self.rolled_back = False
         cancelled: asyncio.CancelledError | None = None
         stored: list[Any] = []
+        begun = False
         if self.commit and not self.committed:
             try:
                 self.committing = True
@@ -847,12 +861,19 @@ class _AsyncUnit(Unit):
                 if self.commit_transaction is None:
                     self.committed = True
                 else:
+                    await _refuse_failed(self.commit_transaction)
                     if cast("Any", asyncio.current_task()).cancelling():
                         await asyncio.sleep(0)  # one that was cancelled before does not begin to commit
+                    begun = True
                     cancelled = await _to_the_end(self._commit(_of_this_task(self.commit_transaction)))
             except BaseException as error:
                 if not self.committed:
                     await self.roll_back_async(error)
+                    if self.rollback_transaction is None:
+                        if isinstance(error, NotCommittedError):
+                            self.drop()  # with the data, whoever rolls that back
+                        else:
+                            self.failed = begun
                 raise
             finally:
                 self.committing = False
@@ -935,6 +956,8 @@ class _AsyncUnit(Unit):
 
     async def leave_async(self, error: BaseException | None) -> None:
         """See to what was not applied when the block is left, by an error or not."""
+        if self.forks != _lock.forks:
+            return
         if error is not None and error is self.finished:
             await self.tell_async(error)  # of what handlers have published since: it belongs to what was committed
             return

@@ -6,6 +6,7 @@ if TYPE_CHECKING:
     from commitbus._pure import (
         EventBusOrchestrator,
         MultiEventBus,
+        NotCommittedError,
         UnappliedEventsWarning,
         use_orchestrator_or_create_multi_event_bus,
     )
@@ -14,12 +15,14 @@ else:
 
     EventBusOrchestrator = twin.EventBusOrchestrator
     MultiEventBus = twin.MultiEventBus
+    NotCommittedError = twin.NotCommittedError
     UnappliedEventsWarning = twin.UnappliedEventsWarning
     use_orchestrator_or_create_multi_event_bus = twin.use_orchestrator_or_create_multi_event_bus
 
 __all__ = [
     "EventBusOrchestrator",
     "MultiEventBus",
+    "NotCommittedError",
     "UnappliedEventsWarning",
     "use_orchestrator_or_create_multi_event_bus",
 ]

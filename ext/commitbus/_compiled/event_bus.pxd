@@ -48,9 +48,9 @@ cdef class EventStore(Source):
     cdef int append_all(self, list events) except -1
     cdef int extend(self, list events) except -1
     cdef int add_all(self, object events) except -1
-    # Takes all, within a critical section of the caller's.
     # Takes all, to the end of a list that the caller has.
     cdef int take_into(self, list items) except -1
+    # Takes all, within a critical section of the caller's.
     cdef list remove(self, Py_ssize_t* head)
     # Takes all, and sets the marks where a savepoint is open.
     cdef list take_within(self, Py_ssize_t* head, tuple marks)

@@ -21,6 +21,8 @@ from commitbus._compiled.event_bus cimport (
     make,
 )
 
+from types import FunctionType
+
 from commitbus import _lock, _messages
 from commitbus._compiled.delayed_event_bus import DelayedEventBus
 from commitbus._compiled.event_bus import EXTENSION_TYPES, AbstractEventBus, use_covers
@@ -28,6 +30,7 @@ from commitbus._context import committed as _committed
 from commitbus._context import gathering, gathering_of
 from commitbus._interfaces import EventBusOrchestrator, iterate
 from commitbus._looking import events_to_apply
+from commitbus._outcome import refuse_failed
 from commitbus._rounds import check_rounds
 from commitbus._unit_of_work import Rest, Yielded, apply_before_commit, check_callbacks
 from commitbus.savepoint import Mark, numbers, refuse_open
@@ -681,6 +684,7 @@ class MultiEventBus(MultiStore, AbstractEventBus[DelayedEventBus], EventBusOrche
 
 cdef object MULTI = MultiEventBus
 cdef object COMMITTED = _committed
+cdef object FUNCTION = FunctionType
 # Give numbers, each larger than those before: of savepoints, and of where a unit of work began.
 cdef object NUMBERS = numbers
 
@@ -694,7 +698,8 @@ cdef class UnitStore:
     # As in `commitbus._unit_of_work`.
     cdef public MultiStore buses
     cdef public object commit, commit_transaction, rollback_transaction, on_unapplied, robust, rounds, begun, kept
-    cdef public bint called, committed, rolled_back, unknown, applying
+    cdef public bint called, committed, rolled_back, unknown, failed, applying
+    cdef public object forks
 
     def __enter__(self):
         return yielded(self.buses, self.commit_and_execute_side_effects)
@@ -708,7 +713,10 @@ cdef class UnitStore:
         """Commit, apply, and return the events that were applied."""
         cdef bint plainly, committing = False
         cdef list applied, stored = None
-        if self.applying:  # a handler calls it again: the commit is done
+        if self.applying or self.failed or self.unknown or self.forks is not _lock.forks:
+            if not self.applying or self.commit_transaction is not None or self.forks is not _lock.forks:
+                self.refuse_call()
+            # A handler calls it again, and there is nothing to commit.
             return self.buses.gather(self.commit, self.robust, self.rounds)
         plainly = self.buses.is_plain(False)
         if not plainly:
@@ -720,6 +728,8 @@ cdef class UnitStore:
                 if not plainly:
                     stored = apply_before_commit(self.buses)
                 if self.commit_transaction is not None:
+                    if type(self.commit_transaction) is not FUNCTION:  # else nobody knows whose it is
+                        refuse_failed(self.commit_transaction)
                     committing = True
                     result = self.commit_transaction()
                     committing = False
@@ -816,6 +826,7 @@ def use_orchestrator_or_create_multi_event_bus(
     unit.rounds = rounds
     unit.begun = next(NUMBERS)
     unit.kept = ()
+    unit.forks = _lock.forks
     return unit
 
 

@@ -22,6 +22,7 @@ from commitbus._interfaces import (
     CommittableFunction,
     EventBus,
     EventBusOrchestrator,
+    NotCommittedError,
     PartlyApplied,
     UnappliedEventsWarning,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "EventBus",
     "EventBusOrchestrator",
     "MultiEventBus",
+    "NotCommittedError",
     "PartlyApplied",
     "SharedSideEffectContext",
     "SharedSideEffectsEventBus",

@@ -5,6 +5,7 @@ from commitbus._interfaces import (
     CommittableFunction,
     EventBus,
     EventBusOrchestrator,
+    NotCommittedError,
     PartlyApplied,
     UnappliedEventsWarning,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "EventBus",
     "EventBusOrchestrator",
     "MultiEventBus",
+    "NotCommittedError",
     "PartlyApplied",
     "SharedSideEffectContext",
     "SharedSideEffectsEventBus",

@@ -288,9 +288,9 @@ def hold_what_is_left(source: Any, home: Home, unwanted: list[Any]) -> None:
     once = {id(event): event for event in unwanted if id(event) in here}
     if not once:
         return
-    # Two applies at once had the same bus: keep it once.
+    # Two applies at once had the same bus: keep it once. (One that was collected twice has an empty second turn.)
     first = left[EVENTS][begin : begin + len(unwanted)]
-    if len(once) < len(unwanted) and {id(event_of(one)) for one in first} <= once.keys():
+    if home is source and len(once) < len(unwanted) and {id(event_of(one)) for one in first} <= once.keys():
         events = [*{id(event_of(one)): one for one in first}.values(), *left[EVENTS][begin + len(first) :]]
         new = in_order(events, 0, None)
         with guard:

@@ -7,9 +7,10 @@ import weakref
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, TypeVar, cast
 
-from commitbus import _messages, _naming
-from commitbus._interfaces import EventBus, EventBusOrchestrator, iterate
+from commitbus import _lock, _messages, _naming
+from commitbus._interfaces import EventBus, EventBusOrchestrator, NotCommittedError, iterate
 from commitbus._looking import events_to_apply
+from commitbus._outcome import FAILED, has_failed
 from commitbus.delayed_event_bus import DelayedEventBus
 from commitbus.event_bus import AbstractEventBus
 from commitbus.multi_event_bus import MultiEventBus
@@ -35,6 +36,7 @@ T = TypeVar("T")
 # Django's own code has no annotations.
 DEFAULT: str = cast("Any", _django).DEFAULT_DB_ALIAS
 connections: Any = cast("Any", _django).connections
+DatabaseError: Any = cast("Any", _django).DatabaseError
 ROUNDS = 100  # how often to go on with what handlers publish on their own bus
 
 
@@ -242,11 +244,11 @@ class _Last:
 class _Run:
     """A hook: a run of events that were published on one bus, with nothing in between."""
 
-    __slots__ = ("__weakref__", "bus", "connection", "kept", "open", "owner", "state", "thread")
+    __slots__ = ("__weakref__", "bus", "connection", "forks", "kept", "open", "owner", "state", "thread")
 
     def __init__(self, owner: OnCommitEventBus[Any], bus: Any, state: _State, merges: bool, connection: Any) -> None:
         self.owner, self.bus, self.state, self.open, self.connection = owner, bus, state, merges, connection
-        self.thread = get_ident()
+        self.thread, self.forks = get_ident(), _lock.forks
         self.kept = False  # whether what it has not applied is among the leftovers
 
     def __repr__(self) -> str:
@@ -255,7 +257,7 @@ class _Run:
 
     def goes_on(self) -> bool:
         """Whether nothing came between, in the very same savepoints."""
-        if not self.open or self.thread != get_ident():
+        if not self.open or self.thread != get_ident() or self.forks != _lock.forks:
             return False
         connection = self.connection
         if self.state.later and not connection.in_atomic_block:
@@ -286,6 +288,13 @@ class _Run:
             raise error
 
 
+class _TransactionFailed(NotCommittedError, DatabaseError):
+    """The same as an error of Django's, which rolls back after one."""
+
+    __module__ = "commitbus.multi_event_bus"
+    __qualname__ = __name__ = "NotCommittedError"
+
+
 class _State:
     """What is kept for one connection: what was not applied, and how far its commit came."""
 
@@ -303,6 +312,21 @@ class _State:
         # What another tool has put there, on this very connection, goes on.
         self.patched: Callable[[], None] | None = vars(connection).get("run_and_clear_commit_hooks")
         connection.run_and_clear_commit_hooks = self.run_hooks
+        self.patched_commit: Callable[[], None] | None = vars(connection).get("_commit")
+        connection._commit = self.commit
+
+    def commit(self) -> None:
+        """Commit as Django does, but not what PostgreSQL would only roll back: it would say that it was committed."""
+        connection: Any = self.connection()
+        for _, hook, _ in connection.run_on_commit:
+            if type(hook) is _Run and hook.forks != _lock.forks:
+                raise _messages.begun_before_a_fork("this transaction")
+        if has_failed(connection):
+            raise _TransactionFailed(FAILED)
+        if self.patched_commit is not None:
+            self.patched_commit()
+        else:
+            type(connection)._commit(connection)
 
     def run_hooks(self) -> None:
         """Run the hooks of a commit as Django does, and keep what it would drop when one of them raises."""

@@ -9,9 +9,11 @@ from functools import partial, wraps
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from commitbus import _messages
+from commitbus import _lock, _messages
 from commitbus._context import committed
+from commitbus._interfaces import NotCommittedError
 from commitbus._looking import events_to_apply
+from commitbus._outcome import FAILED, note_error, session_has_failed
 from commitbus._rounds import check_rounds
 from commitbus._unit_of_work import BEFORE_COMMIT_ROUNDS, apply_before_commit, before_commit
 from commitbus.aio import AsyncEventBus, AsyncMultiEventBus, apply_before_commit_async
@@ -20,7 +22,7 @@ from commitbus.multi_event_bus import MultiEventBus
 from commitbus.savepoint import Opened, Savepoint, open_marks, roll_back_in, stores_in
 
 try:
-    from sqlalchemy import event
+    from sqlalchemy import Engine, event
     from sqlalchemy.exc import InvalidRequestError
     from sqlalchemy.orm import Session, SessionTransaction, scoped_session
     from sqlalchemy.util import await_only, greenlet_spawn
@@ -237,12 +239,13 @@ class SessionBuses(AsyncMultiEventBus):
 class _Bound:
     """What listens to one session, and applies its buses. Keeps no reference to it."""
 
-    __slots__ = ("applying", "buses", "committed", "committing", "left", "robust", "rounds", "savepoints")
+    __slots__ = ("applying", "buses", "committed", "committing", "forks", "left", "robust", "rounds", "savepoints")
 
     def __init__(self, session: Session) -> None:
         self.buses = SessionBuses(session)
         self.left: SessionBuses | None = None
         self.robust, self.rounds = False, 100
+        self.forks = _lock.forks
         self.applying = False
         self.committed: set[SessionTransaction] = set()
         # The transaction whose commit was begun, and not rolled back since: where an interrupt, or a listener, keeps
@@ -292,8 +295,10 @@ class _Bound:
     def after_transaction_create(self, session: Session, transaction: SessionTransaction) -> None:  # noqa: ARG002
         if transaction.nested:
             self.savepoints[transaction] = self.buses.savepoint().__enter__()
-        elif self.committed and transaction.parent is None and not self.applying:
+        elif transaction.parent is None and not self.applying:
             self.settle()
+            if not self.buses._commitbus_holds_any():
+                self.forks = _lock.forks
 
     def settle(self) -> None:
         """Keep what was committed where somebody's listener, of a class, has hidden the end of the transaction."""
@@ -305,6 +310,8 @@ class _Bound:
         """Refuse, while nothing is done yet, what could not be applied after the commit."""
         if self.applying:
             return
+        if self.forks != _lock.forks:
+            raise _messages.begun_before_a_fork("the buses of this session")
         if self.savepoints:
             still_open = _open_savepoints(session)
             for transaction in list(self.savepoints):
@@ -321,6 +328,8 @@ class _Bound:
             for store in stores_in(self.buses):
                 for mark in open_marks(store) or ():
                     raise _messages.savepoint_is_open(self.buses, mark.savepoint)
+        if session_has_failed(session):
+            raise NotCommittedError(FAILED)
         if self.buses.has_outbox:
             self.store(session)
         self.committing = session.get_transaction()
@@ -382,10 +391,10 @@ class _Bound:
 
     def drop(self) -> None:
         """Drop what was published in a transaction that is not to be."""
-        if not self.buses._commitbus_holds_any() and self.is_plain():
-            return
-        roll_back_in(self.buses, -1)  # savepoints that were opened by hand, and not ended
-        self.buses.discard_pending_events()
+        if self.buses._commitbus_holds_any() or not self.is_plain():
+            roll_back_in(self.buses, -1)  # savepoints that were opened by hand, and not ended
+            self.buses.discard_pending_events()
+        self.forks = _lock.forks  # what comes from now on is this process's
 
     def apply(self, session: Any) -> None:
         """Apply what was published in a transaction that was committed."""
@@ -399,9 +408,8 @@ class _Bound:
             token = committed.set(True)
             if in_greenlet():
                 await_only(self.buses.apply_async(True, robust=self.robust, rounds=self.rounds))
-            elif (
-                not self.is_plain() and (bus := self.asynchronous()) is not None
-            ):  # by a listener, after `before_commit` had looked
+            # Published by a listener, after `before_commit` had looked.
+            elif not self.is_plain() and (bus := self.asynchronous()) is not None:
                 raise _messages.not_awaited_in_commit(bus)
             else:
                 self.buses.apply(True, robust=self.robust, rounds=self.rounds)
@@ -483,6 +491,8 @@ def _listen(name: str) -> None:
 
     event.listen(Session, name, listener, insert=True)
 
+
+event.listen(Engine, "handle_error", note_error)
 
 for _name in ("after_transaction_create", "before_commit", "after_commit", "after_rollback", "after_transaction_end"):
     _listen(_name)
