@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import subprocess
 import sys
@@ -168,7 +169,7 @@ def test_rule_18e_what_commits(connection: Any, through: str) -> None:
 
 
 DJANGO = """
-import sys
+import pickle, sys
 from contextlib import suppress
 import django
 from django.conf import settings
@@ -202,6 +203,7 @@ try:
     work("first", False)
 except NotCommittedError as error:
     assert isinstance(error, django.db.DatabaseError)
+    assert type(pickle.loads(pickle.dumps(error))) is NotCommittedError
     log.append("refused")
 work("second", True)
 print(*log)
@@ -330,6 +332,26 @@ def test_rule_18f_a_handler_or_a_task_that_calls_an_awaited_unit() -> None:
         with pytest.raises(RuntimeError, match="has called for a commit"):
             asyncio.run(main(in_a_task))
     assert committed == [1, 1]
+
+
+def test_nothing_is_kept_of_an_error_that_was_seen() -> None:
+    sqlalchemy = pytest.importorskip("sqlalchemy")
+    from sqlalchemy.orm import Session
+
+    from commitbus.integrations.sqlalchemy import orchestrator
+
+    engine = sqlalchemy.create_engine("sqlite://")
+    with Session(engine) as session:
+        orchestrator(session).wrap(BasicEventBus())
+        with suppress(sqlalchemy.exc.OperationalError):
+            session.execute(sqlalchemy.text("SELECT"))
+        assert _outcome.needs_asking(session)
+        session.commit()
+        assert not _outcome.needs_asking(session)
+    del session
+    gc.collect()
+    assert not _outcome._seen
+    engine.dispose()
 
 
 # What is not known costs the knowledge, and no error

@@ -60,14 +60,14 @@ def needs_asking(owner: object) -> bool:
     if not _seen:
         return False
     with suppress(Exception):
-        return any(_seen.get(connection) is connection.get_transaction() for connection in _connections_of(owner))
+        return any(map(_error_seen, _connections_of(owner)))
     return False
 
 
 def ask(session: object) -> bool:
     """Ask the server whether the transaction of a session of SQLAlchemy has failed, where an error was seen in it."""
     for connection in _connections_of(session):
-        if _seen.get(connection) is connection.get_transaction():
+        if _error_seen(connection):
             try:
                 connection.exec_driver_sql("SELECT 1")
             except Exception as error:
@@ -83,15 +83,20 @@ def sqlstate(error: BaseException) -> str | None:
     return found if isinstance(found, str) else None
 
 
-# The transaction of SQLAlchemy in which an error was seen last, by its connection.
-_seen: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+# The transaction of SQLAlchemy in which an error was seen last, by its connection: weakly, as it refers to that.
+_seen: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()
 
 
 def note_error(context: Any) -> None:
     """Note that a statement has failed: what SQLAlchemy calls for each error of a driver."""
     connection = context.connection
     if connection is not None and (transaction := connection.get_transaction()) is not None:
-        _seen[connection] = transaction
+        _seen[connection] = weakref.ref(transaction)
+
+
+def _error_seen(connection: Any) -> bool:
+    seen = _seen.get(connection)
+    return seen is not None and seen() is not None and seen() is connection.get_transaction()
 
 
 def _connections_of(owner: Any) -> list[Any]:

@@ -292,7 +292,11 @@ class _TransactionFailed(NotCommittedError, DatabaseError):
     """The same as an error of Django's, which rolls back after one."""
 
     __module__ = "commitbus.multi_event_bus"
-    __qualname__ = __name__ = "NotCommittedError"
+    __qualname__ = "NotCommittedError"
+
+    def __reduce__(self) -> Any:
+        """Be pickled as what it is called."""
+        return NotCommittedError, self.args
 
 
 class _State:
