@@ -7,13 +7,15 @@ import gc
 import os
 import subprocess
 import sys
-from contextlib import suppress
+import threading
+import time
+from contextlib import nullcontext, suppress
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from conftest import run_over_the_other_twin
-from servers import POSTGRES
+from servers import MARIADB, POSTGRES
 
 import commitbus
 from commitbus import BasicEventBus, NotCommittedError, _outcome, aio, if_committed
@@ -166,6 +168,63 @@ def test_rule_18e_what_commits(connection: Any, through: str) -> None:
     (own.remove if through == "scoped_session" else own.close)()
     engine.dispose()
     assert (log, rows(connection)) == ([], 0)
+
+
+@pytest.mark.skipif(not MARIADB, reason="set COMMITBUS_TEST_MARIADB=user@host:port/database")
+@pytest.mark.parametrize("savepoint", [True, False])
+def test_rule_18e_a_deadlock_ends_the_transaction(savepoint: bool) -> None:
+    """MariaDB rolls back all of it, and not the savepoint alone in which it came."""
+    sqlalchemy = pytest.importorskip("sqlalchemy")
+    from sqlalchemy.orm import Session
+
+    from commitbus.integrations.sqlalchemy import orchestrator
+
+    text: Any = sqlalchemy.text
+    engine = sqlalchemy.create_engine(f"mysql+pymysql://{MARIADB}")
+    log: list[str] = []
+    ready = threading.Barrier(2)
+    with engine.begin() as setting_up:
+        setting_up.execute(text(f"CREATE TABLE {TABLE}_locked (id int PRIMARY KEY, n int) ENGINE=InnoDB"))
+        setting_up.execute(text(f"CREATE TABLE {TABLE} (name varchar(9)) ENGINE=InnoDB"))
+        setting_up.execute(text(f"INSERT INTO {TABLE}_locked VALUES (1, 0), (2, 0)"))
+    update = f"UPDATE {TABLE}_locked SET n = 1 WHERE id = "
+
+    def other() -> None:
+        with engine.connect() as heavier:  # which survives
+            for _ in range(300):
+                heavier.execute(text(f"INSERT INTO {TABLE} VALUES ('other')"))
+            heavier.execute(text(f"{update}2"))
+            ready.wait(30)
+            heavier.execute(text(f"{update}1"))
+            heavier.rollback()
+
+    thread = threading.Thread(target=other)
+    try:
+        thread.start()
+        with Session(engine) as session:
+            bus = orchestrator(session).wrap(BasicEventBus())
+            session.execute(text(f"INSERT INTO {TABLE} VALUES ('before')"))
+            bus.publish(if_committed(log.append, "before"))
+            session.execute(text(f"{update}1"))
+            with (
+                suppress(sqlalchemy.exc.OperationalError),
+                session.begin_nested() if savepoint else nullcontext(),
+            ):
+                bus.publish(if_committed(log.append, "within"))
+                ready.wait(30)
+                time.sleep(0.3)
+                session.execute(text(f"{update}2"))
+            session.execute(text(f"INSERT INTO {TABLE} VALUES ('after')"))
+            bus.publish(if_committed(log.append, "after"))
+            session.commit()
+        thread.join()
+        with engine.connect() as looking:
+            assert looking.execute(text(f"SELECT name FROM {TABLE}")).scalars().all() == ["after"] == log
+    finally:
+        thread.join()
+        with engine.begin() as tidying_up:
+            tidying_up.execute(text(f"DROP TABLE {TABLE}, {TABLE}_locked"))
+        engine.dispose()
 
 
 DJANGO = """

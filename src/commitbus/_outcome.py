@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 IN_ERROR = 3  # libpq's PQTRANS_INERROR
 IN_FAILED_TRANSACTION = "25P02"  # the SQLSTATE of any statement in one
+DEADLOCK = 1213  # MariaDB's and MySQL's ER_LOCK_DEADLOCK
 
 
 def refuse_failed(commit_transaction: object) -> None:
@@ -92,6 +93,20 @@ def note_error(context: Any) -> None:
     connection = context.connection
     if connection is not None and (transaction := connection.get_transaction()) is not None:
         _seen[connection] = weakref.ref(transaction)
+
+
+def has_ended(context: Any) -> bool:
+    """Whether the server has ended the whole transaction at an error, as MariaDB and MySQL do at a deadlock."""
+    with suppress(Exception):
+        return context.dialect.name in {"mysql", "mariadb"} and context.original_exception.args[0] == DEADLOCK
+    return False
+
+
+def has_connection(session: object, connection: object) -> bool:
+    """Whether a session of SQLAlchemy has a connection in its transaction."""
+    with suppress(Exception):
+        return any(one is connection for one in _connections_of(session))
+    return False
 
 
 def _error_seen(connection: Any) -> bool:

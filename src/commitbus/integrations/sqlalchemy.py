@@ -13,7 +13,7 @@ from commitbus import _lock, _messages
 from commitbus._context import committed
 from commitbus._interfaces import NotCommittedError
 from commitbus._looking import events_to_apply
-from commitbus._outcome import FAILED, note_error, session_has_failed
+from commitbus._outcome import FAILED, has_connection, has_ended, note_error, session_has_failed
 from commitbus._rounds import check_rounds
 from commitbus._unit_of_work import BEFORE_COMMIT_ROUNDS, apply_before_commit, before_commit
 from commitbus.aio import AsyncEventBus, AsyncMultiEventBus, apply_before_commit_async
@@ -25,6 +25,7 @@ try:
     from sqlalchemy import Engine, event
     from sqlalchemy.exc import InvalidRequestError
     from sqlalchemy.orm import Session, SessionTransaction, scoped_session
+    from sqlalchemy.orm import session as _orm_session
     from sqlalchemy.util import await_only, greenlet_spawn
     from sqlalchemy.util.concurrency import in_greenlet as _in_greenlet
 except ModuleNotFoundError as _error:
@@ -492,7 +493,22 @@ def _listen(name: str) -> None:
     event.listen(Session, name, listener, insert=True)
 
 
-event.listen(Engine, "handle_error", note_error)
+def _see_error(context: Any) -> None:
+    """Note an error of a statement and, where the server has ended the transaction at it, drop what was published.
+
+    The savepoint that the code goes back to is gone as well. What is published from now on belongs to what comes next.
+    """
+    note_error(context)
+    if has_ended(context):
+        # Private, and looked at after a deadlock alone: all sessions there are, since 1.4, in 2.0 and 2.1.
+        sessions: Any = getattr(_orm_session, "_sessions", {})
+        for session in list(sessions.values()):
+            bound: Any = vars(session).get("_commitbus_bound")
+            if type(bound) is _Bound and not bound.applying and has_connection(session, context.connection):
+                bound.drop()
+
+
+event.listen(Engine, "handle_error", _see_error)
 
 for _name in ("after_transaction_create", "before_commit", "after_commit", "after_rollback", "after_transaction_end"):
     _listen(_name)
