@@ -502,9 +502,9 @@ def _see_error(context: Any) -> None:
     if has_ended(context):
         # Private, and looked at after a deadlock alone: all sessions there are, since 1.4, in 2.0 and 2.1.
         sessions: Any = getattr(_orm_session, "_sessions", {})
-        for session in list(sessions.values()):
+        for session in cast("list[Session]", list(sessions.values())):
             bound: Any = vars(session).get("_commitbus_bound")
-            if type(bound) is _Bound and not bound.applying and has_connection(session, context.connection):
+            if isinstance(bound, _Bound) and not bound.applying and has_connection(session, context.connection):
                 bound.drop()
 
 
