@@ -393,6 +393,84 @@ def test_rule_18f_a_handler_or_a_task_that_calls_an_awaited_unit() -> None:
     assert committed == [1, 1]
 
 
+# A commit that raises after it has committed: its own listeners or handlers fail
+
+
+@pytest.mark.parametrize("fails", ["listener", "handler"])
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_rule_18d_a_commit_that_raises_and_has_committed(fails: str, goes_on: bool) -> None:
+    sqlalchemy = pytest.importorskip("sqlalchemy")
+    from sqlalchemy.orm import Session
+    from sqlalchemy.pool import StaticPool
+
+    from commitbus.integrations.sqlalchemy import leftovers, orchestrator
+
+    def fail(*_: object, **__: object) -> None:
+        raise ConnectionError("cache is down")
+
+    engine = sqlalchemy.create_engine("sqlite://", poolclass=StaticPool)
+    log: list[str] = []
+    told: list[object] = []
+    with engine.begin() as setting_up:
+        setting_up.execute(sqlalchemy.text("CREATE TABLE committed (x int)"))
+    with Session(engine) as session:
+        if fails == "listener":
+            sqlalchemy.event.listen(session, "after_commit", fail, once=True)
+        else:
+            orchestrator(session).wrap(BasicEventBus()).publish(fail)
+        with (
+            suppress(ConnectionError),
+            unit_of_work(
+                None,
+                True,
+                commit_transaction=session.commit,
+                rollback_transaction=session.rollback,
+                on_unapplied=lambda buses: told.extend(buses.discard_pending_events()),
+            ) as (buses, commit),
+        ):
+            buses.wrap(BasicEventBus()).publish(if_committed(log.append, "mail"))
+            session.execute(sqlalchemy.text("INSERT INTO committed VALUES (1)"))
+            if goes_on:
+                with pytest.raises(ConnectionError):
+                    commit()
+            commit()
+        leftovers(session).discard_pending_events()
+    with engine.connect() as looking:
+        assert looking.execute(sqlalchemy.text("SELECT count(*) FROM committed")).scalar() == 1
+    engine.dispose()
+    assert (log, len(told)) == ((["mail"], 0) if goes_on else ([], 1))
+
+
+def test_rule_18d_an_awaited_commit_that_raises_and_has_committed() -> None:
+    pytest.importorskip("aiosqlite")
+    from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+
+    from commitbus.integrations.sqlalchemy import leftovers, orchestrator
+
+    def fail(*, commit: bool) -> None:
+        raise ConnectionError("cache is down")
+
+    log: list[str] = []
+
+    async def main() -> None:
+        engine = create_async_engine("sqlite+aiosqlite://")
+        async with AsyncSession(engine) as session:
+            orchestrator(session).wrap(BasicEventBus()).publish(fail)
+            async with async_unit_of_work(
+                None, True, commit_transaction=session.commit, rollback_transaction=session.rollback
+            ) as (buses, commit):
+                await session.connection()
+                buses.wrap(BasicEventBus()).publish(if_committed(log.append, "mail"))
+                with pytest.raises(ConnectionError):
+                    await commit()
+                await commit()
+            leftovers(session).discard_pending_events()
+        await engine.dispose()
+
+    asyncio.run(main())
+    assert log == ["mail"]
+
+
 def test_nothing_is_kept_of_an_error_that_was_seen() -> None:
     sqlalchemy = pytest.importorskip("sqlalchemy")
     from sqlalchemy.orm import Session

@@ -671,6 +671,8 @@ def note_committed(error: BaseException, count: int, where: str) -> None:
     was = "1 event was" if count == 1 else f"{count} events were"
     rest = f"; {was} not applied: see {where}" if count else ""
     _add_note(error, f"the transaction was committed: do not run it again{rest}")
+    with suppress(Exception):  # for a unit of work around it, which would take it for a commit that failed
+        error._commitbus_committed = True  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def not_a_batch_size(bus: object, value: object) -> Exception:

@@ -41,6 +41,20 @@ FAILED = (
 )
 
 
+def was_committed(error: BaseException, commit_transaction: object) -> bool:
+    """Whether a commit that has raised had committed before that, and one of its listeners or handlers has failed.
+
+    Buses of ours mark such an error, and a session of SQLAlchemy knows how far it came.
+    """
+    if getattr(error, "_commitbus_committed", False) is True:
+        return True
+    with suppress(Exception):
+        session = _session_of(getattr(commit_transaction, "__self__", None))
+        # Private: since 1.4, in 2.0 and 2.1.
+        return session is not None and session.get_transaction()._state.name == "COMMITTED"
+    return False
+
+
 def has_failed(owner: object) -> bool:
     """Whether the transaction of a connection, or of a session, is one that the server will not commit."""
     with suppress(Exception):  # of a connection that was closed, say: what comes next tells
@@ -114,17 +128,22 @@ def _error_seen(connection: Any) -> bool:
     return seen is not None and seen() is not None and seen() is connection.get_transaction()
 
 
-def _connections_of(owner: Any) -> list[Any]:
-    """List the connections that a session of SQLAlchemy has in its transaction; one is its own."""
+def _session_of(owner: Any) -> Any:
+    """Give the plain session or connection that an asynchronous or a scoped one of SQLAlchemy stands for, or None."""
     attributes: Any = getattr(owner, "__dict__", {})
     registry: Any = attributes.get("registry")
     if registry is not None:  # a scoped session, which would make one where there is none
         if not registry.has():
-            return []
+            return None
         owner = registry()
-    owner = getattr(owner, "sync_session", None) or getattr(owner, "sync_connection", None) or owner
-    if hasattr(owner, "exec_driver_sql"):
-        return [owner]
+    return getattr(owner, "sync_session", None) or getattr(owner, "sync_connection", None) or owner
+
+
+def _connections_of(owner: Any) -> list[Any]:
+    """List the connections that a session of SQLAlchemy has in its transaction; one is its own."""
+    owner = _session_of(owner)
+    if owner is None or hasattr(owner, "exec_driver_sql"):
+        return [] if owner is None else [owner]
     # Private, as the public `session.connection()` would open one that is not there: since 1.4, in 2.0 and 2.1.
     kept: dict[Any, tuple[Any, ...]] = getattr(owner.get_transaction(), "_connections", {})
     return list({id(connection): connection for connection, *_ in kept.values()}.values())

@@ -11,7 +11,7 @@ from commitbus._awaited import hand_over
 from commitbus._context import committed
 from commitbus._interfaces import EventBusOrchestrator, NotCommittedError
 from commitbus._looking import events_to_apply, holds_buses, holds_pairs, in_store
-from commitbus._outcome import refuse_failed
+from commitbus._outcome import refuse_failed, was_committed
 from commitbus._rounds import check_rounds
 from commitbus.savepoint import numbers, refuse_open, roll_back_in, stores_in
 
@@ -124,6 +124,9 @@ class Rest:
         if committing and not isinstance(error, Exception):
             self.unknown = True  # a commit that is written in C has run to its end, mostly
             self.end_unknown(error)
+        elif committing and was_committed(error, self.commit_transaction):
+            self.committed = True  # a listener or a handler of the commit's own has failed
+            self.end_unknown(error)
         elif not self.committed:
             self.roll_back(error)
             if self.rollback_transaction is None:
@@ -155,7 +158,7 @@ class Rest:
             self.kept = [(store, events) for store, events in kept if events]
 
     def end_unknown(self, error: BaseException) -> None:
-        """End a transaction whose commit was interrupted, and drop nothing: it may have been committed."""
+        """End a transaction that was committed, or may have been, and drop nothing."""
         if self.rollback_transaction is not None and not self.rolled_back:
             self.rolled_back = True
             try:

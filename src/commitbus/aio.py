@@ -23,7 +23,7 @@ from commitbus._awaited import BEHIND, EVENT, GONE, SPARSE, hand_over, new_batch
 from commitbus._context import committed
 from commitbus._interfaces import EventBusOrchestrator, NotCommittedError
 from commitbus._looking import events_to_apply
-from commitbus._outcome import FAILED, ask, needs_asking, refuse_failed
+from commitbus._outcome import FAILED, ask, needs_asking, refuse_failed, was_committed
 from commitbus._rounds import check_rounds
 from commitbus._select import implementation
 from commitbus._unit_of_work import BEFORE_COMMIT_ROUNDS, Unit, Yielded, apply_now, before_commit
@@ -867,6 +867,9 @@ class _AsyncUnit(Unit):
                     begun = True
                     cancelled = await _to_the_end(self._commit(_of_this_task(self.commit_transaction)))
             except BaseException as error:
+                if begun and not self.committed and was_committed(error, self.commit_transaction):
+                    self.committed = True  # as in `Rest.fail`
+                    await self._end_committed(error)
                 if not self.committed:
                     await self.roll_back_async(error)
                     if self.rollback_transaction is None:
@@ -946,6 +949,15 @@ class _AsyncUnit(Unit):
             raise cancelled from first  # it came while this one was seen to, and goes on
         if error is None and first is not None:
             raise first
+
+    async def _end_committed(self, error: BaseException) -> None:
+        """End a transaction that was committed, though its commit has raised, and drop nothing."""
+        if self.rollback_transaction is not None and not self.rolled_back:
+            self.rolled_back = True
+            try:
+                await _to_the_end(self._roll_back(_of_this_task(self.rollback_transaction)))
+            except Exception as second:
+                _messages.chain(error, second)
 
     async def _roll_back(self, rollback_transaction: Callable[[], object]) -> None:
         result = rollback_transaction()
