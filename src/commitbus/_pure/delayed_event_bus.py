@@ -481,7 +481,7 @@ class DelayedEventBus(Home, Shown, _state.Stateful, EventBus[T], Generic[T]):
         self, ref: weakref.ref[Any], commit: bool, failures: _messages.Failures | None, out: list[Any] | None
     ) -> object:
         """Collect what is pending, and carry it out, let go of by the multi bus to which `ref` refers."""
-        actual = self._commitbus_wrapped()
+        actual = self._commitbus_actual  # the multi bus has looked
         if actual._commitbus_marks is not None:
             check_open(actual)
         if self._commitbus_side_effects is None and self._commitbus_left is None and collects_plainly(actual):
@@ -583,6 +583,18 @@ class DelayedEventBus(Home, Shown, _state.Stateful, EventBus[T], Generic[T]):
             if owner is not None:
                 self._commitbus_owner = owner  # the next event tries again
             raise
+
+
+_new_delayed: Any = object.__new__
+
+
+def delay(bus: AbstractEventBus[T]) -> DelayedEventBus[T]:
+    """Make a delayed bus of what is known to be a bus: without the look-ups of `DelayedEventBus.__init__`."""
+    delayed: DelayedEventBus[T] = _new_delayed(DelayedEventBus)
+    delayed._commitbus_actual = bus
+    delayed._commitbus_left = delayed._commitbus_owner = delayed._commitbus_side_effects = None
+    delayed._commitbus_direct = type(bus).publish is AbstractEventBus.publish
+    return delayed
 
 
 _naming.see_bus_through(DelayedEventBus, DelayedEventBus.actual_event_bus.__get__)

@@ -28,7 +28,7 @@ from commitbus._pure.batch import (
     take,
     tidy,
 )
-from commitbus._pure.delayed_event_bus import DelayedEventBus
+from commitbus._pure.delayed_event_bus import DelayedEventBus, delay
 from commitbus._pure.event_bus import AbstractEventBus, is_bus
 from commitbus._unit_of_work import unit_of_work
 from commitbus.savepoint import refuse_open
@@ -96,7 +96,7 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
         """
         if not is_bus(event_bus):
             raise _messages.not_wrappable(event_bus, isinstance(event_bus, DelayedEventBus))
-        delayed = DelayedEventBus(event_bus)
+        delayed = delay(event_bus)
         if type(self).publish is MultiEventBus.publish and self._commitbus_owner is None:
             self._commitbus_pending.append(delayed)
         else:
@@ -312,7 +312,10 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
         failures: _messages.Failures | None,
         out: list[Any] | None,
     ) -> object:
-        delayed._commitbus_wrapped()
+        try:
+            delayed._commitbus_actual  # noqa: B018 (and not `_commitbus_wrapped`, a call that each turn would make twice)
+        except AttributeError:
+            raise _messages.not_wrapping() from None
         cls: Any = type(delayed)
         base: Any = DelayedEventBus  # as Any: type checkers call its apply deprecated
         try:
