@@ -771,21 +771,18 @@ def unapplied(count: int, called: bool) -> str:
     )
 
 
-def warn(text: str, stacklevel: int) -> None:
-    """Warn of events that were not applied, each time: Python would show the first at each place, and no other."""
+def warn(text: str, *inner: str) -> None:
+    """Warn of events that were not applied, each time: Python would show the first at each place, and no other.
+
+    At the caller's line: the first that is neither commitbus's own nor of one of these packages.
+    """
     from commitbus._interfaces import UnappliedEventsWarning  # which needs this module
 
-    frame = sys._getframe(stacklevel)
+    frame = sys._getframe(1)
+    while frame.f_globals.get("__name__", "").partition(".")[0] in {"commitbus", *inner} and frame.f_back is not None:
+        frame = frame.f_back
     place = frame.f_code.co_filename, frame.f_lineno
     warnings.warn_explicit(text, UnappliedEventsWarning, *place, frame.f_globals.get("__name__"), {})
-
-
-def warn_outside(text: str, *inner: str) -> None:
-    """Warn at the caller's line: at the first that is neither commitbus's own nor of one of these packages."""
-    level, frame = 2, sys._getframe(1)
-    while (back := frame.f_back) is not None and frame.f_globals["__name__"].partition(".")[0] in {"commitbus", *inner}:
-        level, frame = level + 1, back
-    warn(text, level)
 
 
 def note_unapplied(error: BaseException, events: list[object], unknown: bool = False) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from commitbus import _lock, _messages
 from commitbus._awaited import hand_over
@@ -100,17 +100,17 @@ class Rest:
     # What an apply after a commit left, in each bus that has any: it belongs to what was committed.
     kept: Sequence[tuple[Any, list[Any]]]
     begun: int  # savepoints with a larger number were opened within it
-    stacklevel: ClassVar[int]  # from a warning to the caller's `with`
 
     def refuse_call(self) -> None:
-        """Refuse a commit that would not be the one of what was published here."""
+        """Refuse a commit that would not be the one of what was published here; not a handler's, where none is made."""
         if self.forks != _lock.forks:
             raise _messages.begun_before_a_fork("this unit of work")
         if self.failed:
             raise _messages.failed_before()
         if self.unknown:
             raise _messages.not_known_before()
-        raise _messages.called_while_applying()
+        if self.commit_transaction is not None:
+            raise _messages.called_while_applying()
 
     def refuse(self) -> None:
         """Refuse before the commit what an apply would refuse after it."""
@@ -235,7 +235,7 @@ class Rest:
         elif error is not None:
             _messages.note_unapplied(error, events, self.unknown)
         else:
-            _messages.warn(_messages.unapplied(len(events), self.called), self.stacklevel)
+            _messages.warn(_messages.unapplied(len(events), self.called))
 
 
 class Unit(Rest):
@@ -259,8 +259,6 @@ class Unit(Rest):
         "rounds",
         "unknown",
     )
-
-    stacklevel = 4  # `tell`, `leave`, `__exit__`, and the caller
 
     def __init__(
         self,
@@ -300,8 +298,7 @@ class Unit(Rest):
     def commit_and_execute_side_effects(self) -> list[Any]:
         """Commit, apply, and return the events that were applied."""
         if self.applying or self.failed or self.unknown or self.forks != _lock.forks:
-            if not self.applying or self.commit_transaction is not None or self.forks != _lock.forks:
-                self.refuse_call()
+            self.refuse_call()
             return self.apply()  # a handler calls it again, and there is nothing to commit
         plainly = self.buses._commitbus_is_plain(False)
         if not plainly:

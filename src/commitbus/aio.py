@@ -823,7 +823,6 @@ def _chained(first: BaseException | None, second: BaseException) -> BaseExceptio
 class _AsyncUnit(Unit):
     """One unit of work of a coroutine: its buses, and how far it came."""
 
-    stacklevel = 5  # as in `Unit`, with `tell_async`
     finished: BaseException | None = None  # the cancellation that goes on after all was committed and applied
     committing = False
     concurrency = 1
@@ -838,8 +837,7 @@ class _AsyncUnit(Unit):
     async def commit_and_execute_side_effects_async(self) -> list[Any]:
         """Commit, apply, and return the events that were applied."""
         if self.applying or self.failed or self.unknown or self.forks != _lock.forks:
-            if not self.applying or self.commit_transaction is not None or self.forks != _lock.forks:
-                self.refuse_call()
+            self.refuse_call()
             return await self._apply()  # a handler calls it again, and there is nothing to commit
         if self.committing:
             raise _messages.committing()

@@ -271,7 +271,7 @@ class Opened:
             raise
         if not self._entered:
             raise _messages.savepoint_never_entered(bus)
-        _messages.warn_outside(_messages.savepoint_left(bus, count))
+        _messages.warn(_messages.savepoint_left(bus, count))
 
     def __repr__(self) -> str:
         """Name the bus."""

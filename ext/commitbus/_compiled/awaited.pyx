@@ -254,8 +254,7 @@ async def run_buses(object root, MultiStore multi, object commit, list out):
                 while waiting is not None:
                     loop.finish(await waiting)
                     waiting = loop.step()
-                if out is not None:
-                    out.extend(loop.applied())
+                out.extend(loop.applied())
                 loop = None
                 delayed.after_turn()
             else:

@@ -470,8 +470,6 @@ cdef class Cover:
     cdef Py_ssize_t count
     cdef list delayed, below
     cdef Py_ssize_t* starts
-    # Whether a mark was made for one of them.
-    cdef readonly bint mixed
 
     def __dealloc__(self):
         free(self.starts)
@@ -653,7 +651,6 @@ def make_marks(EventStore bus):
             return
         for cover, i in found:
             cover.starts[i] = MADE
-            cover.mixed = True
         with cython.critical_section(bus):
             bus.marks = made or None
             bus.cover = None
@@ -714,8 +711,7 @@ cdef class UnitStore:
         cdef bint plainly, committing = False
         cdef list applied, stored = None
         if self.applying or self.failed or self.unknown or self.forks is not _lock.forks:
-            if not self.applying or self.commit_transaction is not None or self.forks is not _lock.forks:
-                self.refuse_call()
+            self.refuse_call()
             # A handler calls it again, and there is nothing to commit.
             return self.buses.gather(self.commit, self.robust, self.rounds)
         plainly = self.buses.is_plain(False)
@@ -766,7 +762,6 @@ class Unit(UnitStore, Rest):
     """One unit of work: its buses, and how far it came. The block of a ``with`` statement."""
 
     __slots__ = ()
-    stacklevel = 3  # `tell`, `leave`, and the caller: `__exit__` has no frame
 
 
 cdef object UNIT = Unit

@@ -286,7 +286,7 @@ class _Bound:
             self.buses.is_closed = True
             if self.left is not None and (count := len(events_to_apply(self.left))):
                 try:
-                    _messages.warn_outside(_messages.session_left(count), "sqlalchemy")
+                    _messages.warn(_messages.session_left(count), "sqlalchemy")
                 except Warning as warning:  # that is an error, in tests
                     if (error := sys.exception()) is None or (first := error.__context__) is None:
                         raise
@@ -318,12 +318,13 @@ class _Bound:
             for transaction in list(self.savepoints):
                 if transaction not in still_open:  # somebody's listener, before this one, has hidden its end
                     self.end_savepoint(transaction)
-        if session.in_nested_transaction() and not self.buses.has_awaited:
+        nested = session.in_nested_transaction()
+        if nested and not self.buses.has_awaited:
             return  # what is registered by hand is seen to at the outermost commit
         plainly = self.is_plain()
         if not plainly and not in_greenlet() and (bus := self.asynchronous()) is not None:
             raise _messages.not_applied_in_commit(bus)
-        if session.in_nested_transaction():
+        if nested:
             return
         if not plainly:
             for store in stores_in(self.buses):
