@@ -1474,7 +1474,7 @@ def test_a_loop_that_ends_before_the_commit_has_begun() -> None:
         raise AssertionError("it has begun")
 
     async def main() -> None:
-        work = asyncio.ensure_future(cast("Any", aio)._to_the_end(commit()))
+        work = asyncio.ensure_future(cast("Any", aio).to_the_end(commit()))
         await asyncio.sleep(0)
         (inner,) = asyncio.all_tasks() - {work, asyncio.current_task()}
         inner.cancel()

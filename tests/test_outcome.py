@@ -505,8 +505,11 @@ def test_an_owner_that_nobody_knows() -> None:
     for owner in (object(), SimpleNamespace(commit=print), Odd(), 5):
         assert not _outcome.has_failed(owner)
         assert not _outcome.needs_asking(owner)
-    _outcome.refuse_failed(print)
-    _outcome.refuse_failed([].append)
+    for function in (print, [].append, vars(Odd)["commit"].__get__(Odd())):
+        commit: Any = _outcome.watch(function, None)
+        commit.refuse_if_open(object())
+        assert commit.after(ValueError()) is _outcome.Outcome.UNKNOWN
+    assert _outcome.watch(lambda: None, None) is None
 
 
 @pytest.mark.parametrize(

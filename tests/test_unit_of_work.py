@@ -710,18 +710,19 @@ def test_rule_18_an_asynchronous_commit_commits_nothing(twin: Any) -> None:
 # Interrupts, and what an earlier commit has left
 
 
-def test_rule_18d_an_interrupt_within_the_commit_drops_nothing(twin: Any, make: Any, log: Log) -> None:
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ConnectionError])
+def test_rule_18d_what_nobody_knows_of_is_told(twin: Any, make: Any, log: Log, error: type[BaseException]) -> None:
     """A commit that is written in C has run to its end, mostly: it was dropped, and nobody was told."""
     ended: list[str] = []
     told: list[Any] = []
 
     def commit() -> None:
-        raise KeyboardInterrupt
+        raise error
 
     for on_unapplied in (None, told.append):
         bus = make()
         with (
-            pytest.raises(KeyboardInterrupt) as caught,
+            pytest.raises(error) as caught,
             twin.use_orchestrator_or_create_multi_event_bus(
                 None,
                 True,
@@ -732,21 +733,61 @@ def test_rule_18d_an_interrupt_within_the_commit_drops_nothing(twin: Any, make: 
         ):
             buses.wrap(bus).publish(1)
             execute()
-        assert bus.pending_events() == (1,)
+        assert bus.pending_events() == ()  # a later unit of work with this bus would apply it
+        (note,) = notes(caught.value)
+        assert "it is not known whether the transaction was committed; 1 event was not applied: int" in note
     assert ended == ["rolled back"] * 2
-    assert len(told) == 1
+    (buses,) = told
     assert log.events == []
-    assert notes(caught.value) == []
+    buses.apply(True)
+    assert log.events == [1]
 
 
-def test_rule_18d_a_note_says_that_the_outcome_is_not_known(twin: Any, make: Any) -> None:
+def test_rule_18d_a_second_call_begins_anew(twin: Any, make: Any, log: Log) -> None:
+    """What the attempt before has published is told of by then, and never applied with the next."""
+    errors: list[BaseException] = [ConnectionError()]
+    told: list[Any] = []
+
     def commit() -> None:
-        raise KeyboardInterrupt
+        if errors:
+            raise errors.pop()
 
-    unit = twin.use_orchestrator_or_create_multi_event_bus(None, True, commit_transaction=commit)
-    with pytest.raises(KeyboardInterrupt) as caught, unit as (buses, execute):
-        buses.wrap(make()).publish(1)
-        execute()
+    with twin.use_orchestrator_or_create_multi_event_bus(
+        None,
+        True,
+        commit_transaction=commit,
+        rollback_transaction=lambda: None,
+        on_unapplied=lambda buses: told.append(buses.events_to_apply()),
+    ) as (buses, execute):
+        bus = buses.wrap(make())
+        bus.publish(1)
+        with pytest.raises(ConnectionError):
+            execute()
+        bus.publish(2)
+        assert told == []
+        assert execute() == [2]
+    assert told == [[1]]
+    assert log.events == [2]
+
+
+def test_rule_18d_where_nobody_sees_the_exception(twin: Any, make: Any) -> None:
+    """Caught in the block, or another one is raised in its place: it is said once more."""
+
+    def commit() -> None:
+        raise ConnectionError
+
+    def work(error: Exception | None) -> None:
+        with twin.use_orchestrator_or_create_multi_event_bus(None, True, commit_transaction=commit) as (buses, execute):
+            buses.wrap(make()).publish(1)
+            with pytest.raises(ConnectionError):
+                execute()
+            if error is not None:
+                raise error
+
+    with pytest.warns(twin.UnappliedEventsWarning, match="1 event was not applied: it is not known whether the transaction"):
+        work(None)
+    with pytest.raises(ValueError, match="other") as caught:
+        work(ValueError("other"))
     (note,) = notes(caught.value)
     assert "it is not known whether the transaction was committed; 1 event was not applied: int" in note
 

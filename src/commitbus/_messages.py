@@ -522,13 +522,17 @@ def not_a_session(function: str, value: object) -> TypeError:
 SESSION_CLOSED = "this session was closed for good, so nothing can be applied after its commit; open another session"
 
 
-def session_left(count: int) -> str:
+def session_left(left: int, doubted: int) -> str:
     """Say that a session was closed with events that nobody applied."""
-    was = "1 event was" if count == 1 else f"{count} events were"
-    return (
-        f"{was} not applied after a commit of this session, which is closed now; "
-        "apply or discard what is in leftovers(session) first"
-    )
+    said: list[str] = []
+    if left:
+        was = "1 event was" if left == 1 else f"{left} events were"
+        said.append(f"{was} not applied after a commit of this session")
+    if doubted:
+        was = "1 event was" if doubted == 1 else f"{doubted} events were"
+        said.append(f"{was} published in a transaction of which it is not known whether it was committed")
+    where = " and ".join(["leftovers(session)"] * bool(left) + ["in_doubt(session)"] * bool(doubted))
+    return f"{', and '.join(said)}; the session is closed now: apply or discard what is in {where} first"
 
 
 def not_applied_in_commit(bus: object) -> TypeError:
@@ -636,14 +640,6 @@ def failed_before() -> RuntimeError:
     )
 
 
-def not_known_before() -> RuntimeError:
-    """Refuse to commit again where nobody knows what became of the commit before."""
-    return RuntimeError(
-        "an interrupt came within the commit of this unit of work, and it is not known whether it has committed; "
-        "look what is there, and begin another unit of work"
-    )
-
-
 def called_while_applying() -> RuntimeError:
     """Refuse to commit while the side effects of a commit are applied."""
     return RuntimeError(
@@ -671,8 +667,16 @@ def note_committed(error: BaseException, count: int, where: str) -> None:
     was = "1 event was" if count == 1 else f"{count} events were"
     rest = f"; {was} not applied: see {where}" if count else ""
     _add_note(error, f"the transaction was committed: do not run it again{rest}")
-    with suppress(Exception):  # for a unit of work around it, which would take it for a commit that failed
-        error._commitbus_committed = True  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def note_in_doubt(error: BaseException, events: list[object], where: str = "") -> None:
+    """Say that it is not known whether the transaction was committed, which events were not applied, what to do."""
+    kept = f" They are kept in {where}." if where else ""
+    _add_note(
+        error,
+        f"it is not known whether the transaction was committed; {_not_applied(events)}.{kept} "
+        "Look whether it was before you run it again, or apply them",
+    )
 
 
 def not_a_batch_size(bus: object, value: object) -> Exception:
@@ -771,6 +775,15 @@ def unapplied(count: int, called: bool) -> str:
     )
 
 
+def in_doubt(count: int) -> str:
+    """Say that a unit of work was left with events of which nobody knows whether they were committed."""
+    was = "1 event was" if count == 1 else f"{count} events were"
+    return (
+        f"{was} not applied: it is not known whether the transaction was committed; look whether it was before you run "
+        "it again, or pass on_unapplied"
+    )
+
+
 def warn(text: str, *inner: str) -> None:
     """Warn of events that were not applied, each time: Python would show the first at each place, and no other.
 
@@ -785,19 +798,17 @@ def warn(text: str, *inner: str) -> None:
     warnings.warn_explicit(text, UnappliedEventsWarning, *place, frame.f_globals.get("__name__"), {})
 
 
-def note_unapplied(error: BaseException, events: list[object], unknown: bool = False) -> None:
-    """Say which events were not applied though their transaction was committed, or may have been."""
-    with suppress(Exception):
-        names = [describe(event) for event in events[:_MOST_NAMES]]
-        if len(events) > _MOST_NAMES:
-            names.append(f"and {len(events) - _MOST_NAMES} more")
-        were = "1 event was" if len(events) == 1 else f"{len(events)} events were"
-        said = (
-            "the commit was interrupted, and it is not known whether the transaction was committed;"
-            if unknown
-            else "the transaction was committed, but"
-        )
-        _add_note(error, f"{said} {were} not applied: {', '.join(names)}")
+def note_unapplied(error: BaseException, events: list[object]) -> None:
+    """Say which events were not applied though their transaction was committed."""
+    _add_note(error, f"the transaction was committed, but {_not_applied(events)}")
+
+
+def _not_applied(events: list[object]) -> str:
+    names = [describe(event) for event in events[:_MOST_NAMES]]
+    if len(events) > _MOST_NAMES:
+        names.append(f"and {len(events) - _MOST_NAMES} more")
+    were = "1 event was" if len(events) == 1 else f"{len(events)} events were"
+    return f"{were} not applied: {', '.join(names)}"
 
 
 _MOST_NAMES = 5

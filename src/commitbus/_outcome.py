@@ -1,36 +1,42 @@
 """What became of a transaction, or will, as far as its driver knows: one place for every door.
 
-A driver that is not known costs the knowledge, never an error, and nothing here takes a round trip but `ask`, which is
-called only after an error was seen.
+A driver that is not known costs the knowledge, never an error, and nothing here takes a round trip but `ask` and
+`rolls_back_at_timeouts`, which are called only after an error was seen.
 """
 
 from __future__ import annotations
 
+import sys
 import weakref
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from enum import Enum
+from types import FunctionType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from commitbus._interfaces import NotCommittedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
-
-IN_ERROR = 3  # libpq's PQTRANS_INERROR
-IN_FAILED_TRANSACTION = "25P02"  # the SQLSTATE of any statement in one
-DEADLOCK = 1213  # MariaDB's and MySQL's ER_LOCK_DEADLOCK
+    from collections.abc import Callable, Iterable, Iterator
 
 
-def refuse_failed(commit_transaction: object) -> None:
-    """Refuse to commit a transaction that the server would only roll back, and say that it had committed.
+class Outcome(Enum):
+    """What became of a transaction whose commit has raised."""
 
-    Raises
-    ------
-    NotCommittedError
-        When the function is the method of a connection, or of a session of SQLAlchemy, whose transaction has failed.
-    """
-    owner = getattr(commit_transaction, "__self__", None)
-    if owner is not None and has_failed(owner):
-        raise NotCommittedError(FAILED)
+    COMMITTED = "committed"
+    NOT_COMMITTED = "not committed"
+    UNKNOWN = "unknown"
+
+
+def mark(error: BaseException, outcome: Outcome) -> None:
+    """Have whoever sees an error later, a unit of work around a session say, know what became of the transaction."""
+    with suppress(Exception):
+        error._commitbus_outcome = outcome  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def marked(error: BaseException) -> Outcome | None:
+    """Give the outcome that an error is marked with, or None."""
+    found = getattr(error, "_commitbus_outcome", None)
+    return found if isinstance(found, Outcome) else None
 
 
 FAILED = (
@@ -39,32 +45,320 @@ FAILED = (
     "an error is to be caught, run the statement in a savepoint (session.begin_nested(), connection.transaction(), "
     "atomic())"
 )
+ENDED = (
+    "the server has ended this transaction at an error, a deadlock for example, and rolled back all of it; nothing was "
+    "committed, and what was published is dropped with the data; roll back and begin anew"
+)
+STILL_OPEN = (
+    "commit_transaction has returned, and the {} is still in the same transaction: it was not committed, and nothing "
+    "was applied; pass what commits it, for example commit_transaction=session.commit"
+)
 
 
-def was_committed(error: BaseException, commit_transaction: object) -> bool:
-    """Whether a commit that has raised had committed before that, and one of its listeners or handlers has failed.
+# What is known of each driver
 
-    Buses of ours mark such an error, and a session of SQLAlchemy knows how far it came.
-    """
-    if getattr(error, "_commitbus_committed", False) is True:
-        return True
-    with suppress(Exception):
-        session = _session_of(getattr(commit_transaction, "__self__", None))
-        # Private: since 1.4, in 2.0 and 2.1.
-        return session is not None and session.get_transaction()._state.name == "COMMITTED"
-    return False
+
+class Driver(NamedTuple):
+    """What a driver tells of its connections, and of its errors."""
+
+    # Whether the server will not commit the transaction, whatever it is told.
+    has_failed: Callable[[Any], Any] = lambda connection: False
+    # Whether a transaction is open, once the commit has returned.
+    is_open: Callable[[Any], Any] = lambda connection: False
+    # Whether one is, once the commit has raised this error: a status that may be an old one then tells nothing.
+    is_open_after: Callable[[Any, BaseException], Any] = lambda connection, error: False
+
+
+OPEN = 2, 3  # libpq's PQTRANS_INTRANS and PQTRANS_INERROR
+SERVER_STATUS_IN_TRANS = 1  # of MariaDB and MySQL
+_LIBPQ = {
+    "psycopg": lambda connection: connection.pgconn.transaction_status,
+    "psycopg2": lambda connection: connection.get_transaction_status(),
+}
+
+
+def _of_libpq(status: Callable[[Any], int]) -> Driver:
+    # It knows of a COMMIT that was sent and not answered, too: that is neither of these.
+    return Driver(
+        has_failed=lambda connection: status(connection) == OPEN[1],
+        is_open=lambda connection: status(connection) in OPEN,
+        is_open_after=lambda connection, error: status(connection) in OPEN,
+    )
+
+
+_MYSQL = Driver(is_open=lambda connection: connection.server_status & SERVER_STATUS_IN_TRANS)
+DRIVERS: dict[str, Driver] = {
+    **{name: _of_libpq(status) for name, status in _LIBPQ.items()},
+    "pg8000": Driver(
+        has_failed=lambda connection: connection._transaction_status == b"E",
+        is_open=lambda connection: connection._transaction_status != b"I",
+    ),
+    "asyncpg": Driver(is_open=lambda connection: connection.is_in_transaction()),
+    "sqlite3": Driver(
+        is_open=lambda connection: connection.in_transaction,
+        is_open_after=lambda connection, error: connection.in_transaction,
+    ),
+    "aiosqlite": Driver(
+        is_open=lambda connection: connection.in_transaction,
+        # Its thread may be committing still when a cancellation comes.
+        is_open_after=lambda connection, error: isinstance(error, Exception) and connection.in_transaction,
+    ),
+    "pymysql": _MYSQL,
+    "aiomysql": _MYSQL,
+    "asyncmy": _MYSQL,
+}
+_known: weakref.WeakKeyDictionary[type, str] = weakref.WeakKeyDictionary()
+
+
+def _package_of(owner: object) -> str:
+    """Give the package of a driver, or of what stands before one, that an object's class, or a base of it, is from."""
+    cls = type(owner)
+    found = _known.get(cls)
+    if found is None:
+        packages = [base.__module__.partition(".")[0] for base in cls.__mro__]
+        known = (package for package in packages if package in DRIVERS or package in {"sqlalchemy", "django"})
+        found = _known[cls] = next(known, "")
+    return found
+
+
+def driver_of(connection: object) -> Driver:
+    """Give what is known of a connection's driver."""
+    return DRIVERS.get(_package_of(connection), _UNKNOWN)
+
+
+_UNKNOWN = Driver()
 
 
 def has_failed(owner: object) -> bool:
     """Whether the transaction of a connection, or of a session, is one that the server will not commit."""
     with suppress(Exception):  # of a connection that was closed, say: what comes next tells
-        look = _look_of(type(owner))
-        return look is not None and bool(look(owner))
+        return any(driver_of(connection).has_failed(connection) for connection in _driver_connections(owner))
     return False
 
 
+def _driver_connections(owner: Any) -> Iterable[Any]:
+    package = _package_of(owner)
+    if package == "sqlalchemy":
+        return [connection.connection.driver_connection for connection in _connections_of(owner)]
+    return [owner.connection] if package == "django" else [owner]
+
+
+# Of errors
+
+# SQLSTATEs, or how they begin, with which the server's own state, or the line, may have come to an end.
+NO_REFUSALS = ("08", "40003", "53", "57P", "58", "XX")
+IN_FAILED_TRANSACTION = "25P02"
+# Of MariaDB and MySQL: the server's numbers that say nothing of the transaction, since it, or the line, came to an end.
+NO_REFUSAL_NUMBERS = frozenset({1053, 1105, 1152, *range(1156, 1162), 1180, 1184, 1317, 1927, 4031})
+DEADLOCK = 1213  # ER_LOCK_DEADLOCK: at which it ends the whole transaction
+LOCK_WAIT_TIMEOUT = 1205  # ER_LOCK_WAIT_TIMEOUT: at which it does where innodb_rollback_on_timeout is set
+SQLITE_REFUSALS = (5, 6, 19)  # SQLITE_BUSY, SQLITE_LOCKED, SQLITE_CONSTRAINT
+_MYSQL_PACKAGES = {"pymysql", "MySQLdb", "aiomysql", "asyncmy"}
+
+
+def _of_driver(error: BaseException) -> Iterator[BaseException]:
+    """Give an error of a driver, and what is behind one of SQLAlchemy's or Django's around it."""
+    one: BaseException | None = error
+    for _ in range(4):
+        if one is None:
+            return
+        yield one
+        one = getattr(one, "orig", None) or one.__cause__
+
+
+def sqlstate(error: BaseException) -> str | None:
+    """Give the SQLSTATE of a driver's error, or of one of SQLAlchemy's or Django's around it."""
+    for one in _of_driver(error):
+        found = getattr(one, "sqlstate", None) or getattr(one, "pgcode", None)
+        if found is None and one.args and isinstance(one.args[0], dict):  # pg8000's
+            found = one.args[0].get("C")
+        if isinstance(found, str):
+            return found
+    return None
+
+
+def mysql_number(error: BaseException) -> int | None:
+    """Give the number of an error of MariaDB or MySQL."""
+    for one in _of_driver(error):
+        if type(one).__module__.partition(".")[0] in _MYSQL_PACKAGES and one.args and type(one.args[0]) is int:
+            return one.args[0]
+    return None
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether by an error the database itself says that it has not committed, over a line that still stands."""
+    if isinstance(error, NotCommittedError):
+        return True
+    with suppress(Exception):
+        if getattr(error, "connection_invalidated", False):
+            return False
+        if (state := sqlstate(error)) is not None:
+            return not state.startswith(NO_REFUSALS)
+        if (number := mysql_number(error)) is not None:  # those of the client are from 2000 to 2999
+            return (1000 <= number < 2000 or 3000 <= number < 5000) and number not in NO_REFUSAL_NUMBERS
+        for one in _of_driver(error):
+            if isinstance(code := getattr(one, "sqlite_errorcode", None), int):
+                return code & 0xFF in SQLITE_REFUSALS
+    return False
+
+
+def after(connection: object, error: BaseException) -> Outcome:
+    """Say what became of a transaction of a driver's connection, when its commit has raised."""
+    with suppress(Exception):
+        if is_refusal(error) or driver_of(connection).is_open_after(connection, error):
+            return Outcome.NOT_COMMITTED
+    return Outcome.UNKNOWN
+
+
+# A commit of a unit of work
+
+
+class Commit:
+    """A commit that a unit of work is about to make, and what can be known of it: whose it is, and of what."""
+
+    __slots__ = ("is_commit", "others", "owner", "transaction")
+
+    def __init__(self, commit_transaction: object, rollback_transaction: object) -> None:
+        self.owner = _owner_of(commit_transaction)
+        self.is_commit = getattr(commit_transaction, "__name__", None) == "commit"
+        other = _owner_of(rollback_transaction)
+        # Each session that is to have ended its transaction; a connection may have begun the next by then.
+        self.others = [
+            (one, _transaction_of(one))
+            for one in ([self.owner] if other is self.owner else [self.owner, other])
+            if one is not None and _package_of(one) == "sqlalchemy"
+        ]
+        self.transaction = self.others[0][1] if self.others and self.others[0][0] is self.owner else None
+        if has_failed(self.owner) or has_failed(other):
+            raise NotCommittedError(FAILED)
+        if _has_ended(self.owner) or _has_ended(other):
+            raise NotCommittedError(ENDED)
+
+    def refuse_if_open(self, result: object) -> None:
+        """Refuse to apply where the transaction is still the same once the commit has returned."""
+        for one, transaction in self.others:
+            if transaction is not None and _transaction_of(one) is transaction:
+                raise NotCommittedError(STILL_OPEN.format(type(one).__name__))
+        if not self.is_commit:  # a server may be told to begin the next one at once
+            refuse_if_open(self.owner)
+        refuse_if_open(result)
+
+    def after(self, error: BaseException) -> Outcome:
+        """Say what became of the transaction, when the commit has raised."""
+        if (found := marked(error)) is not None:
+            return found
+        if self.owner is None:
+            return after(None, error) if isinstance(error, NotCommittedError) else Outcome.UNKNOWN
+        if _package_of(self.owner) != "sqlalchemy":
+            return after(self.owner, error)
+        with suppress(Exception):
+            return _after_of_session(_session_of(self.owner), self.transaction, error)
+        return Outcome.UNKNOWN
+
+    def is_sent(self) -> bool:
+        """Whether a cancellation may not come any more: of what else a session's commit does, a flush say, it may."""
+        with suppress(Exception):
+            if self.transaction is not None:
+                # Private: since 1.4, in 2.0 and 2.1.
+                return self.transaction._state.name == "PREPARED"
+        return True
+
+
+def watch(commit_transaction: object, rollback_transaction: object) -> Commit | None:
+    """Look at a commit that is about to be made; None where nobody knows whose it is.
+
+    Raises
+    ------
+    NotCommittedError
+        When one of the functions is the method of a connection, or of a session of SQLAlchemy, whose transaction has
+        failed, so that the server would only roll it back, and say that it had committed.
+    """
+    if type(commit_transaction) is FunctionType and (
+        rollback_transaction is None or type(rollback_transaction) is FunctionType
+    ):
+        return None
+    return Commit(commit_transaction, rollback_transaction)
+
+
+def after_commit(commit: Commit | None, error: BaseException) -> Outcome:
+    """Say what became of the transaction of a unit of work whose commit has raised."""
+    if commit is not None:
+        return commit.after(error)
+    if isinstance(error, NotCommittedError):
+        return Outcome.NOT_COMMITTED
+    # A function of the user's own may have committed one database when another refuses: it is not known.
+    return marked(error) or Outcome.UNKNOWN
+
+
+def refuse_if_open(owner: Any) -> None:
+    """Refuse to apply where a connection is in a transaction that was to be committed."""
+    if owner is None:
+        return
+    is_open = False
+    with suppress(Exception):
+        package = _package_of(owner)
+        if package in DRIVERS:
+            is_open = bool(DRIVERS[package].is_open(owner))
+        elif package == "sqlalchemy":
+            is_open = bool(_session_of(owner).in_transaction())
+    if is_open:
+        raise NotCommittedError(STILL_OPEN.format(type(owner).__name__))
+
+
+def _owner_of(function: object) -> Any:
+    with suppress(Exception):
+        return getattr(function, "__self__", None)
+    return None
+
+
+# SQLAlchemy
+
+
+def _transaction_of(owner: Any) -> Any:
+    """Give the outermost transaction of a session or connection of SQLAlchemy, or None."""
+    with suppress(Exception):
+        one = _session_of(owner)
+        return None if one is None else one.get_transaction()
+    return None
+
+
+def _after_of_session(session: Any, transaction: Any, error: BaseException) -> Outcome:
+    """Say what became of a transaction of a session, or connection, of SQLAlchemy, when its commit has raised."""
+    if transaction is None:  # there was none, so that it has begun and ended within the commit, or never
+        return Outcome.NOT_COMMITTED if is_refusal(error) else Outcome.UNKNOWN
+    state = getattr(transaction, "_state", None)
+    if state is None:  # of a connection
+        return after(session.connection.driver_connection, error)
+    return after_of_transaction(transaction, error)
+
+
+def after_of_transaction(transaction: Any, error: BaseException) -> Outcome:
+    """Say what became of the transaction of a session of SQLAlchemy, when its commit has raised."""
+    with suppress(Exception):
+        # Private: since 1.4, in 2.0 and 2.1.
+        state = transaction._state.name
+        if state == "COMMITTED":
+            return Outcome.COMMITTED
+        kept: dict[Any, tuple[Any, ...]] = transaction._connections
+        tried = {id(connection): connection for connection, one, *_ in kept.values() if not one.is_active}
+        if state in {"ACTIVE", "DEACTIVE"} or (state == "PREPARED" and not tried) or _is_from_sqlalchemy(error):
+            return Outcome.NOT_COMMITTED  # no COMMIT was sent
+        if len(tried) == 1 and not transaction.session.twophase:
+            (connection,) = tried.values()
+            driver = None if connection.invalidated else connection.connection.driver_connection
+            return after(driver, error)
+    return Outcome.UNKNOWN
+
+
+def _is_from_sqlalchemy(error: BaseException) -> bool:
+    """Whether SQLAlchemy itself refuses to commit, since the line was lost before, for example."""
+    from sqlalchemy.exc import InvalidRequestError
+
+    return isinstance(error, InvalidRequestError)
+
+
 def session_has_failed(session: Any) -> bool:
-    """Do the same for a session of SQLAlchemy that is about to commit, and ask the server where that is needed."""
+    """Do the same as `has_failed` for a session that is about to commit, and ask the server where that is needed."""
     if not getattr(session.get_transaction(), "_connections", None):
         return False  # it has no connection yet
     return has_failed(session) or (needs_asking(session) and ask(session))
@@ -91,29 +385,69 @@ def ask(session: object) -> bool:
     return False
 
 
-def sqlstate(error: BaseException) -> str | None:
-    """Give the SQLSTATE of a driver's error, or of one of SQLAlchemy's or Django's around it."""
-    one: BaseException | None = getattr(error, "orig", None) or error.__cause__ or error
-    found = getattr(one, "sqlstate", None) or getattr(one, "pgcode", None)
-    return found if isinstance(found, str) else None
-
-
-# The transaction of SQLAlchemy in which an error was seen last, by its connection: weakly, as it refers to that.
+# The transaction of SQLAlchemy in which an error was seen last, and the one that the server has ended at an error of a
+# statement, by its connection: weakly, as they refer to that.
 _seen: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()
+_ended: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()
+_told: list[Callable[[object], None]] = []  # what is called with the connection of such a one
+_listening = False
 
 
-def note_error(context: Any) -> None:
-    """Note that a statement has failed: what SQLAlchemy calls for each error of a driver."""
+def tell_ended(function: Callable[[object], None]) -> None:
+    """Have a function called when the server has ended the transaction of a connection of SQLAlchemy at an error."""
+    _told.append(function)
+
+
+def see_errors() -> None:
+    """Have SQLAlchemy tell of each error of a driver."""
+    global _listening
+    if not _listening:
+        from sqlalchemy import Engine, event
+
+        event.listen(Engine, "handle_error", _see_error)
+        _listening = True
+
+
+def see_errors_of(function: object) -> None:
+    """See the errors of the statements before a commit, where a unit of work's is that of a session of SQLAlchemy."""
+    if not _listening and _package_of(_owner_of(function)) == "sqlalchemy":
+        with suppress(Exception):
+            see_errors()
+
+
+def _see_error(context: Any) -> None:
     connection = context.connection
-    if connection is not None and (transaction := connection.get_transaction()) is not None:
-        _seen[connection] = weakref.ref(transaction)
+    if connection is None or (transaction := connection.get_transaction()) is None:
+        return
+    _seen[connection] = weakref.ref(transaction)
+    if context.statement is not None and has_ended(context.original_exception, lambda: connection.connection):
+        _ended[connection] = weakref.ref(transaction)
+        for function in _told:
+            function(connection)
 
 
-def has_ended(context: Any) -> bool:
-    """Whether the server has ended the whole transaction at an error, as MariaDB and MySQL do at a deadlock."""
-    with suppress(Exception):
-        return context.dialect.name in {"mysql", "mariadb"} and context.original_exception.args[0] == DEADLOCK
+def has_ended(error: BaseException, connection: Callable[[], Any]) -> bool:
+    """Whether MariaDB or MySQL has ended the whole transaction at an error of a statement.
+
+    `connection` gives the driver's, which is asked after a lock wait.
+    """
+    number = mysql_number(error)
+    if number == DEADLOCK:
+        return True
+    if number == LOCK_WAIT_TIMEOUT:
+        with suppress(Exception):
+            return rolls_back_at_timeouts(connection())
     return False
+
+
+def rolls_back_at_timeouts(connection: Any) -> bool:
+    """Ask MariaDB or MySQL whether a lock wait that takes too long ends the whole transaction."""
+    cursor = connection.cursor()
+    try:
+        cursor.execute("SELECT @@innodb_rollback_on_timeout")
+        return bool(int(cursor.fetchone()[0]))
+    finally:
+        cursor.close()
 
 
 def has_connection(session: object, connection: object) -> bool:
@@ -124,8 +458,51 @@ def has_connection(session: object, connection: object) -> bool:
 
 
 def _error_seen(connection: Any) -> bool:
-    seen = _seen.get(connection)
+    return _is_current(_seen.get(connection), connection)
+
+
+def _has_ended(owner: Any) -> bool:
+    """Whether the server has ended the transaction of a session or connection of SQLAlchemy at an error."""
+    if not _ended or _package_of(owner) != "sqlalchemy":
+        return False
+    with suppress(Exception):
+        return any(_is_current(_ended.get(connection), connection) for connection in _connections_of(owner))
+    return False
+
+
+def _is_current(seen: weakref.ref[Any] | None, connection: Any) -> bool:
     return seen is not None and seen() is not None and seen() is connection.get_transaction()
+
+
+def session_of(function: object) -> Any:
+    """Give the plain session of SQLAlchemy whose method a function is, or None."""
+    with suppress(Exception):
+        owner = _owner_of(function)
+        if owner is not None and _package_of(owner) == "sqlalchemy":
+            found = _session_of(owner)
+            return found if hasattr(found, "identity_map") else None
+    return None
+
+
+def scoped_sessions(function: Any) -> list[Any]:
+    """List the scoped sessions of SQLAlchemy that a function may ask for the session of the current task.
+
+    Of a method its owner or, where that is none, what is in the owner's attributes; else what is in its closure, and
+    what it names.
+    """
+    if "sqlalchemy" not in sys.modules:
+        return []
+    candidates: list[Any] = []
+    with suppress(Exception):
+        if type(function) is FunctionType:
+            code = function.__code__
+            candidates += [cell.cell_contents for cell in function.__closure__ or ()]
+            if code.co_names:
+                names = function.__globals__
+                candidates += [names[name] for name in code.co_names if name in names]
+        elif (owner := _owner_of(function)) is not None:
+            candidates += [owner] if _package_of(owner) else vars(owner).values()
+    return [one for one in candidates if _package_of(one) == "sqlalchemy" and "registry" in getattr(one, "__dict__", {})]
 
 
 def _session_of(owner: Any) -> Any:
@@ -147,25 +524,3 @@ def _connections_of(owner: Any) -> list[Any]:
     # Private, as the public `session.connection()` would open one that is not there: since 1.4, in 2.0 and 2.1.
     kept: dict[Any, tuple[Any, ...]] = getattr(owner.get_transaction(), "_connections", {})
     return list({id(connection): connection for connection, *_ in kept.values()}.values())
-
-
-def _any_failed(connections: Iterable[Any]) -> bool:
-    return any(has_failed(connection.connection.driver_connection) for connection in connections)
-
-
-# What tells of each driver, or of what stands before one, by the package that its class is from.
-LOOKS: dict[str, Callable[[Any], Any]] = {
-    "psycopg": lambda connection: connection.pgconn.transaction_status == IN_ERROR,
-    "psycopg2": lambda connection: connection.get_transaction_status() == IN_ERROR,
-    "pg8000": lambda connection: connection._transaction_status == b"E",
-    "django": lambda wrapper: has_failed(wrapper.connection),
-    "sqlalchemy": lambda owner: _any_failed(_connections_of(owner)),
-}
-_known: weakref.WeakKeyDictionary[type, Callable[[Any], Any] | None] = weakref.WeakKeyDictionary()
-
-
-def _look_of(cls: type) -> Callable[[Any], Any] | None:
-    if cls not in _known:
-        packages = [base.__module__.partition(".")[0] for base in cls.__mro__]
-        _known[cls] = next((LOOKS[package] for package in packages if package in LOOKS), None)
-    return _known[cls]

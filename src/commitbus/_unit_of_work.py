@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import nullcontext
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, cast
 
 from commitbus import _lock, _messages
@@ -11,7 +12,16 @@ from commitbus._awaited import hand_over
 from commitbus._context import committed
 from commitbus._interfaces import EventBusOrchestrator, NotCommittedError
 from commitbus._looking import events_to_apply, holds_buses, holds_pairs, in_store
-from commitbus._outcome import refuse_failed, was_committed
+from commitbus._outcome import (
+    Outcome,
+    after_commit,
+    mark,
+    marked,
+    refuse_if_open,
+    see_errors_of,
+    session_of,
+    watch,
+)
 from commitbus._rounds import check_rounds
 from commitbus.savepoint import numbers, refuse_open, roll_back_in, stores_in
 
@@ -19,6 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from contextlib import AbstractContextManager
     from types import TracebackType
+
+    from commitbus._outcome import Commit
 
 
 def bare(store: Any, events: list[Any]) -> list[Any]:
@@ -94,11 +106,12 @@ class Rest:
     called: bool
     committed: bool  # and not all applied since
     rolled_back: bool  # and not called again since
-    unknown: bool  # whether an interrupt came within a commit, whose outcome nobody knows
     failed: bool  # whether a commit has failed, and there is nothing that ends its transaction
     forks: int  # whether this is the process in which it was begun
     # What an apply after a commit left, in each bus that has any: it belongs to what was committed.
     kept: Sequence[tuple[Any, list[Any]]]
+    # A multi bus that has what was published for a commit of which nobody knows whether it was one, until it is told.
+    doubted: Any
     begun: int  # savepoints with a larger number were opened within it
 
     def refuse_call(self) -> None:
@@ -107,8 +120,6 @@ class Rest:
             raise _messages.begun_before_a_fork("this unit of work")
         if self.failed:
             raise _messages.failed_before()
-        if self.unknown:
-            raise _messages.not_known_before()
         if self.commit_transaction is not None:
             raise _messages.called_while_applying()
 
@@ -119,20 +130,105 @@ class Rest:
             self.refuse_asynchronous()
         self.refuse_without_rollback()
 
-    def fail(self, error: BaseException, committing: bool) -> None:
+    def store(self) -> tuple[list[Any], Callable[[], object] | None]:
+        """Apply what belongs to the transaction; give the events, and what commits.
+
+        A session of SQLAlchemy commits by a function that also stores what is published while it is flushed.
+        """
+        stored = apply_before_commit(self.buses)
+        session = session_of(self.commit_transaction) if before_commit(self.buses) else None
+        if session is None:
+            return stored, self.commit_transaction
+        from commitbus.integrations.sqlalchemy import storing
+
+        return stored, storing(session, self.buses, stored, cast("Any", self.commit_transaction))
+
+    def see(self, result: object, commit: Commit | None) -> None:
+        """Look at what the commit has returned, and refuse what has not committed."""
+        try:
+            if result is not None:
+                _messages.refuse_coroutine(self.commit_transaction, result, _messages.ASYNC_COMMIT)
+            if commit is not None:
+                commit.refuse_if_open(result)
+            elif result is not None:
+                refuse_if_open(result)
+        except (TypeError, NotCommittedError):
+            self.committed = False
+            raise
+
+    def fail(self, error: BaseException, committing: bool, commit: Commit | None) -> None:
         """See to what a commit has raised, or what comes before it."""
-        if committing and not isinstance(error, Exception):
-            self.unknown = True  # a commit that is written in C has run to its end, mostly
+        if committing:
+            self.note_outcome(after_commit(commit, error), error)
+        if self.committed or self.doubted is not None:
             self.end_unknown(error)
-        elif committing and was_committed(error, self.commit_transaction):
-            self.committed = True  # a listener or a handler of the commit's own has failed
-            self.end_unknown(error)
-        elif not self.committed:
+        else:
             self.roll_back(error)
             if self.rollback_transaction is None:
                 if isinstance(error, NotCommittedError):
                     self.drop()  # with the data, whoever rolls that back
-                self.failed = committing
+                self.failed = committing and not isinstance(error, NotCommittedError)
+
+    def note_outcome(self, outcome: Outcome, error: BaseException) -> None:
+        """Note what became of the transaction; where that is not known, say so, and keep what was published apart."""
+        if outcome is Outcome.COMMITTED:
+            self.committed = True  # a listener or a handler of the commit's own has failed
+        elif outcome is Outcome.UNKNOWN:
+            self.failed = self.rollback_transaction is None
+            mark(error, outcome)
+            try:
+                self.take_doubted()
+            except Exception as second:
+                _messages.chain(error, second)
+            if events := events_to_apply(self.doubted):
+                _messages.note_in_doubt(error, events)
+
+    def take_doubted(self) -> None:
+        """Take what was published for the commit to a multi bus of its own, so that no later one applies it.
+
+        Where nothing ends the transaction, it stays where it is, as after any commit that fails.
+        """
+        from commitbus import _leftovers
+
+        if self.rollback_transaction is None:
+            self.doubted = self.buses
+            return
+        self.doubted = _leftovers.new_multi()
+        _leftovers.move(self.buses, self.doubted, {id(event) for _, events in self.kept for event in events})
+
+    def begin_anew(self) -> None:
+        """Tell of what the attempt before has published; the note on its exception has told whoever has called."""
+        buses, self.doubted = self.doubted, None
+        if self.on_unapplied is not None and events_to_apply(buses):
+            self.call_on_unapplied(buses, None)
+
+    def tell_doubted(self, error: BaseException | None) -> None:
+        """Tell of what was published before a commit of which nobody knows."""
+        buses, self.doubted = self.doubted, None
+        if self.on_unapplied is None:
+            self.tell_in_doubt(buses, error)
+        elif events_to_apply(buses):
+            self.call_on_unapplied(buses, error)
+
+    def tell_in_doubt(self, buses: Any, error: BaseException | None) -> None:
+        """Say what the note on the exception says that has left the commit, where nobody sees that."""
+        events = events_to_apply(buses)
+        if not events:
+            return
+        if error is None:
+            _messages.warn(_messages.in_doubt(len(events)))
+        elif marked(error) is not Outcome.UNKNOWN:
+            _messages.note_in_doubt(error, events)
+
+    def call_on_unapplied(self, buses: Any, error: BaseException | None) -> None:
+        """Hand over what was not applied; what that raises never hides an error."""
+        function = cast("Any", self.on_unapplied)
+        try:
+            _messages.refuse_coroutine(function, function(buses))
+        except Exception as second:
+            if error is None:
+                raise
+            _messages.chain(error, second)
 
     def refuse_without_rollback(self) -> None:
         """Refuse an outbox where a commit that fails would leave the other buses as they are, and that one empty."""
@@ -210,12 +306,14 @@ class Rest:
         """See to what was not applied when the block is left, by an error or not."""
         if self.forks != _lock.forks:
             return  # the parent sees to it: a rollback would go over its line
-        if error is not None and not self.committed and not self.unknown:
+        if error is not None and not self.committed:
             self.roll_back(error)
-            if not self.kept:
-                return
         try:
-            self.tell(error)
+            doubted = self.doubted
+            if doubted is not None:
+                self.tell_doubted(error)
+            if doubted is not self.buses and (error is None or self.committed or self.kept):
+                self.tell(error)
         finally:
             if not self.called:
                 self.roll_back(error)  # nobody has committed: the next commit would keep what was written here
@@ -226,14 +324,9 @@ class Rest:
         if not events:
             return
         if self.on_unapplied is not None:
-            try:
-                _messages.refuse_coroutine(self.on_unapplied, self.on_unapplied(self.buses))
-            except Exception as second:
-                if error is None:
-                    raise
-                _messages.chain(error, second)
+            self.call_on_unapplied(self.buses, error)
         elif error is not None:
-            _messages.note_unapplied(error, events, self.unknown)
+            _messages.note_unapplied(error, events)
         else:
             _messages.warn(_messages.unapplied(len(events), self.called))
 
@@ -249,6 +342,7 @@ class Unit(Rest):
         "commit",
         "commit_transaction",
         "committed",
+        "doubted",
         "failed",
         "forks",
         "kept",
@@ -257,7 +351,6 @@ class Unit(Rest):
         "rollback_transaction",
         "rolled_back",
         "rounds",
-        "unknown",
     )
 
     def __init__(
@@ -274,9 +367,10 @@ class Unit(Rest):
         self.commit_transaction, self.rollback_transaction = commit_transaction, rollback_transaction
         self.on_unapplied = on_unapplied
         self.called = self.applying = False
-        self.committed = self.rolled_back = self.unknown = self.failed = False
+        self.committed = self.rolled_back = self.failed = False
         self.forks = _lock.forks
         self.kept = ()
+        self.doubted = None
         self.begun = next(numbers)
 
     def __enter__(self) -> Yielded:
@@ -286,7 +380,13 @@ class Unit(Rest):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         # Mostly all was committed and applied, and there is nothing to see to.
-        if error is not None or not self.called or self.committed or self.buses._commitbus_holds_any():
+        if (
+            error is not None
+            or not self.called
+            or self.committed
+            or self.doubted is not None
+            or self.buses._commitbus_holds_any()
+        ):
             self.leave(error)
 
     def apply(self) -> list[Any]:
@@ -297,9 +397,11 @@ class Unit(Rest):
 
     def commit_and_execute_side_effects(self) -> list[Any]:
         """Commit, apply, and return the events that were applied."""
-        if self.applying or self.failed or self.unknown or self.forks != _lock.forks:
+        if self.applying or self.failed or self.forks != _lock.forks:
             self.refuse_call()
             return self.apply()  # a handler calls it again, and there is nothing to commit
+        if self.doubted is not None:
+            self.begin_anew()
         plainly = self.buses._commitbus_is_plain(False)
         if not plainly:
             self.refuse()
@@ -308,19 +410,20 @@ class Unit(Rest):
         self.rolled_back = False
         if self.commit and not self.committed:
             committing = False
+            commit: Commit | None = None
             try:
+                commit_transaction = self.commit_transaction
                 if not plainly:
-                    stored = apply_before_commit(self.buses)
-                if self.commit_transaction is not None:
-                    refuse_failed(self.commit_transaction)
+                    stored, commit_transaction = self.store()
+                if commit_transaction is not None:
+                    commit = watch(self.commit_transaction, self.rollback_transaction)
                     committing = True
                     # One line: an interrupt comes within the commit, or finds it noted.
-                    result = self.commit_transaction(); self.committed = True; committing = False  # fmt: skip  # noqa: E702
-                    if result is not None:
-                        self.committed = False
-                        _messages.refuse_coroutine(self.commit_transaction, result, _messages.ASYNC_COMMIT)
+                    result = commit_transaction(); self.committed = True; committing = False  # fmt: skip  # noqa: E702
+                    if result is not None or commit is not None:
+                        self.see(result, commit)
             except BaseException as error:
-                self.fail(error, committing)
+                self.fail(error, committing, commit)
                 raise
             self.committed = True
         token = None
@@ -389,6 +492,8 @@ def unit_of_work(
     if type(rounds) is not int or rounds < 1:
         check_rounds(rounds)
     if event_bus_orchestrator is None:
+        if commit_transaction is not None and type(commit_transaction) is not FunctionType:
+            see_errors_of(commit_transaction)
         return Unit(create(), commit, commit_transaction, rollback_transaction, on_unapplied, robust, rounds)
     if not isinstance(event_bus_orchestrator, EventBusOrchestrator):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise _messages.not_an_orchestrator(event_bus_orchestrator)

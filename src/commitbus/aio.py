@@ -23,7 +23,16 @@ from commitbus._awaited import BEHIND, EVENT, GONE, SPARSE, hand_over, new_batch
 from commitbus._context import committed
 from commitbus._interfaces import EventBusOrchestrator, NotCommittedError
 from commitbus._looking import events_to_apply
-from commitbus._outcome import FAILED, ask, needs_asking, refuse_failed, was_committed
+from commitbus._outcome import (
+    FAILED,
+    after_commit,
+    ask,
+    needs_asking,
+    scoped_sessions,
+    see_errors_of,
+    session_of,
+    watch,
+)
 from commitbus._rounds import check_rounds
 from commitbus._select import implementation
 from commitbus._unit_of_work import BEFORE_COMMIT_ROUNDS, Unit, Yielded, apply_now, before_commit
@@ -36,6 +45,7 @@ if TYPE_CHECKING:
     from collections.abc import Coroutine, Generator
     from contextlib import AbstractAsyncContextManager
 
+    from commitbus._outcome import Commit
     from commitbus.delayed_event_bus import DelayedEventBus
 
 # As in `_select`.
@@ -741,11 +751,16 @@ def _check_concurrency(concurrency: object) -> None:
 # The unit of work
 
 
-async def _to_the_end(work: Coroutine[Any, Any, Any]) -> asyncio.CancelledError | None:
+async def to_the_end(
+    work: Coroutine[Any, Any, Any],
+    is_sent: Callable[[], bool] = lambda: True,
+    earlier: asyncio.CancelledError | None = None,
+) -> asyncio.CancelledError | None:
     """Run to its end what must not be left in the middle, and give the cancellation that came meanwhile.
 
-    It runs in a task of its own: a cancellation of the caller's, by a timeout or a client that is gone, does not
-    reach it. Raises what it raises, with the cancellation as the context.
+    It runs in a task of its own: a cancellation of the caller's, by a timeout or a client that is gone, reaches it only
+    while `is_sent` is false, and is not an `earlier` one that comes again. Raises what it raises, with the cancellation
+    as the context.
     """
     loop = asyncio.get_running_loop()
     waiter: asyncio.Future[None] | None = None
@@ -768,12 +783,23 @@ async def _to_the_end(work: Coroutine[Any, Any, Any]) -> asyncio.CancelledError 
         try:
             await waiter
         except asyncio.CancelledError as error:
+            if not is_sent() and not _comes_again(error, earlier):
+                task.cancel()
             cancelled = error
     work.close()  # of a task that was cancelled before it began
     if cancelled is not None and not task.cancelled() and (failure := task.exception()) is not None:
         raise cancelled from failure
     task.result()
     return cancelled
+
+
+def _never() -> bool:
+    return False
+
+
+def _comes_again(cancelled: asyncio.CancelledError, earlier: asyncio.CancelledError | None) -> bool:
+    """Whether a cancellation is that of the same scope of anyio, which cancels in every turn of the loop."""
+    return earlier is not None and earlier.args == cancelled.args and str(cancelled).startswith("Cancelled ")
 
 
 @coroutine
@@ -792,24 +818,42 @@ async def _awaited(result: Awaitable[object], function: object) -> None:
     _messages.refuse_coroutine(function, await result)
 
 
-async def _refuse_failed(commit_transaction: Callable[[], object]) -> None:
-    """Refuse to commit a transaction that the server would only roll back; ask it, where an error was seen in it."""
-    if type(commit_transaction) is FunctionType:
-        return
-    refuse_failed(commit_transaction)
-    owner: Any = getattr(commit_transaction, "__self__", None)
-    if hasattr(owner, "run_sync") and needs_asking(owner) and await owner.run_sync(ask):
-        raise NotCommittedError(FAILED)
+async def _watch(
+    commit_transaction: Callable[[], object], rollback_transaction: Callable[[], object] | None
+) -> Commit | None:
+    """Look at a commit that is about to be made; ask the server, where an error was seen in its transaction."""
+    commit = watch(commit_transaction, rollback_transaction)
+    if commit is not None and needs_asking(commit.owner) and hasattr(commit.owner, "run_sync"):
+        if await commit.owner.run_sync(ask):
+            raise NotCommittedError(FAILED)
+    return commit
 
 
 def _of_this_task(function: Callable[[], object]) -> Callable[[], object]:
-    """Give the method of the session that a scoped one stands for in this task: it is called in another one."""
-    if type(function) is FunctionType:
+    """Have a function that looks a session of SQLAlchemy up by the current task find that of this one.
+
+    It is called in another task. The sessions of `async_scoped_session` are found where the function is a method of one,
+    or has one in its closure, its names or its owner's attributes.
+    """
+    found = scoped_sessions(function)
+    if not found:
         return function
-    scoped: Any = getattr(function, "__self__", None)
-    if type(scoped).__module__.startswith("sqlalchemy.") and hasattr(scoped, "registry"):
-        return cast("Callable[[], object]", getattr(scoped.registry(), cast("Any", function).__name__))
-    return function
+    here = [(scoped.registry, scoped.registry()) for scoped in found if scoped.registry.has()]
+
+    async def call() -> object:
+        lent: list[Any] = []
+        try:
+            for registry, session in here:
+                if not registry.has():
+                    registry.set(session)
+                    lent.append(registry)
+            result = function()
+            return await result if isawaitable(result) else result
+        finally:
+            for registry in lent:
+                registry.clear()
+
+    return call
 
 
 def _chained(first: BaseException | None, second: BaseException) -> BaseException:
@@ -831,16 +875,24 @@ class _AsyncUnit(Unit):
         return _pair(self.buses, self.commit_and_execute_side_effects_async)
 
     async def __aexit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if error is not None or not self.called or self.committed or self.buses._commitbus_holds_any():
+        if (
+            error is not None
+            or not self.called
+            or self.committed
+            or self.doubted is not None
+            or self.buses._commitbus_holds_any()
+        ):
             await self.leave_async(error)
 
     async def commit_and_execute_side_effects_async(self) -> list[Any]:
         """Commit, apply, and return the events that were applied."""
-        if self.applying or self.failed or self.unknown or self.forks != _lock.forks:
+        if self.applying or self.failed or self.forks != _lock.forks:
             self.refuse_call()
             return await self._apply()  # a handler calls it again, and there is nothing to commit
         if self.committing:
             raise _messages.committing()
+        if self.doubted is not None:
+            await self.begin_anew_async()
         plainly = self.buses._commitbus_is_plain(True)
         if not plainly:
             # Before the commit, which an apply that is refused after it would separate from its side effects.
@@ -851,30 +903,24 @@ class _AsyncUnit(Unit):
         cancelled: asyncio.CancelledError | None = None
         stored: list[Any] = []
         begun = False
+        commit: Commit | None = None
         if self.commit and not self.committed:
             try:
                 self.committing = True
+                commit_transaction = self.commit_transaction
                 if not plainly:
-                    stored = await apply_before_commit_async(self.buses)
-                if self.commit_transaction is None:
+                    stored, commit_transaction = await self.store_async()
+                if commit_transaction is None:
                     self.committed = True
                 else:
-                    await _refuse_failed(self.commit_transaction)
+                    commit = await _watch(cast("Any", self.commit_transaction), self.rollback_transaction)
                     if cast("Any", asyncio.current_task()).cancelling():
                         await asyncio.sleep(0)  # one that was cancelled before does not begin to commit
                     begun = True
-                    cancelled = await _to_the_end(self._commit(_of_this_task(self.commit_transaction)))
+                    work = self._commit(_of_this_task(commit_transaction), commit)
+                    cancelled = await (to_the_end(work) if commit is None else to_the_end(work, commit.is_sent))
             except BaseException as error:
-                if begun and not self.committed and was_committed(error, self.commit_transaction):
-                    self.committed = True  # as in `Rest.fail`
-                    await self._end_committed(error)
-                if not self.committed:
-                    await self.roll_back_async(error)
-                    if self.rollback_transaction is None:
-                        if isinstance(error, NotCommittedError):
-                            self.drop()  # with the data, whoever rolls that back
-                        else:
-                            self.failed = begun
+                await self.fail_async(error, begun, commit)
                 raise
             finally:
                 self.committing = False
@@ -887,9 +933,10 @@ class _AsyncUnit(Unit):
                     self.commit, robust=self.robust, rounds=self.rounds, concurrency=self.concurrency
                 )
             else:
-                # Committed: what belongs to the commit is done first, where the cancellation does not reach it.
+                # Committed: what belongs to the commit is done first, where that cancellation does not reach it; a
+                # second one does, so that a handler that hangs can be ended.
                 try:
-                    await _to_the_end(self._apply())
+                    await to_the_end(self._apply(), _never, cancelled)
                 except BaseException as error:
                     raise cancelled from error
                 self.end_commit()
@@ -910,13 +957,49 @@ class _AsyncUnit(Unit):
             await self.roll_back_async(None)
         return stored + applied if stored else applied
 
-    async def _commit(self, commit_transaction: Callable[[], object]) -> None:
+    async def store_async(self) -> tuple[list[Any], Callable[[], object] | None]:
+        """Do the same as `store`, awaited."""
+        stored = await apply_before_commit_async(self.buses)
+        session = session_of(self.commit_transaction) if before_commit(self.buses) else None
+        if session is None:
+            return stored, self.commit_transaction
+        from commitbus.integrations.sqlalchemy import storing_async
+
+        return stored, storing_async(session, self.buses, stored, _of_this_task(cast("Any", self.commit_transaction)))
+
+    async def _commit(self, commit_transaction: Callable[[], object], commit: Commit | None) -> None:
         result = commit_transaction()
         if isawaitable(result):
             result = await result
-        if result is not None:
-            _messages.refuse_coroutine(commit_transaction, result)
         self.committed = True
+        if result is not None or commit is not None:
+            self.see(result, commit)
+
+    async def fail_async(self, error: BaseException, begun: bool, commit: Commit | None) -> None:
+        """See to what a commit has raised, or what comes before it."""
+        if begun and not self.committed:
+            # A cancellation has what the commit itself has raised as its cause.
+            of = error.__cause__ if isinstance(error, asyncio.CancelledError) and error.__cause__ is not None else error
+            if isinstance(of, NotCommittedError):
+                begun = False
+            else:
+                self.note_outcome(after_commit(commit, of), error)
+        if self.committed or self.doubted is not None:
+            await self._end_committed(error)
+            return
+        await self.roll_back_async(error)
+        if self.rollback_transaction is None:
+            if not begun:
+                if isinstance(error, NotCommittedError):
+                    self.drop()  # with the data, whoever rolls that back
+            else:
+                self.failed = True
+
+    async def begin_anew_async(self) -> None:
+        """Tell of what the attempt before has published; the note on its exception has told whoever has called."""
+        buses, self.doubted = self.doubted, None
+        if self.on_unapplied is not None and events_to_apply(buses):
+            await self.call_on_unapplied_async(buses, None)
 
     async def _apply(self) -> list[Any]:
         applied: list[Any] = await self.buses.apply_and_get_applied_events_async(
@@ -936,7 +1019,7 @@ class _AsyncUnit(Unit):
         except Exception as raised:
             first = _chained(first, raised)
         try:
-            cancelled = await _to_the_end(self._roll_back(_of_this_task(self.rollback_transaction)))
+            cancelled = await to_the_end(self._roll_back(_of_this_task(self.rollback_transaction)))
         except asyncio.CancelledError as raised:
             cancelled = raised
             if raised.__cause__ is not None:  # the rollback has failed, too
@@ -953,7 +1036,7 @@ class _AsyncUnit(Unit):
         if self.rollback_transaction is not None and not self.rolled_back:
             self.rolled_back = True
             try:
-                await _to_the_end(self._roll_back(_of_this_task(self.rollback_transaction)))
+                await to_the_end(self._roll_back(_of_this_task(self.rollback_transaction)))
             except Exception as second:
                 _messages.chain(error, second)
 
@@ -973,27 +1056,41 @@ class _AsyncUnit(Unit):
             return
         if error is not None and not self.committed:
             await self.roll_back_async(error)
-            if not self.kept:
-                return
         try:
-            await self.tell_async(error)
+            doubted = self.doubted
+            if doubted is not None:
+                await self.tell_doubted_async(error)
+            if doubted is not self.buses and (error is None or self.committed or self.kept):
+                await self.tell_async(error)
         finally:
             if not self.called:
                 await self.roll_back_async(error)
+
+    async def tell_doubted_async(self, error: BaseException | None) -> None:
+        """Do the same as `tell_doubted`, awaited."""
+        buses, self.doubted = self.doubted, None
+        if self.on_unapplied is None:
+            self.tell_in_doubt(buses, error)
+        elif events_to_apply(buses):
+            await self.call_on_unapplied_async(buses, error)
 
     async def tell_async(self, error: BaseException | None) -> None:
         """Tell of the events that were not applied; ``on_unapplied`` may be a coroutine function."""
         if self.on_unapplied is None or not events_to_apply(self.buses):
             self.tell(error)
-            return
+        else:
+            await self.call_on_unapplied_async(self.buses, error)
+
+    async def call_on_unapplied_async(self, buses: Any, error: BaseException | None) -> None:
+        """Hand over what was not applied, to the end: it is to keep what nobody applies."""
+        function = cast("Any", self.on_unapplied)
         cancelled: asyncio.CancelledError | None = None
         try:
-            result = self.on_unapplied(self.buses)
+            result = function(buses)
             if isawaitable(result):
-                # To its end, as the rollback: it is to keep what nobody applies.
-                cancelled = await _to_the_end(_awaited(cast("Any", result), self.on_unapplied))
+                cancelled = await to_the_end(_awaited(cast("Any", result), function))
             else:
-                _messages.refuse_coroutine(self.on_unapplied, result)
+                _messages.refuse_coroutine(function, result)
         except asyncio.CancelledError as raised:
             raise raised from _chained(error, raised.__cause__) if raised.__cause__ is not None else error
         except Exception as second:
@@ -1100,6 +1197,7 @@ def use_orchestrator_or_create_multi_event_bus(
         or (rollback_transaction is not None and type(rollback_transaction) is not FunctionType)
         or (on_unapplied is not None and type(on_unapplied) is not FunctionType)
     ):
+        see_errors_of(commit_transaction)
         _check_functions(
             commit_transaction=commit_transaction, rollback_transaction=rollback_transaction, on_unapplied=on_unapplied
         )

@@ -30,9 +30,9 @@ from commitbus._context import committed as _committed
 from commitbus._context import gathering, gathering_of
 from commitbus._interfaces import EventBusOrchestrator, iterate
 from commitbus._looking import events_to_apply
-from commitbus._outcome import refuse_failed
+from commitbus._outcome import see_errors_of, watch
 from commitbus._rounds import check_rounds
-from commitbus._unit_of_work import Rest, Yielded, apply_before_commit, check_callbacks
+from commitbus._unit_of_work import Rest, Yielded, check_callbacks
 from commitbus.savepoint import Mark, numbers, refuse_open
 
 # What stands for an argument that was not given.
@@ -694,8 +694,8 @@ cdef object yielded(object orchestrator, object execute):
 cdef class UnitStore:
     # As in `commitbus._unit_of_work`.
     cdef public MultiStore buses
-    cdef public object commit, commit_transaction, rollback_transaction, on_unapplied, robust, rounds, begun, kept
-    cdef public bint called, committed, rolled_back, unknown, failed, applying
+    cdef public object commit, commit_transaction, rollback_transaction, on_unapplied, robust, rounds, begun, kept, doubted
+    cdef public bint called, committed, rolled_back, failed, applying
     cdef public object forks
 
     def __enter__(self):
@@ -703,38 +703,49 @@ cdef class UnitStore:
 
     def __exit__(self, kind, error, traceback):
         # Mostly all was committed and applied, and there is nothing to see to.
-        if error is not None or not self.called or self.committed or self.buses.holds_any():
+        if (
+            error is not None
+            or not self.called
+            or self.committed
+            or self.doubted is not None
+            or self.buses.holds_any()
+        ):
             self.leave(error)
 
     def commit_and_execute_side_effects(self):
         """Commit, apply, and return the events that were applied."""
         cdef bint plainly, committing = False
         cdef list applied, stored = None
-        if self.applying or self.failed or self.unknown or self.forks is not _lock.forks:
+        if self.applying or self.failed or self.forks is not _lock.forks:
             self.refuse_call()
             # A handler calls it again, and there is nothing to commit.
             return self.buses.gather(self.commit, self.robust, self.rounds)
+        if self.doubted is not None:
+            self.begin_anew()
         plainly = self.buses.is_plain(False)
         if not plainly:
             self.refuse()
         self.called = True
         self.rolled_back = False
         if self.commit and not self.committed:
+            commit = None
             try:
+                commit_transaction = self.commit_transaction
                 if not plainly:
-                    stored = apply_before_commit(self.buses)
-                if self.commit_transaction is not None:
-                    if type(self.commit_transaction) is not FUNCTION:  # else nobody knows whose it is
-                        refuse_failed(self.commit_transaction)
+                    stored, commit_transaction = self.store()
+                if commit_transaction is not None:
+                    if type(self.commit_transaction) is not FUNCTION or (
+                        self.rollback_transaction is not None and type(self.rollback_transaction) is not FUNCTION
+                    ):  # else nobody knows whose it is
+                        commit = watch(self.commit_transaction, self.rollback_transaction)
                     committing = True
-                    result = self.commit_transaction()
+                    result = commit_transaction()
                     committing = False
                     self.committed = True
-                    if result is not None:
-                        self.committed = False
-                        _messages.refuse_coroutine(self.commit_transaction, result, _messages.ASYNC_COMMIT)
+                    if result is not None or commit is not None:
+                        self.see(result, commit)
             except BaseException as error:
-                self.fail(error, committing)
+                self.fail(error, committing, commit)
                 raise
             self.committed = True
         token = PyContextVar_Set(COMMITTED, self.commit)
@@ -811,6 +822,8 @@ def use_orchestrator_or_create_multi_event_bus(
         given = Given.__new__(Given)
         given.orchestrator = event_bus_orchestrator
         return given
+    if commit_transaction is not None and type(commit_transaction) is not FUNCTION:
+        see_errors_of(commit_transaction)
     unit = make(UNIT)
     unit.buses = make(MULTI)
     unit.commit = commit

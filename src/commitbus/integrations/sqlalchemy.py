@@ -9,20 +9,28 @@ from functools import partial, wraps
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from commitbus import _lock, _messages
+from commitbus import _leftovers, _lock, _messages
 from commitbus._context import committed
 from commitbus._interfaces import NotCommittedError
 from commitbus._looking import events_to_apply
-from commitbus._outcome import FAILED, has_connection, has_ended, note_error, session_has_failed
+from commitbus._outcome import (
+    FAILED,
+    Outcome,
+    after_of_transaction,
+    has_connection,
+    mark,
+    see_errors,
+    session_has_failed,
+    tell_ended,
+)
 from commitbus._rounds import check_rounds
 from commitbus._unit_of_work import BEFORE_COMMIT_ROUNDS, apply_before_commit, before_commit
-from commitbus.aio import AsyncEventBus, AsyncMultiEventBus, apply_before_commit_async
-from commitbus.integrations import _leftovers
+from commitbus.aio import AsyncEventBus, AsyncMultiEventBus, apply_before_commit_async, to_the_end
 from commitbus.multi_event_bus import MultiEventBus
 from commitbus.savepoint import Opened, Savepoint, open_marks, roll_back_in, stores_in
 
 try:
-    from sqlalchemy import Engine, event
+    from sqlalchemy import event
     from sqlalchemy.exc import InvalidRequestError
     from sqlalchemy.orm import Session, SessionTransaction, scoped_session
     from sqlalchemy.orm import session as _orm_session
@@ -42,7 +50,7 @@ if TYPE_CHECKING:
     from commitbus.delayed_event_bus import DelayedEventBus
     from commitbus.event_bus import AbstractEventBus
 
-__all__ = ["leftovers", "orchestrator"]
+__all__ = ["in_doubt", "leftovers", "orchestrator"]
 
 
 def __dir__() -> list[str]:
@@ -95,7 +103,9 @@ def orchestrator(
     A handler may use the session: read, write, commit, publish more. What handlers publish is applied in the next
     round of the same commit, whatever becomes of a transaction that a handler begins itself. When one raises, the
     exception comes out of ``commit()``, with a note that the transaction was committed; what was not applied is in
-    `leftovers`, and the session is usable.
+    `leftovers`, and the session is usable. When the commit itself raises, and nobody knows whether the server has
+    committed, since the line was cut for example, nothing is applied; a note says so, and `in_doubt` has the events.
+    ``await session.commit()`` is run to its end where a cancellation does not reach it, but for what is flushed before.
 
     Examples
     --------
@@ -142,6 +152,28 @@ def leftovers(session: Session | AsyncSession | scoped_session[Any] | async_scop
         When `session` is none.
     """
     return _bound(session, "leftovers").leftovers()
+
+
+def in_doubt(session: Session | AsyncSession | scoped_session[Any] | async_scoped_session[Any]) -> AsyncMultiEventBus:
+    """Give the bus of what was published in transactions of which it is not known whether they were committed.
+
+    Parameters
+    ----------
+    session : Session, AsyncSession, scoped_session or async_scoped_session
+        The session. It keeps the bus for its whole life.
+
+    Returns
+    -------
+    AsyncMultiEventBus
+        There for nothing else: find out whether the transaction was committed, with `commitbus.outcome` on PostgreSQL,
+        then apply the bus or discard what is in it. No commit applies it, and no rollback drops it.
+
+    Raises
+    ------
+    TypeError
+        When `session` is none.
+    """
+    return _bound(session, "in_doubt").doubted()
 
 
 def in_greenlet() -> bool:
@@ -240,14 +272,26 @@ class SessionBuses(AsyncMultiEventBus):
 class _Bound:
     """What listens to one session, and applies its buses. Keeps no reference to it."""
 
-    __slots__ = ("applying", "buses", "committed", "committing", "forks", "left", "robust", "rounds", "savepoints")
+    __slots__ = (
+        "applying", "awaiting", "block", "buses", "committed", "committing", "doubt", "forks", "left", "others", "robust",
+        "rounds", "savepoints", "storing", "stored", "token",
+    )  # fmt: skip
 
     def __init__(self, session: Session) -> None:
         self.buses = SessionBuses(session)
         self.left: SessionBuses | None = None
+        self.doubt: SessionBuses | None = None
         self.robust, self.rounds = False, 100
         self.forks = _lock.forks
         self.applying = False
+        # What `apply` has set, and an interrupt may have kept it from restoring.
+        self.block: Any = None
+        self.token: Any = None
+        self.awaiting = False  # whether handlers wait until a COMMIT has run to its end where no cancellation comes
+        # What belongs to the transaction, also that of units of work which commit this session, and whether it is being
+        # stored: how often it was.
+        self.others: list[tuple[Any, list[Any]]] = []
+        self.storing, self.stored = False, 0
         self.committed: set[SessionTransaction] = set()
         # The transaction whose commit was begun, and not rolled back since: where an interrupt, or a listener, keeps
         # `after_commit` from being noted, it was committed all the same.
@@ -259,6 +303,7 @@ class _Bound:
                 self.savepoints[transaction] = self.buses.savepoint().__enter__()
             if getattr(cast("Any", ending)._state, "name", None) == "COMMITTED":
                 self.committed.add(ending)  # bound within a listener: `after_commit` came already
+            see_end(session.get_transaction())
         session.__class__ = _ending(type(session))
 
     def leftovers(self) -> SessionBuses:
@@ -266,6 +311,12 @@ class _Bound:
         if self.left is None:
             self.left = SessionBuses(cast("Session", self.buses._session()))
         return self.left
+
+    def doubted(self) -> SessionBuses:
+        """Give the bus of what nobody knows to be committed: made when it is needed."""
+        if self.doubt is None:
+            self.doubt = SessionBuses(cast("Session", self.buses._session()))
+        return self.doubt
 
     def is_plain(self) -> bool:
         """Whether nothing in the buses is asynchronous, an outbox, nested, or covered by a savepoint."""
@@ -284,9 +335,10 @@ class _Bound:
             self.drop()
         if name != "rollback":
             self.buses.is_closed = True
-            if self.left is not None and (count := len(events_to_apply(self.left))):
+            left, doubted = _leftovers.count(self.left), _leftovers.count(self.doubt)
+            if left or doubted:
                 try:
-                    _messages.warn(_messages.session_left(count), "sqlalchemy")
+                    _messages.warn(_messages.session_left(left, doubted), "sqlalchemy")
                 except Warning as warning:  # that is an error, in tests
                     if (error := sys.exception()) is None or (first := error.__context__) is None:
                         raise
@@ -297,6 +349,7 @@ class _Bound:
         if transaction.nested:
             self.savepoints[transaction] = self.buses.savepoint().__enter__()
         elif transaction.parent is None and not self.applying:
+            see_end(transaction)
             self.settle()
             if not self.buses._commitbus_holds_any():
                 self.forks = _lock.forks
@@ -332,27 +385,39 @@ class _Bound:
                     raise _messages.savepoint_is_open(self.buses, mark.savepoint)
         if session_has_failed(session):
             raise NotCommittedError(FAILED)
-        if self.buses.has_outbox:
-            self.store(session)
+        self.storing, self.stored = self.buses.has_outbox or bool(self.others), 0
         self.committing = session.get_transaction()
 
     def after_rollback(self, session: Session) -> None:  # noqa: ARG002
         if not self.applying:
-            self.committing = None
+            self.committing, self.storing = None, False
+
+    def has_to_store(self) -> bool:
+        """Whether the commit that is under way has something to store in its transaction first."""
+        return self.storing and any(
+            events_to_apply(delayed) for buses, _ in self.all_buses() for delayed in before_commit(buses)
+        )
+
+    def all_buses(self) -> list[tuple[Any, list[Any]]]:
+        """List the buses whose outboxes belong to the transaction, each with where to note what was stored."""
+        return [(self.buses, []), *self.others]
 
     def store(self, session: Session) -> None:
-        """Apply what belongs to the transaction: with what is published while the session is flushed."""
-        for _ in range(BEFORE_COMMIT_ROUNDS):
-            session.flush()  # SQLAlchemy would, after this
-            if not any(events_to_apply(delayed) for delayed in before_commit(self.buses)):
-                return
-            if in_greenlet():
-                with suppress(InvalidRequestError):  # of a session with several databases
-                    session.connection()  # what is awaited has it then; to open one, it is too late there
-                await_only(apply_before_commit_async(self.buses))
-            else:
-                apply_before_commit(self.buses)
-        raise _messages.too_many_rounds(BEFORE_COMMIT_ROUNDS)
+        """Apply what belongs to the transaction, after a flush of its commit: also what that flush has published."""
+        self.stored += 1
+        if self.stored >= BEFORE_COMMIT_ROUNDS:
+            raise _messages.too_many_rounds(BEFORE_COMMIT_ROUNDS)
+        self.storing = False  # these handlers may flush, too
+        try:
+            for buses, stored in self.all_buses():
+                if in_greenlet():
+                    with suppress(InvalidRequestError):  # of a session with several databases
+                        session.connection()  # what is awaited has it then; to open one, it is too late there
+                    stored += await_only(apply_before_commit_async(buses))
+                else:
+                    stored += apply_before_commit(buses)
+        finally:
+            self.storing = True
 
     def asynchronous(self) -> Any:
         """Give an asynchronous bus that has something to apply, or None."""
@@ -373,15 +438,95 @@ class _Bound:
         if transaction.nested:
             self.end_savepoint(transaction)
         elif transaction.parent is None and not self.applying:  # else a handler's own
+            self.storing = False
             if transaction in self.committed:
+                if self.awaiting:
+                    return
                 self.apply(session)
-            elif transaction is self.committing:
-                self.committed.add(transaction)
-                self.settle()
+            elif transaction is self.committing:  # left by an exception; by what else is not known here
+                self.set_apart(self.doubted())
             else:
                 self.committed.clear()
                 self.drop()
             self.committing = None
+
+    # What `_Transaction` calls
+
+    def commit(self, session: Session, transaction: Any, commit: Callable[[], None]) -> None:
+        """Commit within the methods of an `AsyncSession`: what can be cancelled first, then what nobody may leave."""
+        # Private: in 2.0 and 2.1. Without it, all of the commit is run where no cancellation comes.
+        prepare = getattr(transaction, "_prepare_impl", None)
+        if prepare is not None and transaction._state.name == "ACTIVE":
+            prepare()
+        self.awaiting = True
+        cancelled: BaseException | None
+        try:
+            cancelled = await_only(to_the_end(greenlet_spawn(commit)))
+        finally:
+            self.awaiting = False
+        try:
+            if transaction in self.committed:
+                self.apply(session)
+        except BaseException as error:
+            if cancelled is None:
+                raise
+            mark(cancelled, Outcome.COMMITTED)
+            raise cancelled from error
+        self.committing = None
+        if cancelled is not None:
+            mark(cancelled, Outcome.COMMITTED)
+            raise cancelled
+
+    def fail(self, transaction: Any, error: BaseException) -> None:
+        """See to what was published in a transaction whose commit was left by an exception."""
+        committing, self.committing = self.committing, None
+        self.restore()
+        # Since 1.4, in 2.0 and 2.1. A commit that comes to the end of its transaction has made one.
+        state = transaction._state.name
+        if transaction in self.committed or state == "COMMITTED" or (state == "CLOSED" and committing is transaction):
+            outcome = Outcome.COMMITTED
+        elif committing is not transaction:
+            return  # refused before anything was sent
+        else:
+            of: BaseException = error
+            if error.__cause__ is not None and not isinstance(error, Exception):
+                of = error.__cause__  # a cancellation, with what the commit has raised
+            outcome = after_of_transaction(transaction, of)
+        if outcome is Outcome.NOT_COMMITTED:
+            return
+        mark(error, outcome)
+        events = events_to_apply(self.buses)
+        if events and outcome is Outcome.COMMITTED:
+            _messages.note_committed(error, len(events), "leftovers(session)")
+            self.set_apart(self.leftovers())
+        elif events:
+            _messages.note_in_doubt(error, events, "in_doubt(session)")
+            self.set_apart(self.doubted())
+        self.committed.clear()
+
+    def see_to_end(self, transaction: SessionTransaction) -> None:
+        """Drop what was published in a transaction whose end was left by an exception, before it was seen here."""
+        if transaction not in self.committed and self.committing is not transaction and not self.applying:
+            self.drop()
+
+    def restore(self) -> None:
+        """Restore what an interrupt has kept `apply` from restoring: else the session would be deaf from now on."""
+        self.applying = self.awaiting = self.storing = False
+        block, self.block = self.block, None
+        if block is not None:
+            session, manager = block
+            session._trans_context_manager = manager
+        token, self.token = self.token, None
+        if token is not None:
+            with suppress(ValueError, RuntimeError):  # it was reset, or is of another context
+                committed.reset(token)
+
+    def set_apart(self, kept: SessionBuses) -> None:
+        """Move what is in the buses to another, which no commit applies."""
+        for store in stores_in(self.buses):  # of savepoints that a handler has left open
+            while marks := open_marks(store):
+                _end(marks[0].savepoint, True)
+        _leftovers.move(self.buses, kept)
 
     def end_savepoint(self, transaction: SessionTransaction) -> None:
         """Keep or drop what was published in a savepoint, as the database did."""
@@ -400,14 +545,13 @@ class _Bound:
 
     def apply(self, session: Any) -> None:
         """Apply what was published in a transaction that was committed."""
-        # Within the block of ``session.begin()`` a handler could not use the session: the block has not ended yet.
-        block = session._trans_context_manager
-        token = None
         # What an interrupt leaves here belongs to what was committed: `settle` keeps it, until all is seen to.
         try:
             self.applying = True
+            # Within the block of ``session.begin()`` a handler could not use the session: it has not ended yet.
+            self.block = session, session._trans_context_manager
             session._trans_context_manager = None
-            token = committed.set(True)
+            self.token = committed.set(True)
             if in_greenlet():
                 await_only(self.buses.apply_async(True, robust=self.robust, rounds=self.rounds))
             # Published by a listener, after `before_commit` had looked.
@@ -418,24 +562,88 @@ class _Bound:
             if self.buses._commitbus_holds_any() and events_to_apply(self.buses):
                 raise _messages.too_many_rounds(self.rounds)
         except BaseException as raised:
-            for store in stores_in(self.buses):  # of savepoints that a handler has left open
-                while marks := open_marks(store):
-                    _end(marks[0].savepoint, True)
             leftovers = self.leftovers()
-            before = len(events_to_apply(leftovers))
-            _leftovers.move(self.buses, leftovers)
-            left = len(events_to_apply(leftovers)) - before
-            _messages.note_committed(raised, left, "leftovers(session)")
+            before = _leftovers.count(leftovers)
+            self.set_apart(leftovers)
+            _messages.note_committed(raised, _leftovers.count(leftovers) - before, "leftovers(session)")
+            mark(raised, Outcome.COMMITTED)
             _messages.drop_own_frames(raised)
             self.committed.clear()
             raise raised
         else:
             self.committed.clear()
         finally:
-            self.applying = False
-            session._trans_context_manager = block
-            if token is not None:
-                committed.reset(token)
+            self.restore()
+
+
+class _Transaction(SessionTransaction):
+    """The outermost transaction of a session that has buses: an exception that leaves its commit is seen here.
+
+    Wherever that comes from, ``session.commit()``, the block of ``session.begin()`` or a transaction's own method.
+    """
+
+    def commit(self, *args: Any, **kwargs: Any) -> None:
+        bound: Any = vars(self.session).get("_commitbus_bound")
+        if bound is None or bound.applying:
+            super().commit(*args, **kwargs)
+            return
+        try:
+            if in_greenlet():
+                bound.commit(self.session, self, partial(super().commit, *args, **kwargs))
+            else:
+                super().commit(*args, **kwargs)
+        except BaseException as error:
+            bound.fail(self, error)
+            raise
+
+    def close(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().close(*args, **kwargs)
+        except BaseException:
+            bound: Any = vars(self.session).get("_commitbus_bound")
+            if bound is not None:
+                bound.see_to_end(self)
+            raise
+
+
+def see_end(transaction: Any) -> None:
+    """Have a transaction tell how its commit ends; one of a class of somebody's own goes on without."""
+    if type(transaction) is SessionTransaction:
+        transaction.__class__ = _Transaction
+
+
+def storing(
+    session: Session, buses: Any, stored: list[Any], commit_transaction: Callable[[], object]
+) -> Callable[[], object]:
+    """Give what commits a session, and stores what is published on the outboxes of a unit of work meanwhile."""
+    bound = _bound(session, "orchestrator")
+
+    def commit() -> object:
+        others = (buses, stored)
+        bound.others.append(others)
+        try:
+            return commit_transaction()
+        finally:
+            bound.others.remove(others)
+
+    return commit
+
+
+def storing_async(
+    session: Session, buses: Any, stored: list[Any], commit_transaction: Callable[[], Any]
+) -> Callable[[], Any]:
+    """Do the same where the commit is awaited."""
+    bound = _bound(session, "orchestrator")
+
+    async def commit() -> object:
+        others = (buses, stored)
+        bound.others.append(others)
+        try:
+            return await commit_transaction()
+        finally:
+            bound.others.remove(others)
+
+    return commit
 
 
 def _ending(cls: type[Session]) -> type[Session]:
@@ -448,6 +656,7 @@ def _ending(cls: type[Session]) -> type[Session]:
             return known
     names = [name for name in ("rollback", "close", "reset", "invalidate") if hasattr(cls, name)]
     body: dict[str, Any] = {name: _method(cls, name) for name in names}
+    body |= _storing_methods(cls)
     body |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     metaclass: Any = type(cls)
     try:
@@ -461,9 +670,32 @@ def _method(cls: type[Session], name: str) -> Callable[..., Any]:
 
     @wraps(function)
     def method(self: Session, *args: Any, **kwargs: Any) -> Any:
-        return vars(self)["_commitbus_bound"].end(self, name, function, *args, **kwargs)
+        bound: Any = vars(self).get("_commitbus_bound")
+        return function(self, *args, **kwargs) if bound is None else bound.end(self, name, function, *args, **kwargs)
 
     return method
+
+
+def _storing_methods(cls: type[Session]) -> dict[str, Any]:
+    """Give the methods by which a commit stores what belongs to its transaction, as long as it flushes.
+
+    That is after the listeners of `before_commit`, and after those of a flush, which may publish, too.
+    """
+    flush_of = cls.flush
+    is_clean_of: Any = getattr(cls, "_is_clean", None)  # private: since 0.5, in 2.0 and 2.1
+
+    @wraps(flush_of)
+    def flush(self: Session, *args: Any, **kwargs: Any) -> None:
+        flush_of(self, *args, **kwargs)
+        bound: Any = vars(self).get("_commitbus_bound")
+        if bound is not None and bound.storing:
+            bound.store(self)
+
+    def is_clean(self: Session) -> bool:
+        bound: Any = vars(self).get("_commitbus_bound")
+        return bool(is_clean_of(self)) and not (bound is not None and bound.storing and bound.has_to_store())
+
+    return {"flush": flush, "_is_clean": is_clean} if is_clean_of is not None else {"flush": flush}
 
 
 def _open_savepoints(session: Session) -> list[SessionTransaction]:
@@ -494,22 +726,21 @@ def _listen(name: str) -> None:
     event.listen(Session, name, listener, insert=True)
 
 
-def _see_error(context: Any) -> None:
-    """Note an error of a statement and, where the server has ended the transaction at it, drop what was published.
+def _drop_what_ended(connection: object) -> None:
+    """Drop what was published in a transaction that the server has ended at an error of a statement.
 
     The savepoint that the code goes back to is gone as well. What is published from now on belongs to what comes next.
     """
-    note_error(context)
-    if has_ended(context):
-        # Private, and looked at after a deadlock alone: all sessions there are, since 1.4, in 2.0 and 2.1.
-        sessions: Any = getattr(_orm_session, "_sessions", {})
-        for session in cast("list[Session]", list(sessions.values())):
-            bound: Any = vars(session).get("_commitbus_bound")
-            if isinstance(bound, _Bound) and not bound.applying and has_connection(session, context.connection):
-                bound.drop()
+    # Private, and looked at after such an error alone: all sessions there are, since 1.4, in 2.0 and 2.1.
+    sessions: Any = getattr(_orm_session, "_sessions", {})
+    for session in cast("list[Session]", list(sessions.values())):
+        bound: Any = vars(session).get("_commitbus_bound")
+        if isinstance(bound, _Bound) and not bound.applying and has_connection(session, connection):
+            bound.drop()
 
 
-event.listen(Engine, "handle_error", _see_error)
+see_errors()
+tell_ended(_drop_what_ended)
 
 for _name in ("after_transaction_create", "before_commit", "after_commit", "after_rollback", "after_transaction_end"):
     _listen(_name)
