@@ -524,15 +524,24 @@ SESSION_CLOSED = "this session was closed for good, so nothing can be applied af
 
 def session_left(left: int, doubted: int) -> str:
     """Say that a session was closed with events that nobody applied."""
+    said, where = _left("session", left, doubted, "leftovers(session)", "in_doubt(session)")
+    return f"{said}, which is closed now; apply or discard what is in {where} first"
+
+
+def connection_left(left: int, doubted: int, leftovers: str, in_doubt: str) -> str:
+    """Say that a connection is gone with events that nobody applied."""
+    said, where = _left("connection", left, doubted, leftovers, in_doubt)
+    return f"{said}, which is gone now, with them; apply or discard what is in {where} in its thread"
+
+
+def _left(what: str, left: int, doubted: int, leftovers: str, in_doubt: str) -> tuple[str, str]:
+    events = [f"{count} event{' was' if count == 1 else 's were'}" for count in (left, doubted)]
     said: list[str] = []
     if left:
-        was = "1 event was" if left == 1 else f"{left} events were"
-        said.append(f"{was} not applied after a commit of this session")
+        said.append(f"{events[0]} not applied after a commit of this {what}")
     if doubted:
-        was = "1 event was" if doubted == 1 else f"{doubted} events were"
-        said.append(f"{was} published in a transaction of which it is not known whether it was committed")
-    where = " and ".join(["leftovers(session)"] * bool(left) + ["in_doubt(session)"] * bool(doubted))
-    return f"{', and '.join(said)}; the session is closed now: apply or discard what is in {where} first"
+        said.append(f"{events[1]} not applied after a commit, of which nobody knows whether it was one, of this {what}")
+    return ", and ".join(said), " and ".join([leftovers] * bool(left) + [in_doubt] * bool(doubted))
 
 
 def not_applied_in_commit(bus: object) -> TypeError:
@@ -613,6 +622,34 @@ def not_awaited_in_commit(bus: object) -> TypeError:
     return TypeError(
         f"{describe_bus(bus)} has events that are awaited, but this commit is not; they came while it was under way; "
         "apply them with 'await leftovers(session).apply_async(True)'"
+    )
+
+
+def not_to_be_asked(connection: object) -> TypeError:
+    """Refuse to ask by what is no connection, or is one of the other kind."""
+    return TypeError(
+        f"a connection of PostgreSQL, or a session of SQLAlchemy, is needed, not {_kind(connection)}; pass one that is "
+        "asynchronous to the functions that are awaited, and to those alone"
+    )
+
+
+def not_a_transaction_id(value: object) -> TypeError:
+    """Refuse what is no id of a transaction."""
+    return TypeError(f"transaction_id must be an int, not {_kind(value)}; pass what transaction_id(connection) gave")
+
+
+def still_in_progress(transaction_id: int) -> TimeoutError:
+    """Say that nobody knows yet what becomes of a transaction."""
+    return TimeoutError(
+        f"transaction {transaction_id} is in progress still, so that nothing was applied or dropped; ask again later"
+    )
+
+
+def not_known_any_more(transaction_id: int) -> LookupError:
+    """Say that PostgreSQL has forgotten a transaction."""
+    return LookupError(
+        f"PostgreSQL does not know any more what became of transaction {transaction_id}, which is too old or not of this "
+        "server; nothing was applied or dropped: look at the data"
     )
 
 

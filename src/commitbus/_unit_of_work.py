@@ -85,6 +85,18 @@ def apply_before_commit(buses: Any) -> list[Any]:
         committed.reset(token)
 
 
+def refuse_late(delayed: Any, actual: Any) -> None:
+    """Refuse the turn of a bus whose events belong to the transaction, after that was committed.
+
+    Raises
+    ------
+    RuntimeError
+        When it has events, which nobody has stored: they stay.
+    """
+    if committed.get() and type(actual).applies_before_commit and events_to_apply(delayed):
+        raise _messages.too_late_to_store(actual)
+
+
 def apply_now(delayed: Any) -> list[Any]:
     """Apply what is pending in a delayed bus, and what was collected."""
     delayed.apply(True)

@@ -35,7 +35,7 @@ from commitbus._outcome import (
 )
 from commitbus._rounds import check_rounds
 from commitbus._select import implementation
-from commitbus._unit_of_work import BEFORE_COMMIT_ROUNDS, Unit, Yielded, apply_now, before_commit
+from commitbus._unit_of_work import BEFORE_COMMIT_ROUNDS, Unit, Yielded, apply_now, before_commit, refuse_late
 from commitbus.event_bus import AbstractEventBus
 from commitbus.middleware import Middleware, added, tell_changes
 from commitbus.multi_event_bus import MultiEventBus
@@ -343,6 +343,8 @@ class _Turn:
 
     async def __call__(self, commit: bool) -> None:
         actual: Any = self.delayed.actual_event_bus
+        if actual.applies_before_commit:
+            refuse_late(self.delayed, actual)
         if isinstance(actual, AsyncEventBus):
             await self._apply_events(cast("Any", actual), commit)
         elif _is_plain_multi(actual):

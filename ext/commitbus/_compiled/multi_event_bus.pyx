@@ -32,7 +32,7 @@ from commitbus._interfaces import EventBusOrchestrator, iterate
 from commitbus._looking import events_to_apply
 from commitbus._outcome import see_errors_of, watch
 from commitbus._rounds import check_rounds
-from commitbus._unit_of_work import Rest, Yielded, check_callbacks
+from commitbus._unit_of_work import Rest, Yielded, check_callbacks, refuse_late
 from commitbus.savepoint import Mark, numbers, refuse_open
 
 # What stands for an argument that was not given.
@@ -190,6 +190,8 @@ cdef class MultiStore(EventStore):
 
     cdef int turn(self, DelayedStore delayed, object ref, object commit, object failures, list out) except -1:
         cls = type(delayed)
+        if delayed.actual is not None and not class_flags(delayed.actual) & IS_PLAIN:
+            refuse_late(delayed, delayed.actual)
         try:
             if cls is DELAYED or (
                 cls.apply is DELAYED_APPLY and cls.apply_without_delay is DELAYED_APPLY_WITHOUT_DELAY

@@ -30,7 +30,7 @@ from commitbus._pure.batch import (
 )
 from commitbus._pure.delayed_event_bus import DelayedEventBus, delay
 from commitbus._pure.event_bus import AbstractEventBus, is_bus
-from commitbus._unit_of_work import unit_of_work
+from commitbus._unit_of_work import refuse_late, unit_of_work
 from commitbus.savepoint import refuse_open
 
 if TYPE_CHECKING:
@@ -313,9 +313,11 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
         out: list[Any] | None,
     ) -> object:
         try:
-            delayed._commitbus_actual  # noqa: B018 (and not `_commitbus_wrapped`, a call that each turn would make twice)
+            actual = delayed._commitbus_actual  # and not `_commitbus_wrapped`, a call that each turn would make twice
         except AttributeError:
             raise _messages.not_wrapping() from None
+        if actual.applies_before_commit:
+            refuse_late(delayed, actual)
         cls: Any = type(delayed)
         base: Any = DelayedEventBus  # as Any: type checkers call its apply deprecated
         try:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, TypeVar, cast
 
-from commitbus import _lock, _messages, _naming
+from commitbus import _leftovers, _lock, _messages, _naming
 from commitbus._interfaces import EventBus, EventBusOrchestrator, NotCommittedError, iterate
 from commitbus._looking import events_to_apply
-from commitbus._outcome import FAILED, has_failed
+from commitbus._outcome import FAILED, Outcome, after, has_ended, has_failed, mark
 from commitbus.delayed_event_bus import DelayedEventBus
 from commitbus.event_bus import AbstractEventBus
 from commitbus.multi_event_bus import MultiEventBus
@@ -24,7 +25,7 @@ except ModuleNotFoundError as _error:
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-__all__ = ["OnCommitEventBus", "leftovers", "orchestrator"]
+__all__ = ["OnCommitEventBus", "in_doubt", "leftovers", "orchestrator"]
 
 
 def __dir__() -> list[str]:
@@ -73,7 +74,8 @@ class OnCommitEventBus(EventBus[T], Generic[T]):
     -----
     When a handler raises, the exception comes out of the ``atomic`` block, with a note that the transaction was
     committed. What was not applied, of all buses of that commit, is in `leftovers`; nothing is dropped, even where
-    the hook of somebody else raised. What a handler publishes is applied in the same commit, after the hooks that were
+    the hook of somebody else raised. When the commit itself raises, and nobody knows whether the server has committed,
+    since the line was cut for example, nothing is applied; a note says so, and `in_doubt` has the events. What a handler publishes is applied in the same commit, after the hooks that were
     there, in at most 100 rounds. A copy of the bus, or one that was pickled, is a bus of its own.
     """
 
@@ -196,6 +198,8 @@ class OnCommitEventBus(EventBus[T], Generic[T]):
         bus = bus._commitbus_like()
         bus.publish(event)
         state = _state(connection)
+        if state.committed:
+            state.settle()
         if state.errors is not None and not connection.in_atomic_block:
             # The hooks of a commit run: Django would call this one in the middle of the handler that publishes.
             run = _Run(self, bus, state, True, connection)
@@ -304,11 +308,15 @@ class _State:
 
     def __init__(self, connection: Any) -> None:
         self.left = MultiEventBus()
+        self.doubt = MultiEventBus()  # of what nobody knows to be committed
         self.errors: list[Exception] | None = None  # of robust buses, while Django runs the hooks of a commit
         self.later: list[_Run] = []  # what handlers have published meanwhile
+        # What was committed, until its hooks run: between the two, Django sends more to the server.
+        self.committed: list[_Run] = []
         # For who keeps the bus alone, and publishes on that: until the commit or, after a rollback, of which Django
         # tells nobody, until the next transaction has one.
         self.wrapped: list[Any] = []
+        self.patched_autocommit: Any = None  # what another tool has put there, for the time between a commit and its hooks
         self.block: Any = None  # the outermost block of atomic, weakly, in which these were wrapped
         self.told = 0  # how many leftovers there were when the hooks began
         self.alias: str = connection.alias
@@ -318,31 +326,128 @@ class _State:
         connection.run_and_clear_commit_hooks = self.run_hooks
         self.patched_commit: Callable[[], None] | None = vars(connection).get("_commit")
         connection._commit = self.commit
+        if connection.vendor == "mysql":
+            connection.wrap_database_errors = _SeeingErrors(connection.wrap_database_errors, self)
+
+    def __del__(self) -> None:
+        """Tell of what goes with the connection: that of a thread which is gone, say, that has served one request."""
+        if sys.is_finalizing():
+            return
+        left, doubted = _leftovers.count(self.left), _leftovers.count(self.doubt)
+        if left or doubted:
+            _messages.warn(_messages.connection_left(left, doubted, self.where("leftovers"), self.where("in_doubt")))
+
+    def runs(self) -> list[_Run]:
+        """List what is to be applied after the commit of the transaction that is open."""
+        return [hook for _, hook, _ in cast("Any", self.connection()).run_on_commit if type(hook) is _Run]
 
     def commit(self) -> None:
         """Commit as Django does, but not what PostgreSQL would only roll back: it would say that it was committed."""
         connection: Any = self.connection()
-        for _, hook, _ in connection.run_on_commit:
-            if type(hook) is _Run and hook.forks != _lock.forks:
+        if self.committed:
+            self.settle()
+        runs = self.runs()
+        for run in runs:
+            if run.forks != _lock.forks:
                 raise _messages.begun_before_a_fork("this transaction")
         if has_failed(connection):
             raise _TransactionFailed(FAILED)
-        if self.patched_commit is not None:
-            self.patched_commit()
-        else:
-            type(connection)._commit(connection)
+        commit: Any = self.patched_commit or type(connection)._commit.__get__(connection)
+        try:
+            # One line: an interrupt comes within the commit, or finds it noted.
+            commit(); self.committed = runs  # fmt: skip  # noqa: E702
+            if not connection.commit_on_exit:
+                self.committed = []  # in Django's own words, manual: hooks run when autocommit is on again
+            elif runs:
+                self.patched_autocommit = vars(connection).get("_set_autocommit")
+                connection._set_autocommit = self.set_autocommit
+        except BaseException as error:
+            self.fail(runs, error)
+            raise
+
+    def fail(self, runs: list[_Run], error: BaseException) -> None:
+        """See to what was published in a transaction whose commit was left by an exception."""
+        if not runs:
+            return
+        if self.committed is runs:
+            self.settle()
+            mark(error, Outcome.COMMITTED)
+            self.note(error)
+            return
+        connection: Any = self.connection()
+        # After any other error, Django does not roll back.
+        if isinstance(error, DatabaseError) and after(connection.connection, error) is Outcome.NOT_COMMITTED:
+            return
+        events = [event for run in runs for event in run.bus.pending_events()]
+        for run in runs:
+            self.keep_in(self.doubt, run)
+        self.forget(runs)
+        mark(error, Outcome.UNKNOWN)
+        if events:
+            _messages.note_in_doubt(error, events, self.where("in_doubt"))
+
+    def set_autocommit(self, autocommit: bool) -> None:
+        """Do what Django does between a commit and its hooks; when that fails, the hooks do not run."""
+        connection: Any = self.connection()
+        try:
+            self.unpatch_autocommit()
+            connection._set_autocommit(autocommit)
+        except BaseException as error:
+            self.unpatch_autocommit()
+            if self.committed:
+                self.settle()
+                mark(error, Outcome.COMMITTED)
+                self.note(error)
+            raise
+
+    def unpatch_autocommit(self) -> None:
+        """Give the connection its own method back."""
+        kept: dict[str, Any] = vars(cast("Any", self.connection()))
+        if kept.get("_set_autocommit") == self.set_autocommit:
+            if self.patched_autocommit is None:
+                del kept["_set_autocommit"]
+            else:
+                kept["_set_autocommit"] = self.patched_autocommit
+
+    def settle(self) -> None:
+        """Keep what was committed, and what nobody has applied since: an interrupt has kept Django from the hooks."""
+        runs, self.committed = self.committed, []
+        for run in runs:
+            self.keep(run)
+        self.forget(runs)
+
+    def forget(self, runs: list[_Run]) -> None:
+        """Take what is kept out of Django's hooks, which a later commit would run."""
+        connection: Any = self.connection()
+        connection.run_on_commit = [one for one in connection.run_on_commit if one[1] not in runs]
+
+    def drop(self) -> None:
+        """Drop what was published in a transaction that the server has ended at an error of a statement."""
+        self.forget(self.runs())
 
     def run_hooks(self) -> None:
         """Run the hooks of a commit as Django does, and keep what it would drop when one of them raises."""
         connection: Any = self.connection()
         connection.validate_no_atomic_block()  # what Django does first of all: nothing is committed yet
-        runs = [hook for _, hook, _ in connection.run_on_commit if type(hook) is _Run]
-        outer, errors = self.errors, [] if self.errors is None else self.errors
+        outer, runs = self.errors, self.runs()
+        # Kept and restored here, too: an interrupt may come as this is done there.
+        try:
+            self._run_hooks(connection, runs, outer)
+        except BaseException:
+            for run in (*runs, *self.later):
+                self.keep(run)
+            raise
+        finally:
+            self.errors = outer
+
+    def _run_hooks(self, connection: Any, runs: list[_Run], outer: list[Exception] | None) -> None:
+        errors: list[Exception] = [] if outer is None else outer
         left: Any = self.left
         if outer is None and left._commitbus_holds_any():
             self.told = len(events_to_apply(self.left))
         try:
             self.errors = errors  # here, as an interrupt before would leave it set
+            self.committed = []
             if self.patched is not None:
                 self.patched()
             else:
@@ -393,15 +498,55 @@ class _State:
 
     def keep(self, run: _Run) -> None:
         """Keep what a run has not applied."""
+        self.keep_in(self.left, run)
+
+    def keep_in(self, buses: MultiEventBus, run: _Run) -> None:
+        """Keep what a run has not applied, in the leftovers or in what nobody knows to be committed."""
         run.open = False
         if not run.kept and run.bus.pending_events():
-            self.left.wrap(run.bus)
+            buses.wrap(run.bus)
             run.kept = True
+
+    def where(self, function: str) -> str:
+        """Say how to get what is kept."""
+        return f"{function}()" if self.alias == DEFAULT else f"{function}({self.alias!r})"
 
     def note(self, error: BaseException) -> None:
         """Say where what was not applied is."""
-        where = "leftovers()" if self.alias == DEFAULT else f"leftovers({self.alias!r})"
-        _messages.note_committed(error, len(events_to_apply(self.left)) - self.told, where)
+        count = len(events_to_apply(self.left)) - self.told
+        _messages.note_committed(error, count, self.where("leftovers"))
+        mark(error, Outcome.COMMITTED)
+
+
+class _SeeingErrors:
+    """Wraps the errors of MariaDB and MySQL as Django does, and sees those at which the server ends a transaction."""
+
+    def __init__(self, wraps: Any, state: _State) -> None:
+        self.wraps, self.state = wraps, weakref.ref(state)
+
+    def __enter__(self) -> None:
+        self.wraps.__enter__()
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if error is not None:
+            self.see(error)
+        self.wraps.__exit__(kind, error, traceback)
+
+    def __call__(self, function: Any) -> Any:
+        """Wrap a function, as Django's own does."""
+
+        def inner(*args: Any, **kwargs: Any) -> Any:
+            with self:
+                return function(*args, **kwargs)
+
+        return inner
+
+    def see(self, error: BaseException) -> None:
+        """Drop what was published before the server has ended the transaction."""
+        state = self.state()
+        connection: Any = None if state is None else state.connection()
+        if connection is not None and connection.in_atomic_block and has_ended(error, lambda: connection.connection):
+            cast("_State", state).drop()
 
 
 def _state(connection: Any) -> _State:
@@ -432,7 +577,33 @@ def leftovers(using: str | None = None) -> MultiEventBus:
     django.utils.connection.ConnectionDoesNotExist
         When there is no database of that alias.
     """
-    return _state(connections[using or DEFAULT]).left
+    state = _state(connections[using or DEFAULT])
+    if state.committed and state.errors is None:
+        state.settle()
+    return state.left
+
+
+def in_doubt(using: str | None = None) -> MultiEventBus:
+    """Give the bus of what was published in transactions of which it is not known whether they were committed.
+
+    Parameters
+    ----------
+    using : str, optional
+        The alias of the database.
+
+    Returns
+    -------
+    MultiEventBus
+        That of this thread's connection, which keeps it. There for nothing else: find out whether the transaction was
+        committed, with `commitbus.integrations.postgresql` on PostgreSQL, then apply the bus or discard what is in it. No commit applies
+        it.
+
+    Raises
+    ------
+    django.utils.connection.ConnectionDoesNotExist
+        When there is no database of that alias.
+    """
+    return _state(connections[using or DEFAULT]).doubt
 
 
 class _OnCommitDelayedEventBus(DelayedEventBus[T]):

@@ -165,7 +165,7 @@ def in_doubt(session: Session | AsyncSession | scoped_session[Any] | async_scope
     Returns
     -------
     AsyncMultiEventBus
-        There for nothing else: find out whether the transaction was committed, with `commitbus.outcome` on PostgreSQL,
+        There for nothing else: find out whether the transaction was committed, with `commitbus.integrations.postgresql` on PostgreSQL,
         then apply the bus or discard what is in it. No commit applies it, and no rollback drops it.
 
     Raises
