@@ -311,12 +311,12 @@ class _State:
         self.doubt = MultiEventBus()  # of what nobody knows to be committed
         self.errors: list[Exception] | None = None  # of robust buses, while Django runs the hooks of a commit
         self.later: list[_Run] = []  # what handlers have published meanwhile
-        # What was committed, until its hooks run: between the two, Django sends more to the server.
+        # What was committed, until its hooks run: between the two, Django sends more to the server. In what it calls
+        # manual transactions, they run when autocommit is on again.
         self.committed: list[_Run] = []
         # For who keeps the bus alone, and publishes on that: until the commit or, after a rollback, of which Django
         # tells nobody, until the next transaction has one.
         self.wrapped: list[Any] = []
-        self.patched_autocommit: Any = None  # what another tool has put there, for the time between a commit and its hooks
         self.block: Any = None  # the outermost block of atomic, weakly, in which these were wrapped
         self.told = 0  # how many leftovers there were when the hooks began
         self.alias: str = connection.alias
@@ -326,6 +326,8 @@ class _State:
         connection.run_and_clear_commit_hooks = self.run_hooks
         self.patched_commit: Callable[[], None] | None = vars(connection).get("_commit")
         connection._commit = self.commit
+        self.patched_autocommit: Callable[[bool], None] | None = vars(connection).get("_set_autocommit")
+        connection._set_autocommit = self.set_autocommit
         if connection.vendor == "mysql":
             connection.wrap_database_errors = _SeeingErrors(connection.wrap_database_errors, self)
 
@@ -348,6 +350,7 @@ class _State:
             self.settle()
         runs = self.runs()
         for run in runs:
+            run.open = False  # what is published from now on is of another transaction, whatever becomes of this one
             if run.forks != _lock.forks:
                 raise _messages.begun_before_a_fork("this transaction")
         if has_failed(connection):
@@ -356,11 +359,6 @@ class _State:
         try:
             # One line: an interrupt comes within the commit, or finds it noted.
             commit(); self.committed = runs  # fmt: skip  # noqa: E702
-            if not connection.commit_on_exit:
-                self.committed = []  # in Django's own words, manual: hooks run when autocommit is on again
-            elif runs:
-                self.patched_autocommit = vars(connection).get("_set_autocommit")
-                connection._set_autocommit = self.set_autocommit
         except BaseException as error:
             self.fail(runs, error)
             raise
@@ -376,8 +374,11 @@ class _State:
             return
         connection: Any = self.connection()
         # After any other error, Django does not roll back.
-        if isinstance(error, DatabaseError) and after(connection.connection, error) is Outcome.NOT_COMMITTED:
-            return
+        if not isinstance(error, DatabaseError) or after(connection.connection, error) is not Outcome.NOT_COMMITTED:
+            self.doubt_of(runs, error)
+
+    def doubt_of(self, runs: list[_Run], error: BaseException) -> None:
+        """Keep apart what nobody knows to be committed."""
         events = [event for run in runs for event in run.bus.pending_events()]
         for run in runs:
             self.keep_in(self.doubt, run)
@@ -387,27 +388,27 @@ class _State:
             _messages.note_in_doubt(error, events, self.where("in_doubt"))
 
     def set_autocommit(self, autocommit: bool) -> None:
-        """Do what Django does between a commit and its hooks; when that fails, the hooks do not run."""
+        """Do what Django does between a commit and its hooks; when that fails, the hooks do not run.
+
+        It does so as well when an interrupt has left the block before it came to the commit: the hooks are there still,
+        and the next commit would run them.
+        """
         connection: Any = self.connection()
         try:
-            self.unpatch_autocommit()
-            connection._set_autocommit(autocommit)
+            if autocommit and not self.committed and connection.run_on_commit and connection.commit_on_exit:
+                # Without one, this is a new connection, in the place of one that was closed in its transaction.
+                if (leaving := sys.exception()) is not None:
+                    self.doubt_of(self.runs(), leaving)
+            if self.patched_autocommit is not None:
+                self.patched_autocommit(autocommit)
+            else:
+                type(connection)._set_autocommit(connection, autocommit)
         except BaseException as error:
-            self.unpatch_autocommit()
-            if self.committed:
+            if autocommit and self.committed:
                 self.settle()
                 mark(error, Outcome.COMMITTED)
                 self.note(error)
             raise
-
-    def unpatch_autocommit(self) -> None:
-        """Give the connection its own method back."""
-        kept: dict[str, Any] = vars(cast("Any", self.connection()))
-        if kept.get("_set_autocommit") == self.set_autocommit:
-            if self.patched_autocommit is None:
-                del kept["_set_autocommit"]
-            else:
-                kept["_set_autocommit"] = self.patched_autocommit
 
     def settle(self) -> None:
         """Keep what was committed, and what nobody has applied since: an interrupt has kept Django from the hooks."""
@@ -436,6 +437,7 @@ class _State:
         except BaseException:
             for run in (*runs, *self.later):
                 self.keep(run)
+            self.forget(runs)  # where it came before Django has taken them
             raise
         finally:
             self.errors = outer

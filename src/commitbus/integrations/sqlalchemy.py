@@ -236,30 +236,49 @@ class SessionBuses(AsyncMultiEventBus):
 
         Each session would apply or drop what was published in the other.
         """
-        bus: Any = event_bus
-        claim = getattr(bus, "_commitbus_claim", None)
-        takes_over = False
-        if claim is not None and claim is not self._claim:
-            other = claim()
-            if other is not None and other._session() is not None:
-                if not other.is_closed:
-                    raise _messages.bus_of_another_session(event_bus)
-                takes_over = True
+        claim = getattr(event_bus, "_commitbus_claim", None)
+        takes_over = claim is not None and claim is not self._claim and self._takes_over(event_bus, claim)
         self.is_closed = False
         delayed = MultiEventBus.wrap(self, event_bus)
+        if claim is not self._claim:
+            self._note(event_bus, delayed, takes_over)
+        return delayed
+
+    def publish(self, event: DelayedEventBus[Any]) -> None:
+        """Register a delayed bus; refuse one around a bus that another session has, which is still there."""
+        bus: Any = getattr(event, "actual_event_bus", None)
+        claim = getattr(bus, "_commitbus_claim", None)
+        if bus is None or claim is self._claim:
+            super().publish(event)
+            return
+        takes_over = claim is not None and self._takes_over(bus, claim)
+        self.is_closed = False
+        super().publish(event)
+        self._note(bus, event, takes_over)
+
+    def _takes_over(self, event_bus: AbstractEventBus[Any], claim: Any) -> bool:
+        """Whether a bus was that of another session, which has ended; refuse it where that one goes on."""
+        other = claim()
+        if other is None or other._session() is None:
+            return False
+        if not other.is_closed:
+            raise _messages.bus_of_another_session(event_bus)
+        return True
+
+    def _note(self, event_bus: AbstractEventBus[Any], delayed: DelayedEventBus[Any], takes_over: bool) -> None:
+        """Note that a bus is of this session, and what it asks for."""
+        bus: Any = event_bus
         if bus.applies_before_commit or bus._commitbus_multi:
             self.has_outbox = True
         if bus._commitbus_awaited or bus._commitbus_multi:
             self.has_awaited = True
         if takes_over:  # an event on the bus itself would register it there
             cast("Any", delayed)._commitbus_let_go(self._claim)
-        if claim is not self._claim:
-            self._wrapped.append(weakref.ref(bus))
-            bus._commitbus_claim = self._claim
-            if len(self._wrapped) > self._many:
-                self._wrapped[:] = [one for one in self._wrapped if one() is not None]
-                self._many = 64 + 2 * len(self._wrapped)
-        return delayed
+        self._wrapped.append(weakref.ref(bus))
+        bus._commitbus_claim = self._claim
+        if len(self._wrapped) > self._many:
+            self._wrapped[:] = [one for one in self._wrapped if one() is not None]
+            self._many = 64 + 2 * len(self._wrapped)
 
     async def _run_plainly(self, function: Callable[[], None]) -> None:
         # Where the handlers of a session that is not asynchronous expect to be: they may use it.
