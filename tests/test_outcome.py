@@ -506,7 +506,8 @@ def test_an_owner_that_nobody_knows() -> None:
         assert not _outcome.has_failed(owner)
         assert not _outcome.needs_asking(owner)
     for function in (print, [].append, vars(Odd)["commit"].__get__(Odd())):
-        commit: Any = _outcome.watch(function, None)
+        assert _outcome.watch(function, None) is None
+        commit = _outcome.Commit(getattr(function, "__self__", None), None, False)
         commit.refuse_if_open(object())
         assert commit.after(ValueError()) is _outcome.Outcome.UNKNOWN
     assert _outcome.watch(lambda: None, None) is None

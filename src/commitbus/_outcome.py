@@ -10,6 +10,7 @@ import sys
 import weakref
 from contextlib import suppress
 from enum import Enum
+from functools import lru_cache
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -58,15 +59,20 @@ STILL_OPEN = (
 # What is known of each driver
 
 
+def never(*_: object) -> bool:
+    """Say that nobody knows."""
+    return False
+
+
 class Driver(NamedTuple):
     """What a driver tells of its connections, and of its errors."""
 
     # Whether the server will not commit the transaction, whatever it is told.
-    has_failed: Callable[[Any], Any] = lambda connection: False
+    has_failed: Callable[[Any], Any] = never
     # Whether a transaction is open, once the commit has returned.
-    is_open: Callable[[Any], Any] = lambda connection: False
+    is_open: Callable[[Any], Any] = never
     # Whether one is, once the commit has raised this error: a status that may be an old one then tells nothing.
-    is_open_after: Callable[[Any, BaseException], Any] = lambda connection, error: False
+    is_open_after: Callable[[Any, BaseException], Any] = never
 
 
 OPEN = 2, 3  # libpq's PQTRANS_INTRANS and PQTRANS_INERROR
@@ -107,18 +113,17 @@ DRIVERS: dict[str, Driver] = {
     "aiomysql": _MYSQL,
     "asyncmy": _MYSQL,
 }
-_known: weakref.WeakKeyDictionary[type, str] = weakref.WeakKeyDictionary()
 
 
 def _package_of(owner: object) -> str:
     """Give the package of a driver, or of what stands before one, that an object's class, or a base of it, is from."""
-    cls = type(owner)
-    found = _known.get(cls)
-    if found is None:
-        packages = [base.__module__.partition(".")[0] for base in cls.__mro__]
-        known = (package for package in packages if package in DRIVERS or package in {"sqlalchemy", "django"})
-        found = _known[cls] = next(known, "")
-    return found
+    return _package_of_class(type(owner))
+
+
+@lru_cache(256)
+def _package_of_class(cls: type) -> str:
+    packages = [base.__module__.partition(".")[0] for base in cls.__mro__]
+    return next((package for package in packages if package in DRIVERS or package in {"sqlalchemy", "django"}), "")
 
 
 def driver_of(connection: object) -> Driver:
@@ -218,10 +223,8 @@ class Commit:
 
     __slots__ = ("is_commit", "others", "owner", "transaction")
 
-    def __init__(self, commit_transaction: object, rollback_transaction: object) -> None:
-        self.owner = _owner_of(commit_transaction)
-        self.is_commit = getattr(commit_transaction, "__name__", None) == "commit"
-        other = _owner_of(rollback_transaction)
+    def __init__(self, owner: Any, other: Any, is_commit: bool) -> None:
+        self.owner, self.is_commit = owner, is_commit
         # Each session that is to have ended its transaction; a connection may have begun the next by then.
         self.others = [
             (one, _transaction_of(one))
@@ -273,11 +276,10 @@ def watch(commit_transaction: object, rollback_transaction: object) -> Commit | 
         When one of the functions is the method of a connection, or of a session of SQLAlchemy, whose transaction has
         failed, so that the server would only roll it back, and say that it had committed.
     """
-    if type(commit_transaction) is FunctionType and (
-        rollback_transaction is None or type(rollback_transaction) is FunctionType
-    ):
+    owner, other = _owner_of(commit_transaction), _owner_of(rollback_transaction)
+    if not _package_of(owner) and (other is owner or not _package_of(other)):
         return None
-    return Commit(commit_transaction, rollback_transaction)
+    return Commit(owner, other, getattr(commit_transaction, "__name__", None) == "commit")
 
 
 def after_commit(commit: Commit | None, error: BaseException) -> Outcome:
@@ -306,9 +308,12 @@ def refuse_if_open(owner: Any) -> None:
 
 
 def _owner_of(function: object) -> Any:
-    with suppress(Exception):
+    if type(function) is FunctionType:
+        return None
+    try:
         return getattr(function, "__self__", None)
-    return None
+    except Exception:  # of an odd one
+        return None
 
 
 # SQLAlchemy
@@ -493,15 +498,17 @@ def scoped_sessions(function: Any) -> list[Any]:
     if "sqlalchemy" not in sys.modules:
         return []
     candidates: list[Any] = []
-    with suppress(Exception):
+    try:
         if type(function) is FunctionType:
-            code = function.__code__
-            candidates += [cell.cell_contents for cell in function.__closure__ or ()]
-            if code.co_names:
+            if function.__closure__ is not None:
+                candidates += [cell.cell_contents for cell in function.__closure__]
+            if function.__code__.co_names:
                 names = function.__globals__
-                candidates += [names[name] for name in code.co_names if name in names]
+                candidates += [names[name] for name in function.__code__.co_names if name in names]
         elif (owner := _owner_of(function)) is not None:
             candidates += [owner] if _package_of(owner) else vars(owner).values()
+    except Exception:  # of an odd one, or of a variable that has no value yet
+        return []
     return [one for one in candidates if _package_of(one) == "sqlalchemy" and "registry" in getattr(one, "__dict__", {})]
 
 

@@ -820,15 +820,10 @@ async def _awaited(result: Awaitable[object], function: object) -> None:
     _messages.refuse_coroutine(function, await result)
 
 
-async def _watch(
-    commit_transaction: Callable[[], object], rollback_transaction: Callable[[], object] | None
-) -> Commit | None:
-    """Look at a commit that is about to be made; ask the server, where an error was seen in its transaction."""
-    commit = watch(commit_transaction, rollback_transaction)
-    if commit is not None and needs_asking(commit.owner) and hasattr(commit.owner, "run_sync"):
-        if await commit.owner.run_sync(ask):
-            raise NotCommittedError(FAILED)
-    return commit
+async def _refuse_failed(session: Any) -> None:
+    """Ask the server whether a transaction in which an error was seen is one that it would only roll back."""
+    if hasattr(session, "run_sync") and await session.run_sync(ask):
+        raise NotCommittedError(FAILED)
 
 
 def _of_this_task(function: Callable[[], object]) -> Callable[[], object]:
@@ -837,6 +832,8 @@ def _of_this_task(function: Callable[[], object]) -> Callable[[], object]:
     It is called in another task. The sessions of `async_scoped_session` are found where the function is a method of one,
     or has one in its closure, its names or its owner's attributes.
     """
+    if type(function) is FunctionType and function.__closure__ is None and not function.__code__.co_names:
+        return function
     found = scoped_sessions(function)
     if not found:
         return function
@@ -915,7 +912,13 @@ class _AsyncUnit(Unit):
                 if commit_transaction is None:
                     self.committed = True
                 else:
-                    commit = await _watch(cast("Any", self.commit_transaction), self.rollback_transaction)
+                    # Of a function, nobody knows whose commit it is.
+                    if type(self.commit_transaction) is not FunctionType or (
+                        self.rollback_transaction is not None and type(self.rollback_transaction) is not FunctionType
+                    ):
+                        commit = watch(self.commit_transaction, self.rollback_transaction)
+                        if commit is not None and needs_asking(commit.owner):
+                            await _refuse_failed(commit.owner)
                     if cast("Any", asyncio.current_task()).cancelling():
                         await asyncio.sleep(0)  # one that was cancelled before does not begin to commit
                     begun = True

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, TypeVar, cast
 from commitbus import _leftovers, _lock, _messages, _naming
 from commitbus._interfaces import EventBus, EventBusOrchestrator, NotCommittedError, iterate
 from commitbus._looking import events_to_apply
-from commitbus._outcome import FAILED, Outcome, after, has_ended, has_failed, mark
+from commitbus._outcome import FAILED, Outcome, after, driver_of, has_ended, has_failed, mark, never
 from commitbus.delayed_event_bus import DelayedEventBus
 from commitbus.event_bus import AbstractEventBus
 from commitbus.multi_event_bus import MultiEventBus
@@ -214,6 +214,7 @@ class OnCommitEventBus(EventBus[T], Generic[T]):
         run = _Run(self, bus, state, merges, connection)
         if merges:
             self._last.run = weakref.ref(run)
+        state.watch(connection)
         connection.on_commit(run)
 
 
@@ -326,8 +327,8 @@ class _State:
         connection.run_and_clear_commit_hooks = self.run_hooks
         self.patched_commit: Callable[[], None] | None = vars(connection).get("_commit")
         connection._commit = self.commit
-        self.patched_autocommit: Callable[[bool], None] | None = vars(connection).get("_set_autocommit")
-        connection._set_autocommit = self.set_autocommit
+        self.patched_autocommit: Any = None
+        self.has_failed: Any = None  # what the driver tells of it, once there is one
         if connection.vendor == "mysql":
             connection.wrap_database_errors = _SeeingErrors(connection.wrap_database_errors, self)
 
@@ -353,7 +354,9 @@ class _State:
             run.open = False  # what is published from now on is of another transaction, whatever becomes of this one
             if run.forks != _lock.forks:
                 raise _messages.begun_before_a_fork("this transaction")
-        if has_failed(connection):
+        if self.has_failed is None:
+            self.has_failed = driver_of(connection.connection).has_failed
+        if self.has_failed is not never and has_failed(connection):
             raise _TransactionFailed(FAILED)
         commit: Any = self.patched_commit or type(connection)._commit.__get__(connection)
         try:
@@ -395,20 +398,35 @@ class _State:
         """
         connection: Any = self.connection()
         try:
+            self.unwatch(connection)
             if autocommit and not self.committed and connection.run_on_commit and connection.commit_on_exit:
                 # Without one, this is a new connection, in the place of one that was closed in its transaction.
                 if (leaving := sys.exception()) is not None:
                     self.doubt_of(self.runs(), leaving)
-            if self.patched_autocommit is not None:
-                self.patched_autocommit(autocommit)
-            else:
-                type(connection)._set_autocommit(connection, autocommit)
+            connection._set_autocommit(autocommit)
         except BaseException as error:
+            self.unwatch(connection)
             if autocommit and self.committed:
                 self.settle()
                 mark(error, Outcome.COMMITTED)
                 self.note(error)
             raise
+
+    def watch(self, connection: Any) -> None:
+        """See the end of the transaction in which something was published: what comes after its commit, or else."""
+        kept: dict[str, Any] = vars(connection)
+        if kept.get("_set_autocommit") != self.set_autocommit:
+            self.patched_autocommit = kept.get("_set_autocommit")
+            connection._set_autocommit = self.set_autocommit
+
+    def unwatch(self, connection: Any) -> None:
+        """Give the connection its own method back, until something is published."""
+        kept: dict[str, Any] = vars(connection)
+        if kept.get("_set_autocommit") == self.set_autocommit:
+            if self.patched_autocommit is None:
+                del kept["_set_autocommit"]
+            else:
+                kept["_set_autocommit"] = self.patched_autocommit
 
     def settle(self) -> None:
         """Keep what was committed, and what nobody has applied since: an interrupt has kept Django from the hooks."""

@@ -217,44 +217,56 @@ def _drop_of_freed(buses: list[weakref.ref[Any]], claim: weakref.ref[SessionBuse
                 freed._commitbus_take_into([])
 
 
+# Looked up once.
+_wrap, _ref = MultiEventBus.wrap, weakref.ref
+
+
 class SessionBuses(AsyncMultiEventBus):
     """The buses of one session."""
+
+    # Of the class until something else is so: a session makes one of these, and each attribute takes its time.
+    _many = 64  # from how many on those that are gone are left out
+    # Whether a bus that belongs to the transaction was ever wrapped, and one that may have to be awaited.
+    has_outbox: bool = False
+    has_awaited: bool = False
+    is_closed: bool = False  # others may wrap what this one has wrapped
 
     def __init__(self, session: Session) -> None:
         self._session = weakref.ref(session)
         self._wrapped: list[weakref.ref[Any]] = []
-        self._many = 64  # from how many on those that are gone are left out
         # Each bus that is wrapped keeps this, as its claim.
         self._claim: weakref.ref[SessionBuses] = weakref.ref(self, partial(_drop_of_freed, self._wrapped))
-        # Whether a bus that belongs to the transaction was ever wrapped, and one that may have to be awaited.
-        self.has_outbox: bool = False
-        self.has_awaited: bool = False
-        self.is_closed: bool = False  # others may wrap what this one has wrapped
+        # For who registers a delayed bus of his own. Of the class, it would be called for each that is wrapped, and each
+        # that is registered again.
+        self.publish = partial(_register, self._claim)
 
     def wrap(self, event_bus: AbstractEventBus[T]) -> DelayedEventBus[T]:
         """Delay a bus and register it; refuse one that another session has, which is still there.
 
         Each session would apply or drop what was published in the other.
         """
+        own = self._claim
         claim = getattr(event_bus, "_commitbus_claim", None)
-        takes_over = claim is not None and claim is not self._claim and self._takes_over(event_bus, claim)
-        self.is_closed = False
-        delayed = MultiEventBus.wrap(self, event_bus)
-        if claim is not self._claim:
-            self._note(event_bus, delayed, takes_over)
+        takes_over = claim is not None and claim is not own and self._takes_over(event_bus, claim)
+        if self.is_closed:
+            self.is_closed = False
+        delayed = _wrap(self, event_bus)
+        if claim is not own:
+            bus: Any = event_bus
+            if bus.applies_before_commit or bus._commitbus_multi or bus._commitbus_awaited or takes_over:
+                self._note(event_bus, delayed, takes_over)
+            wrapped = self._wrapped
+            wrapped.append(_ref(bus))
+            bus._commitbus_claim = own
+            if len(wrapped) > 64:
+                self._tidy()
         return delayed
 
-    def publish(self, event: DelayedEventBus[Any]) -> None:
-        """Register a delayed bus; refuse one around a bus that another session has, which is still there."""
-        bus: Any = getattr(event, "actual_event_bus", None)
-        claim = getattr(bus, "_commitbus_claim", None)
-        if bus is None or claim is self._claim:
-            super().publish(event)
-            return
-        takes_over = claim is not None and self._takes_over(bus, claim)
-        self.is_closed = False
-        super().publish(event)
-        self._note(bus, event, takes_over)
+    def _tidy(self) -> None:
+        """Leave out the buses that are gone, from some number on."""
+        if len(self._wrapped) > self._many:
+            self._wrapped[:] = [one for one in self._wrapped if one() is not None]
+            self._many = 64 + 2 * len(self._wrapped)
 
     def _takes_over(self, event_bus: AbstractEventBus[Any], claim: Any) -> bool:
         """Whether a bus was that of another session, which has ended; refuse it where that one goes on."""
@@ -266,19 +278,20 @@ class SessionBuses(AsyncMultiEventBus):
         return True
 
     def _note(self, event_bus: AbstractEventBus[Any], delayed: DelayedEventBus[Any], takes_over: bool) -> None:
-        """Note that a bus is of this session, and what it asks for."""
+        """Note what a bus asks for."""
         bus: Any = event_bus
-        if bus.applies_before_commit or bus._commitbus_multi:
-            self.has_outbox = True
         if bus._commitbus_awaited or bus._commitbus_multi:
             self.has_awaited = True
+        if bus.applies_before_commit or bus._commitbus_multi:
+            self.store_while_flushing()
         if takes_over:  # an event on the bus itself would register it there
             cast("Any", delayed)._commitbus_let_go(self._claim)
-        self._wrapped.append(weakref.ref(bus))
-        bus._commitbus_claim = self._claim
-        if len(self._wrapped) > self._many:
-            self._wrapped[:] = [one for one in self._wrapped if one() is not None]
-            self._many = 64 + 2 * len(self._wrapped)
+
+    def store_while_flushing(self) -> None:
+        """Have the session store what belongs to its transaction while it is flushed by a commit."""
+        self.has_outbox = True
+        if (session := self._session()) is not None:
+            session.__class__ = _storing_class(type(session))
 
     async def _run_plainly(self, function: Callable[[], None]) -> None:
         # Where the handlers of a session that is not asynchronous expect to be: they may use it.
@@ -288,33 +301,53 @@ class SessionBuses(AsyncMultiEventBus):
             function()
 
 
+def _register(claim: weakref.ref[SessionBuses], event: DelayedEventBus[Any]) -> None:
+    """Register a delayed bus; refuse one around a bus that another session has, which is still there."""
+    buses = cast("SessionBuses", claim())
+    bus: Any = getattr(event, "actual_event_bus", None)
+    other = getattr(bus, "_commitbus_claim", None)
+    if bus is None or other is claim:
+        MultiEventBus.publish(buses, event)
+        return
+    takes_over = other is not None and buses._takes_over(bus, other)
+    buses.is_closed = False
+    MultiEventBus.publish(buses, event)
+    buses._note(bus, event, takes_over)
+    buses._wrapped.append(_ref(bus))
+    bus._commitbus_claim = claim
+    buses._tidy()
+
+
 class _Bound:
     """What listens to one session, and applies its buses. Keeps no reference to it."""
 
-    __slots__ = (
-        "applying", "awaiting", "block", "buses", "committed", "committing", "doubt", "forks", "left", "others", "robust",
-        "rounds", "savepoints", "storing", "stored", "token",
-    )  # fmt: skip
+    left: SessionBuses | None = None
+    doubt: SessionBuses | None = None
+    robust: bool = False
+    rounds: int = 100
+    applying: bool = False
+    # What `apply` has set, and an interrupt may have kept it from restoring.
+    block: Any = None
+    token: Any = None
+    # The outermost transaction, until its end is seen: an interrupt may keep that from being seen.
+    ending: Any = None
+    awaited: bool | None = None  # whether it is committed within the methods of an `AsyncSession`
+    seen: bool = False  # whether the outermost transaction was told to tell of its commit by itself
+    running: bool = False  # whether a commit of the outermost transaction is under way
+    awaiting: bool = False  # whether handlers wait until a COMMIT has run to its end where no cancellation comes
+    # What belongs to the transaction, also that of units of work which commit this session, and whether it is being
+    # stored: how often it was.
+    others: tuple[tuple[Any, list[Any]], ...] = ()
+    storing: bool = False
+    stored: int = 0
+    # The transaction whose commit was begun, and not rolled back since: where an interrupt, or a listener, keeps
+    # `after_commit` from being noted, it was committed all the same.
+    committing: SessionTransaction | None = None
 
     def __init__(self, session: Session) -> None:
         self.buses = SessionBuses(session)
-        self.left: SessionBuses | None = None
-        self.doubt: SessionBuses | None = None
-        self.robust, self.rounds = False, 100
         self.forks = _lock.forks
-        self.applying = False
-        # What `apply` has set, and an interrupt may have kept it from restoring.
-        self.block: Any = None
-        self.token: Any = None
-        self.awaiting = False  # whether handlers wait until a COMMIT has run to its end where no cancellation comes
-        # What belongs to the transaction, also that of units of work which commit this session, and whether it is being
-        # stored: how often it was.
-        self.others: list[tuple[Any, list[Any]]] = []
-        self.storing, self.stored = False, 0
         self.committed: set[SessionTransaction] = set()
-        # The transaction whose commit was begun, and not rolled back since: where an interrupt, or a listener, keeps
-        # `after_commit` from being noted, it was committed all the same.
-        self.committing: SessionTransaction | None = None
         self.savepoints: dict[SessionTransaction, Savepoint] = {}
         ending = session.get_nested_transaction() or session.get_transaction()
         if ending is not None:
@@ -322,7 +355,9 @@ class _Bound:
                 self.savepoints[transaction] = self.buses.savepoint().__enter__()
             if getattr(cast("Any", ending)._state, "name", None) == "COMMITTED":
                 self.committed.add(ending)  # bound within a listener: `after_commit` came already
-            see_end(session.get_transaction())
+            self.ending = session.get_transaction()
+            if cast("Any", session)._trans_context_manager is not None:
+                self.see(self.ending)
         session.__class__ = _ending(type(session))
 
     def leftovers(self) -> SessionBuses:
@@ -348,27 +383,39 @@ class _Bound:
         """
         begun = session.in_transaction()
         # Not by super() of the session's class: another tool may have given it one of its own since.
-        result = method(session, *args, **kwargs)
+        try:
+            result = method(session, *args, **kwargs)
+        except BaseException:
+            if self.ending is not None and not self.applying:
+                self.see_to_end(self.ending)
+            raise
+        if self.ending is not None and not self.applying and not session.in_transaction():
+            self.see_to_end(self.ending)
         if not begun and not self.applying:
             self.settle()
             self.drop()
         if name != "rollback":
             self.buses.is_closed = True
-            left, doubted = _leftovers.count(self.left), _leftovers.count(self.doubt)
-            if left or doubted:
+            if (self.left is not None or self.doubt is not None) and (count := self.count()) != (0, 0):
                 try:
-                    _messages.warn(_messages.session_left(left, doubted), "sqlalchemy")
+                    _messages.warn(_messages.session_left(*count), "sqlalchemy")
                 except Warning as warning:  # that is an error, in tests
                     if (error := sys.exception()) is None or (first := error.__context__) is None:
                         raise
                     _messages.chain(first, warning)  # what a handler raised, say, is not to be replaced by it
         return result
 
+    def count(self) -> tuple[int, int]:
+        """Count what is left, and what is in doubt."""
+        return _leftovers.count(self.left), _leftovers.count(self.doubt)
+
     def after_transaction_create(self, session: Session, transaction: SessionTransaction) -> None:  # noqa: ARG002
         if transaction.nested:
             self.savepoints[transaction] = self.buses.savepoint().__enter__()
         elif transaction.parent is None and not self.applying:
-            see_end(transaction)
+            if self.ending is not None:
+                self.see_to_end(self.ending)
+            self.ending = transaction
             self.settle()
             if not self.buses._commitbus_holds_any():
                 self.forks = _lock.forks
@@ -390,10 +437,10 @@ class _Bound:
             for transaction in list(self.savepoints):
                 if transaction not in still_open:  # somebody's listener, before this one, has hidden its end
                     self.end_savepoint(transaction)
-        nested = session.in_nested_transaction()
+        nested = bool(self.savepoints) and session.in_nested_transaction()
         if nested and not self.buses.has_awaited:
             return  # what is registered by hand is seen to at the outermost commit
-        plainly = self.is_plain()
+        plainly = cast("Any", self.buses)._commitbus_is_plain(False)
         if not plainly and not in_greenlet() and (bus := self.asynchronous()) is not None:
             raise _messages.not_applied_in_commit(bus)
         if nested:
@@ -402,10 +449,12 @@ class _Bound:
             for store in stores_in(self.buses):
                 for mark in open_marks(store) or ():
                     raise _messages.savepoint_is_open(self.buses, mark.savepoint)
-        if session_has_failed(session):
+        outermost: Any = session.get_transaction()
+        if getattr(outermost, "_connections", True) and session_has_failed(session):
             raise NotCommittedError(FAILED)
-        self.storing, self.stored = self.buses.has_outbox or bool(self.others), 0
-        self.committing = session.get_transaction()
+        if self.buses.has_outbox or self.others:
+            self.storing, self.stored = True, 0
+        self.committing = outermost
 
     def after_rollback(self, session: Session) -> None:  # noqa: ARG002
         if not self.applying:
@@ -448,7 +497,7 @@ class _Bound:
 
     def after_commit(self, session: Session) -> None:
         # Sent for a savepoint, too; and the session may not be used here: wait for the end of the transaction.
-        ending = session.get_nested_transaction() or session.get_transaction()
+        ending = (session.get_nested_transaction() if self.savepoints else None) or session.get_transaction()
         if ending is not None:
             self.committed.add(ending)
 
@@ -457,6 +506,9 @@ class _Bound:
         if transaction.nested:
             self.end_savepoint(transaction)
         elif transaction.parent is None and not self.applying:  # else a handler's own
+            if self.seen:
+                self.seen = False
+                vars(transaction).pop("commit", None)  # it refers to the transaction
             self.storing = False
             if transaction in self.committed:
                 if self.awaiting:
@@ -467,13 +519,41 @@ class _Bound:
             else:
                 self.committed.clear()
                 self.drop()
-            self.committing = None
+            self.committing = self.ending = None
 
-    # What `_Transaction` calls
+    # The commit of the outermost transaction
 
-    def commit(self, session: Session, transaction: Any, commit: Callable[[], None]) -> None:
+    def see(self, transaction: Any) -> None:
+        """Have the commit of a transaction seen here, and what leaves it, where it does not come by ``session.commit()``.
+
+        That is where ``session.begin()`` has given it: its block commits, or its own method. An attribute makes SQLAlchemy's
+        own way through its other attributes slower, and yet takes a third of what a class for it would.
+        """
+        self.seen = True
+        transaction.commit = partial(self.commit, transaction.session, partial(type(transaction).commit, transaction))
+
+    def commit(self, session: Any, commit: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        """Commit the outermost transaction, by its own method."""
+        if self.running or self.applying:  # by the session's; or a handler's own
+            commit(*args, **kwargs)
+            return
+        try:
+            self.running = True
+            self.awaited = HAS_GREENLET and _in_greenlet()
+            if self.awaited:
+                self.commit_to_the_end(session, partial(commit, *args, **kwargs))
+            else:
+                commit(*args, **kwargs)
+        except BaseException as error:
+            self.fail(session, error)
+            raise
+        finally:
+            self.running = False
+
+    def commit_to_the_end(self, session: Any, commit: Callable[[], None]) -> None:
         """Commit within the methods of an `AsyncSession`: what can be cancelled first, then what nobody may leave."""
         # Private: in 2.0 and 2.1. Without it, all of the commit is run where no cancellation comes.
+        transaction = session.get_transaction()
         prepare = getattr(transaction, "_prepare_impl", None)
         if prepare is not None and transaction._state.name == "ACTIVE":
             prepare()
@@ -484,27 +564,32 @@ class _Bound:
         finally:
             self.awaiting = False
         try:
-            if transaction in self.committed:
+            if self.committing in self.committed:
                 self.apply(session)
         except BaseException as error:
             if cancelled is None:
                 raise
             mark(cancelled, Outcome.COMMITTED)
             raise cancelled from error
-        self.committing = None
+        self.committing = self.ending = None
         if cancelled is not None:
             mark(cancelled, Outcome.COMMITTED)
             raise cancelled
 
-    def fail(self, transaction: Any, error: BaseException) -> None:
+    def fail(self, session: Session, error: BaseException) -> None:
         """See to what was published in a transaction whose commit was left by an exception."""
+        transaction: Any = self.committing or self.ending or session.get_transaction()
         committing, self.committing = self.committing, None
         self.restore()
+        if transaction is None:
+            return
         # Since 1.4, in 2.0 and 2.1. A commit that comes to the end of its transaction has made one.
         state = transaction._state.name
+        if state == "CLOSED":
+            self.ending = None
         if transaction in self.committed or state == "COMMITTED" or (state == "CLOSED" and committing is transaction):
             outcome = Outcome.COMMITTED
-        elif committing is not transaction:
+        elif committing is None:
             return  # refused before anything was sent
         else:
             of: BaseException = error
@@ -524,13 +609,20 @@ class _Bound:
         self.committed.clear()
 
     def see_to_end(self, transaction: SessionTransaction) -> None:
-        """Drop what was published in a transaction whose end was left by an exception, before it was seen here."""
-        if transaction not in self.committed and self.committing is not transaction and not self.applying:
+        """See to what was published in a transaction whose end an exception has kept from being seen here."""
+        self.ending = None
+        if transaction in self.committed:
+            self.settle()
+        elif transaction is self.committing:
+            self.set_apart(self.doubted())
+        else:
             self.drop()
+        self.committing = None
 
     def restore(self) -> None:
         """Restore what an interrupt has kept `apply` from restoring: else the session would be deaf from now on."""
-        self.applying = self.awaiting = self.storing = False
+        self.applying = self.awaiting = self.storing = self.running = False
+        self.awaited = None
         block, self.block = self.block, None
         if block is not None:
             session, manager = block
@@ -564,14 +656,17 @@ class _Bound:
 
     def apply(self, session: Any) -> None:
         """Apply what was published in a transaction that was committed."""
+        # Within the block of ``session.begin()`` a handler could not use the session: the block has not ended yet.
+        block = session._trans_context_manager
+        token = None
         # What an interrupt leaves here belongs to what was committed: `settle` keeps it, until all is seen to.
         try:
             self.applying = True
-            # Within the block of ``session.begin()`` a handler could not use the session: it has not ended yet.
-            self.block = session, session._trans_context_manager
-            session._trans_context_manager = None
-            self.token = committed.set(True)
-            if in_greenlet():
+            if block is not None:
+                self.block = session, block
+                session._trans_context_manager = None
+            self.token = token = committed.set(True)
+            if in_greenlet() if self.awaited is None else self.awaited:
                 await_only(self.buses.apply_async(True, robust=self.robust, rounds=self.rounds))
             # Published by a listener, after `before_commit` had looked.
             elif not self.is_plain() and (bus := self.asynchronous()) is not None:
@@ -591,44 +686,12 @@ class _Bound:
             raise raised
         else:
             self.committed.clear()
-        finally:
-            self.restore()
-
-
-class _Transaction(SessionTransaction):
-    """The outermost transaction of a session that has buses: an exception that leaves its commit is seen here.
-
-    Wherever that comes from, ``session.commit()``, the block of ``session.begin()`` or a transaction's own method.
-    """
-
-    def commit(self, *args: Any, **kwargs: Any) -> None:
-        bound: Any = vars(self.session).get("_commitbus_bound")
-        if bound is None or bound.applying:
-            super().commit(*args, **kwargs)
-            return
-        try:
-            if in_greenlet():
-                bound.commit(self.session, self, partial(super().commit, *args, **kwargs))
-            else:
-                super().commit(*args, **kwargs)
-        except BaseException as error:
-            bound.fail(self, error)
-            raise
-
-    def close(self, *args: Any, **kwargs: Any) -> None:
-        try:
-            super().close(*args, **kwargs)
-        except BaseException:
-            bound: Any = vars(self.session).get("_commitbus_bound")
-            if bound is not None:
-                bound.see_to_end(self)
-            raise
-
-
-def see_end(transaction: Any) -> None:
-    """Have a transaction tell how its commit ends; one of a class of somebody's own goes on without."""
-    if type(transaction) is SessionTransaction:
-        transaction.__class__ = _Transaction
+        finally:  # what an interrupt leaves of this, `restore` sees to
+            self.applying = False
+            session._trans_context_manager = block
+            if token is not None:
+                committed.reset(token)
+            self.token = self.block = None
 
 
 def storing(
@@ -639,11 +702,12 @@ def storing(
 
     def commit() -> object:
         others = (buses, stored)
-        bound.others.append(others)
+        bound.buses.store_while_flushing()
+        bound.others = (*bound.others, others)
         try:
             return commit_transaction()
         finally:
-            bound.others.remove(others)
+            bound.others = tuple(one for one in bound.others if one is not others)
 
     return commit
 
@@ -656,11 +720,12 @@ def storing_async(
 
     async def commit() -> object:
         others = (buses, stored)
-        bound.others.append(others)
+        bound.buses.store_while_flushing()
+        bound.others = (*bound.others, others)
         try:
             return await commit_transaction()
         finally:
-            bound.others.remove(others)
+            bound.others = tuple(one for one in bound.others if one is not others)
 
     return commit
 
@@ -675,7 +740,7 @@ def _ending(cls: type[Session]) -> type[Session]:
             return known
     names = [name for name in ("rollback", "close", "reset", "invalidate") if hasattr(cls, name)]
     body: dict[str, Any] = {name: _method(cls, name) for name in names}
-    body |= _storing_methods(cls)
+    body |= _commit_methods(cls)
     body |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     metaclass: Any = type(cls)
     try:
@@ -695,11 +760,50 @@ def _method(cls: type[Session], name: str) -> Callable[..., Any]:
     return method
 
 
-def _storing_methods(cls: type[Session]) -> dict[str, Any]:
-    """Give the methods by which a commit stores what belongs to its transaction, as long as it flushes.
+def _commit_methods(cls: type[Session]) -> dict[str, Any]:
+    commit_of, begin_of = cls.commit, cls.begin
+
+    @wraps(commit_of)
+    def commit(self: Session) -> None:
+        bound: Any = vars(self).get("_commitbus_bound")
+        if bound is None or bound.running or bound.applying:
+            commit_of(self)
+            return
+        # As `_Bound.commit`, without its calls: most commits come by here.
+        try:
+            bound.running = True
+            bound.awaited = HAS_GREENLET and _in_greenlet()
+            if bound.awaited:
+                bound.commit_to_the_end(self, partial(commit_of, self))
+            else:
+                commit_of(self)
+        except BaseException as error:
+            bound.fail(self, error)
+            raise
+        finally:
+            bound.running = False
+
+    @wraps(begin_of)
+    def begin(self: Session, *args: Any, **kwargs: Any) -> SessionTransaction:
+        transaction = begin_of(self, *args, **kwargs)
+        bound: Any = vars(self).get("_commitbus_bound")
+        if bound is not None and transaction is bound.ending:
+            bound.see(transaction)
+        return transaction
+
+    return {"commit": commit, "begin": begin}
+
+
+def _storing_class(cls: type[Session]) -> type[Session]:
+    """Give the class of a session that stores, as long as its commit flushes, what belongs to the transaction.
 
     That is after the listeners of `before_commit`, and after those of a flush, which may publish, too.
     """
+    if "_commitbus_stores" in vars(cls):
+        return cls
+    for known in cls.__subclasses__():
+        if "_commitbus_stores" in vars(known):
+            return known
     flush_of = cls.flush
     is_clean_of: Any = getattr(cls, "_is_clean", None)  # private: since 0.5, in 2.0 and 2.1
 
@@ -714,7 +818,10 @@ def _storing_methods(cls: type[Session]) -> dict[str, Any]:
         bound: Any = vars(self).get("_commitbus_bound")
         return bool(is_clean_of(self)) and not (bound is not None and bound.storing and bound.has_to_store())
 
-    return {"flush": flush, "_is_clean": is_clean} if is_clean_of is not None else {"flush": flush}
+    body: dict[str, Any] = {"flush": flush, "_is_clean": is_clean, "_commitbus_stores": True}
+    body |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    metaclass: Any = type(cls)
+    return cast("type[Session]", metaclass(cls.__name__, (cls,), body))
 
 
 def _open_savepoints(session: Session) -> list[SessionTransaction]:
