@@ -80,7 +80,8 @@ def sqlalchemy20(session: nox.Session) -> None:
     """Run the tests of sessions on SQLAlchemy 2.0, which is supported as well as the newest."""
     install(session, "test", "integrations")
     session.install("sqlalchemy[asyncio]<2.1")
-    session.run("python", "-m", "pytest", "-q", "tests/test_sqlalchemy.py", *session.posargs)
+    tests = ["tests/test_sqlalchemy.py", "tests/test_outcome.py", "tests/test_lost_answers.py"]
+    session.run("python", "-m", "pytest", "-q", *tests, *session.posargs)
 
 
 @nox.session

@@ -7,12 +7,12 @@ that is named and does not answer is an error.
 from __future__ import annotations
 
 import os
-import re
-import socket
-import threading
-from contextlib import suppress
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from examples.cutting_proxy import CuttingProxy
 
 # Each as user@host:port/database.
 POSTGRES = os.environ.get("COMMITBUS_TEST_POSTGRES", "")
@@ -30,61 +30,18 @@ def skip_without_servers() -> None:
         pytest.skip(f"without {' and '.join(missing)}, only SQLite is tested")
 
 
-class CuttingProxy:
-    """A line to a server on this machine that is cut when the client says something: what it did is done, unanswered."""
+def cut(where: str, word: bytes = rb"\bcommit\b", delivers: bool = True, after_commit: bool = False) -> CuttingProxy:
+    """Cut the lines to a server where the client says something, COMMIT for example."""
+    from examples.cutting_proxy import CuttingProxy
 
-    def __init__(self, where: str, word: bytes = rb"\bcommit\b", delivers: bool = True, after: bool = False) -> None:
-        user, _, rest = where.partition("@")
-        address, _, name = rest.partition("/")
-        host, _, port = address.partition(":")
-        self.target = host, int(port)
-        self.word, self.delivers = re.compile(word, re.IGNORECASE), delivers
-        self.after = after  # cut where it is said after a COMMIT alone
-        self.server = socket.create_server(("127.0.0.1", 0))
-        self.where = f"{user}@127.0.0.1:{self.server.getsockname()[1]}/{name}"
-        self.cut = 0
-        self.said: set[socket.socket] = set()  # the lines on which it was said
-        self.is_postgres = where == POSTGRES
-        threading.Thread(target=self.serve, daemon=True).start()
+    _, _, rest = where.partition("@")
+    host, _, port = rest.partition("/")[0].partition(":")
+    # PostgreSQL answers a driver that only prepares the statement as well.
+    answer = b"COMMIT\0" if where == POSTGRES else b""
+    return CuttingProxy(host, int(port), word, delivers, answer, after_commit)
 
-    def __enter__(self) -> CuttingProxy:
-        return self
 
-    def __exit__(self, *error: object) -> None:
-        self.server.close()
-
-    def serve(self) -> None:
-        with suppress(OSError):
-            while True:
-                client, _ = self.server.accept()
-                server = socket.create_connection(self.target)
-                for function, one, other in ((self.up, client, server), (self.down, server, client)):
-                    threading.Thread(target=function, args=(one, other), daemon=True).start()
-
-    def up(self, client: socket.socket, server: socket.socket) -> None:
-        with suppress(OSError):
-            committed = not self.after
-            while data := client.recv(65536):
-                committed = committed or re.search(rb"\bcommit\b", data, re.IGNORECASE) is not None
-                if committed and self.word.search(data):
-                    self.said.add(server)
-                    self.cut += 1
-                    if not self.delivers:
-                        break
-                server.sendall(data)
-        self.close(client, server)
-
-    def down(self, server: socket.socket, client: socket.socket) -> None:
-        with suppress(OSError):
-            while data := server.recv(65536):
-                # PostgreSQL answers a driver that only prepares the statement as well.
-                if server in self.said and (not self.is_postgres or b"COMMIT\0" in data):
-                    break
-                client.sendall(data)
-        self.close(client, server)
-
-    def close(self, *lines: socket.socket) -> None:
-        for line in lines:
-            with suppress(OSError):
-                line.shutdown(socket.SHUT_RDWR)
-            line.close()
+def through(proxy: CuttingProxy, where: str) -> str:
+    """Give a server's address as reached through a proxy."""
+    user, _, rest = where.partition("@")
+    return f"{user}@127.0.0.1:{proxy.port}/{rest.partition('/')[2]}"

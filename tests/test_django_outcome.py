@@ -15,7 +15,8 @@ import pytest
 pytest.importorskip("django", reason="Django is not installed")
 
 from conftest import run_over_the_other_twin
-from servers import MARIADB, POSTGRES, CuttingProxy
+from servers import MARIADB, POSTGRES, through
+from servers import cut as cut_line
 
 TABLE = f"commitbus_django_{os.getpid()}"
 SETUP = """
@@ -111,8 +112,8 @@ def test_rule_18d_a_line_that_is_cut(kind: str, cut: str) -> None:
         word = rb"\bcommit\b"
         if cut == "hooks":  # the first that is said after a COMMIT
             word = rb"autocommit = (?:1|on|true)"
-        proxy = stack.enter_context(CuttingProxy(where, word, delivers=cut == "delivers", after=cut == "hooks"))
-        run(CUT, kind, where, proxy.where, cut)
+        proxy = stack.enter_context(cut_line(where, word, delivers=cut == "delivers", after_commit=cut == "hooks"))
+        run(CUT, kind, where, through(proxy, where), cut)
 
 
 REFUSED = """

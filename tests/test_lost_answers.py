@@ -9,7 +9,6 @@ import asyncio
 import os
 import re
 import sqlite3
-import subprocess
 import sys
 import threading
 import time
@@ -21,11 +20,11 @@ import pytest
 pytest.importorskip("sqlalchemy", reason="SQLAlchemy is not installed")
 
 from conftest import notes, run_over_the_other_twin
-from servers import MARIADB, POSTGRES, CuttingProxy
+from servers import MARIADB, POSTGRES, cut, through
 from sqlalchemy import create_engine, event, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session, async_sessionmaker, create_async_engine
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.pool import NullPool, StaticPool
 
 import commitbus
@@ -122,8 +121,8 @@ def sent() -> list[Any]:
 @pytest.mark.parametrize("delivers", [True, False])
 def test_rule_18d_a_line_that_is_cut_at_the_commit(database: Database, sent: list[Any], delivers: bool) -> None:
     told: list[Any] = []
-    with CuttingProxy(database.where, delivers=delivers) as proxy:
-        engine = create_engine(f"{database.dialect}://{proxy.where}", poolclass=NullPool)
+    with cut(database.where, delivers=delivers) as proxy:
+        engine = create_engine(f"{database.dialect}://{through(proxy, database.where)}", poolclass=NullPool)
         # The unit of work.
         with (
             pytest.raises(Exception, match=".*") as caught,
@@ -164,8 +163,8 @@ def test_rule_18d_a_line_that_is_cut_at_the_commit(database: Database, sent: lis
 
 
 def test_rule_18d_a_session_goes_on_after_it(database: Database, sent: list[Any]) -> None:
-    with CuttingProxy(database.where) as proxy:
-        engine = create_engine(f"{database.dialect}://{proxy.where}", poolclass=NullPool)
+    with cut(database.where) as proxy:
+        engine = create_engine(f"{database.dialect}://{through(proxy, database.where)}", poolclass=NullPool)
         with Session(engine) as session:
             bus = orchestrator(session).wrap(BasicEventBus())
             bus.publish(if_committed(sent.append, 1))
@@ -224,8 +223,8 @@ def test_rule_18d_a_bare_connection(sent: list[Any]) -> None:
     database = Database(*SYNC["psycopg"])
     for delivers in (True, False):
         with (
-            CuttingProxy(database.where, delivers=delivers) as proxy,
-            psycopg.connect(f"postgresql://{proxy.where}") as connection,
+            cut(database.where, delivers=delivers) as proxy,
+            psycopg.connect(f"postgresql://{through(proxy, database.where)}") as connection,
             suppress(psycopg.OperationalError),
         ):
             told: list[Any] = []
@@ -283,8 +282,8 @@ def test_rule_18d_an_awaited_line_that_is_cut(
         await engine.dispose()
         return caught.value
 
-    with CuttingProxy(async_database.where, delivers=delivers) as proxy:
-        error = asyncio.run(main(proxy.where))
+    with cut(async_database.where, delivers=delivers) as proxy:
+        error = asyncio.run(main(through(proxy, async_database.where)))
     assert any(IN_DOUBT in note and "send" in note for note in notes(error))
     assert async_database.rows() == int(delivers)
     assert (sent, len(told)) == ([], 1)
@@ -602,18 +601,23 @@ def test_rule_18d_the_session_of_the_task_is_the_one_that_commits(sent: list[Any
 # 6: buses that several share
 
 
+def register(session: Session, delayed: Any) -> None:
+    buses: Any = orchestrator(session)
+    buses.publish(delayed)
+
+
 def test_rule_18d_a_delayed_bus_is_not_registered_with_two_sessions(sent: list[Any]) -> None:
     engine = create_engine("sqlite://")
     delayed: Any = DelayedEventBus(BasicEventBus())
     with Session(engine) as first:
-        orchestrator(first).publish(delayed)
+        register(first, delayed)
         with Session(engine) as second, pytest.raises(RuntimeError, match="belongs to another session"):
-            orchestrator(second).publish(delayed)
+            register(second, delayed)
         delayed.publish(if_committed(sent.append, 1))
         first.execute(text("SELECT 1"))
         first.commit()
     with Session(engine) as third:  # the first is closed
-        orchestrator(third).publish(delayed)
+        register(third, delayed)
         delayed.publish(if_committed(sent.append, 2))
         third.execute(text("SELECT 1"))
         third.commit()
@@ -754,6 +758,7 @@ def test_rule_18g_an_outbox_after_the_commit(sent: list[Any], door: str) -> None
         orders: Any = BasicEventBus()
         with ExitStack() as stack:
             stack.enter_context(pytest.raises(RuntimeError, match="stores its events in the transaction, which was"))
+            execute: Any = None
             if door == "session":
                 buses = orchestrator(session)
             else:
@@ -783,9 +788,11 @@ def test_rule_18g_an_outbox_after_the_commit(sent: list[Any], door: str) -> None
 
 
 def test_rule_18g_what_sqlalchemy_has_for_it() -> None:
-    """The one private method that stores while a commit flushes: without it, the outbox would be refused, and said so."""
-    assert Session._is_clean(Session()) is True  # type: ignore[attr-defined]  # pyright: ignore
-    assert callable(Session().begin()._prepare_impl)  # type: ignore[attr-defined]  # pyright: ignore
+    """The private method that stores while a commit flushes: without it, the outbox would be refused, and said so."""
+    session: Any = Session()
+    assert session._is_clean() is True
+    assert callable(session.begin()._prepare_impl)
+    session.close()
 
 
 # 12 and 13: what hides the end of a transaction from our listeners
@@ -937,8 +944,8 @@ def test_settle(sent: list[Any], delivers: bool) -> None:
         with database.engine.connect() as connection:
             settled.append(settle(buses, connection, numbers[0]))
 
-    with CuttingProxy(database.where, delivers=delivers) as proxy:
-        engine = create_engine(f"{database.dialect}://{proxy.where}", poolclass=NullPool)
+    with cut(database.where, delivers=delivers) as proxy:
+        engine = create_engine(f"{database.dialect}://{through(proxy, database.where)}", poolclass=NullPool)
         with (
             suppress(DBAPIError),
             Session(engine) as session,
@@ -1070,10 +1077,12 @@ def test_a_session_that_listeners_use_after_the_commit_has_committed(sent: list[
 @needs_postgres
 def test_a_connection_in_autocommit(sent: list[Any]) -> None:
     psycopg: Any = pytest.importorskip("psycopg")
-    with psycopg.connect(f"postgresql://{POSTGRES}", autocommit=True) as connection:
-        with unit_of_work(None, True, commit_transaction=connection.commit) as (buses, execute):
-            buses.wrap(BasicEventBus()).publish(if_committed(sent.append, 1))
-            execute()
+    with (
+        psycopg.connect(f"postgresql://{POSTGRES}", autocommit=True) as connection,
+        unit_of_work(None, True, commit_transaction=connection.commit) as (buses, execute),
+    ):
+        buses.wrap(BasicEventBus()).publish(if_committed(sent.append, 1))
+        execute()
     assert sent == [1]
 
 

@@ -505,7 +505,8 @@ def test_an_owner_that_nobody_knows() -> None:
     for owner in (object(), SimpleNamespace(commit=print), Odd(), 5):
         assert not _outcome.has_failed(owner)
         assert not _outcome.needs_asking(owner)
-    for function in (print, [].append, vars(Odd)["commit"].__get__(Odd())):
+    functions: tuple[Any, ...] = (print, [].append, vars(Odd)["commit"].__get__(Odd()))
+    for function in functions:
         assert _outcome.watch(function, None) is None
         commit = _outcome.Commit(getattr(function, "__self__", None), None, False)
         commit.refuse_if_open(object())

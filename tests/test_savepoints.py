@@ -230,6 +230,21 @@ def test_rule_22_a_delayed_bus_that_the_savepoint_does_not_cover(twin: Any, make
     assert bus.pending_events() == (2,)
 
 
+def test_rule_17b_collecting_that_is_refused_registers_nothing(twin: Any, make: Any) -> None:
+    """A multi bus has let go of an empty bus: without an event, it is not registered again."""
+
+    class Bus(make):
+        def _collect_event(self, event: Any, commit: bool) -> Any:
+            return lambda *, commit: None
+
+    bus, multi = Bus(), twin.MultiEventBus()
+    delayed = multi.wrap(bus)
+    multi.apply(True)
+    with bus.savepoint(), suppress(RuntimeError):
+        delayed.apply(True)
+    assert multi.pending_events() == ()
+
+
 def test_rule_22_another_multi_bus_meanwhile(twin: Any, make: Any, log: Log) -> None:
     delayed = twin.DelayedEventBus(make())
     multi, other = twin.MultiEventBus(), twin.MultiEventBus()

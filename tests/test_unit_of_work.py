@@ -784,7 +784,7 @@ def test_rule_18d_where_nobody_sees_the_exception(twin: Any, make: Any) -> None:
             if error is not None:
                 raise error
 
-    with pytest.warns(twin.UnappliedEventsWarning, match="1 event was not applied: it is not known whether the transaction"):
+    with pytest.warns(twin.UnappliedEventsWarning, match="1 event was not applied: it is not known whether"):
         work(None)
     with pytest.raises(ValueError, match="other") as caught:
         work(ValueError("other"))

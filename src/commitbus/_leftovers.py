@@ -1,10 +1,10 @@
-"""What an apply after a commit has left, and what nobody knows to be committed: kept apart from what is published next."""
+"""What an apply after a commit has left, and what nobody knows to be committed: kept apart from what comes next."""
 
 from __future__ import annotations
 
 import sys
 from functools import cache
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from commitbus import _messages, _naming
 from commitbus._looking import events_to_apply, holds_buses
@@ -124,4 +124,4 @@ def events_to_apply_in(delayed: Any) -> bool:
 
 def count(leftovers: Any) -> int:
     """Count the events that are kept: of a bus that was never made, none."""
-    return 0 if leftovers is None else len(cast("list[Any]", events_to_apply(leftovers)))
+    return 0 if leftovers is None else len(events_to_apply(leftovers))

@@ -648,8 +648,8 @@ def still_in_progress(transaction_id: int) -> TimeoutError:
 def not_known_any_more(transaction_id: int) -> LookupError:
     """Say that PostgreSQL has forgotten a transaction."""
     return LookupError(
-        f"PostgreSQL does not know any more what became of transaction {transaction_id}, which is too old or not of this "
-        "server; nothing was applied or dropped: look at the data"
+        f"PostgreSQL does not know any more what became of transaction {transaction_id}, which is too old, or not of "
+        "this server; nothing was applied or dropped: look at the data"
     )
 
 

@@ -12,12 +12,15 @@ from contextlib import suppress
 from enum import Enum
 from functools import lru_cache
 from types import FunctionType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
 from commitbus._interfaces import NotCommittedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
+
+
+Look: TypeAlias = "Callable[[Any], bool]"
 
 
 class Outcome(Enum):
@@ -65,59 +68,80 @@ def never(*_: object) -> bool:
 
 
 class Driver(NamedTuple):
-    """What a driver tells of its connections, and of its errors."""
+    """What a driver tells of its connections: `never`, where it does not."""
 
     # Whether the server will not commit the transaction, whatever it is told.
-    has_failed: Callable[[Any], Any] = never
+    has_failed: Look = never
     # Whether a transaction is open, once the commit has returned.
-    is_open: Callable[[Any], Any] = never
-    # Whether one is, once the commit has raised this error: a status that may be an old one then tells nothing.
-    is_open_after: Callable[[Any, BaseException], Any] = never
+    is_open: Look = never
+    # Whether one is, once the commit has raised some error: a status that may be an old one then tells nothing.
+    is_open_after: Callable[[Any, BaseException], bool] = never
 
 
 OPEN = 2, 3  # libpq's PQTRANS_INTRANS and PQTRANS_INERROR
 SERVER_STATUS_IN_TRANS = 1  # of MariaDB and MySQL
-_LIBPQ = {
-    "psycopg": lambda connection: connection.pgconn.transaction_status,
-    "psycopg2": lambda connection: connection.get_transaction_status(),
-}
+
+
+def _status_of_psycopg(connection: Any) -> int:
+    return cast("int", connection.pgconn.transaction_status)
+
+
+def _status_of_psycopg2(connection: Any) -> int:
+    return cast("int", connection.get_transaction_status())
 
 
 def _of_libpq(status: Callable[[Any], int]) -> Driver:
+    def has_failed(connection: Any) -> bool:
+        return status(connection) == OPEN[1]
+
     # It knows of a COMMIT that was sent and not answered, too: that is neither of these.
-    return Driver(
-        has_failed=lambda connection: status(connection) == OPEN[1],
-        is_open=lambda connection: status(connection) in OPEN,
-        is_open_after=lambda connection, error: status(connection) in OPEN,
-    )
+    def is_open(connection: Any, error: BaseException | None = None) -> bool:  # noqa: ARG001
+        return status(connection) in OPEN
+
+    return Driver(has_failed, is_open, is_open)
 
 
-_MYSQL = Driver(is_open=lambda connection: connection.server_status & SERVER_STATUS_IN_TRANS)
+def _pg8000_has_failed(connection: Any) -> bool:
+    return bool(connection._transaction_status == b"E")
+
+
+def _pg8000_is_open(connection: Any) -> bool:
+    return bool(connection._transaction_status != b"I")
+
+
+def _asyncpg_is_open(connection: Any) -> bool:
+    return bool(connection.is_in_transaction())
+
+
+def _sqlite_is_open(connection: Any, error: BaseException | None = None) -> bool:  # noqa: ARG001
+    return bool(connection.in_transaction)
+
+
+def _aiosqlite_is_open_after(connection: Any, error: BaseException) -> bool:
+    # Its thread may be committing still when a cancellation comes.
+    return isinstance(error, Exception) and bool(connection.in_transaction)
+
+
+def _mysql_is_open(connection: Any) -> bool:
+    return bool(connection.server_status & SERVER_STATUS_IN_TRANS)
+
+
 DRIVERS: dict[str, Driver] = {
-    **{name: _of_libpq(status) for name, status in _LIBPQ.items()},
-    "pg8000": Driver(
-        has_failed=lambda connection: connection._transaction_status == b"E",
-        is_open=lambda connection: connection._transaction_status != b"I",
-    ),
-    "asyncpg": Driver(is_open=lambda connection: connection.is_in_transaction()),
-    "sqlite3": Driver(
-        is_open=lambda connection: connection.in_transaction,
-        is_open_after=lambda connection, error: connection.in_transaction,
-    ),
-    "aiosqlite": Driver(
-        is_open=lambda connection: connection.in_transaction,
-        # Its thread may be committing still when a cancellation comes.
-        is_open_after=lambda connection, error: isinstance(error, Exception) and connection.in_transaction,
-    ),
-    "pymysql": _MYSQL,
-    "aiomysql": _MYSQL,
-    "asyncmy": _MYSQL,
+    "psycopg": _of_libpq(_status_of_psycopg),
+    "psycopg2": _of_libpq(_status_of_psycopg2),
+    "pg8000": Driver(_pg8000_has_failed, _pg8000_is_open),
+    "asyncpg": Driver(is_open=_asyncpg_is_open),
+    "sqlite3": Driver(is_open=_sqlite_is_open, is_open_after=_sqlite_is_open),
+    "aiosqlite": Driver(is_open=_sqlite_is_open, is_open_after=_aiosqlite_is_open_after),
+    "pymysql": Driver(is_open=_mysql_is_open),
+    "aiomysql": Driver(is_open=_mysql_is_open),
+    "asyncmy": Driver(is_open=_mysql_is_open),
 }
 
 
 def _package_of(owner: object) -> str:
     """Give the package of a driver, or of what stands before one, that an object's class, or a base of it, is from."""
-    return _package_of_class(type(owner))
+    return _package_of_class(cast("Any", type(owner)))
 
 
 @lru_cache(256)
@@ -174,9 +198,9 @@ def _of_driver(error: BaseException) -> Iterator[BaseException]:
 def sqlstate(error: BaseException) -> str | None:
     """Give the SQLSTATE of a driver's error, or of one of SQLAlchemy's or Django's around it."""
     for one in _of_driver(error):
-        found = getattr(one, "sqlstate", None) or getattr(one, "pgcode", None)
+        found: object = getattr(one, "sqlstate", None) or getattr(one, "pgcode", None)
         if found is None and one.args and isinstance(one.args[0], dict):  # pg8000's
-            found = one.args[0].get("C")
+            found = cast("dict[str, object]", one.args[0]).get("C")
         if isinstance(found, str):
             return found
     return None
@@ -263,7 +287,7 @@ class Commit:
         with suppress(Exception):
             if self.transaction is not None:
                 # Private: since 1.4, in 2.0 and 2.1.
-                return self.transaction._state.name == "PREPARED"
+                return bool(self.transaction._state.name == "PREPARED")
         return True
 
 
@@ -346,7 +370,7 @@ def after_of_transaction(transaction: Any, error: BaseException) -> Outcome:
             return Outcome.COMMITTED
         kept: dict[Any, tuple[Any, ...]] = transaction._connections
         tried = {id(connection): connection for connection, one, *_ in kept.values() if not one.is_active}
-        if state in {"ACTIVE", "DEACTIVE"} or (state == "PREPARED" and not tried) or _is_from_sqlalchemy(error):
+        if state not in {"PREPARED", "CLOSED"} or (state == "PREPARED" and not tried) or _is_from_sqlalchemy(error):
             return Outcome.NOT_COMMITTED  # no COMMIT was sent
         if len(tried) == 1 and not transaction.session.twophase:
             (connection,) = tried.values()
@@ -506,10 +530,12 @@ def scoped_sessions(function: Any) -> list[Any]:
                 names = function.__globals__
                 candidates += [names[name] for name in function.__code__.co_names if name in names]
         elif (owner := _owner_of(function)) is not None:
-            candidates += [owner] if _package_of(owner) else vars(owner).values()
+            candidates += [owner, *cast("Any", vars(owner)).values()]
     except Exception:  # of an odd one, or of a variable that has no value yet
         return []
-    return [one for one in candidates if _package_of(one) == "sqlalchemy" and "registry" in getattr(one, "__dict__", {})]
+    return [
+        one for one in candidates if _package_of(one) == "sqlalchemy" and "registry" in getattr(one, "__dict__", {})
+    ]
 
 
 def _session_of(owner: Any) -> Any:

@@ -829,8 +829,8 @@ async def _refuse_failed(session: Any) -> None:
 def _of_this_task(function: Callable[[], object]) -> Callable[[], object]:
     """Have a function that looks a session of SQLAlchemy up by the current task find that of this one.
 
-    It is called in another task. The sessions of `async_scoped_session` are found where the function is a method of one,
-    or has one in its closure, its names or its owner's attributes.
+    It is called in another task. An `async_scoped_session` is found where the function is a method of it, or has it in
+    its closure, its names or its owner's attributes.
     """
     if type(function) is FunctionType and function.__closure__ is None and not function.__code__.co_names:
         return function

@@ -696,7 +696,8 @@ cdef object yielded(object orchestrator, object execute):
 cdef class UnitStore:
     # As in `commitbus._unit_of_work`.
     cdef public MultiStore buses
-    cdef public object commit, commit_transaction, rollback_transaction, on_unapplied, robust, rounds, begun, kept, doubted
+    cdef public object commit, commit_transaction, rollback_transaction, on_unapplied, robust, rounds
+    cdef public object begun, kept, doubted
     cdef public bint called, committed, rolled_back, failed, applying
     cdef public object forks
 

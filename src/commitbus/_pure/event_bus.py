@@ -531,7 +531,8 @@ def uncollected(bus: AbstractEventBus[Any], batch: Batch, pairs: list[Any], erro
     """See to a batch that was put back while it was collected, after some pairs were made: make the note."""
     try:
         items, done = live(batch), len(pairs)
-        bus._commitbus_back([])
+        if items:  # else there is nothing to be registered for
+            bus._commitbus_back([])
         if done < len(items):
             (event,) = bus._commitbus_look(items[done : done + 1])
             _messages.note_uncollected(error, bus, event, done + 1, len(items))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
+from functools import partial
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, TypeVar, cast
 
@@ -24,6 +25,7 @@ except ModuleNotFoundError as _error:
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+    from types import TracebackType
 
 __all__ = ["OnCommitEventBus", "in_doubt", "leftovers", "orchestrator"]
 
@@ -75,8 +77,9 @@ class OnCommitEventBus(EventBus[T], Generic[T]):
     When a handler raises, the exception comes out of the ``atomic`` block, with a note that the transaction was
     committed. What was not applied, of all buses of that commit, is in `leftovers`; nothing is dropped, even where
     the hook of somebody else raised. When the commit itself raises, and nobody knows whether the server has committed,
-    since the line was cut for example, nothing is applied; a note says so, and `in_doubt` has the events. What a handler publishes is applied in the same commit, after the hooks that were
-    there, in at most 100 rounds. A copy of the bus, or one that was pickled, is a bus of its own.
+    since the line was cut for example, nothing is applied; a note says so, and `in_doubt` has the events. What a
+    handler publishes is applied in the same commit, after the hooks that were there, in at most 100 rounds. A copy of
+    the bus, or one that was pickled, is a bus of its own.
     """
 
     def __init__(
@@ -358,7 +361,9 @@ class _State:
             self.has_failed = driver_of(connection.connection).has_failed
         if self.has_failed is not never and has_failed(connection):
             raise _TransactionFailed(FAILED)
-        commit: Any = self.patched_commit or type(connection)._commit.__get__(connection)
+        commit: Any = self.patched_commit
+        if commit is None:
+            commit = partial(cast("Any", type(connection))._commit, connection)
         try:
             # One line: an interrupt comes within the commit, or finds it noted.
             commit(); self.committed = runs  # fmt: skip  # noqa: E702
@@ -399,10 +404,10 @@ class _State:
         connection: Any = self.connection()
         try:
             self.unwatch(connection)
-            if autocommit and not self.committed and connection.run_on_commit and connection.commit_on_exit:
-                # Without one, this is a new connection, in the place of one that was closed in its transaction.
-                if (leaving := sys.exception()) is not None:
-                    self.doubt_of(self.runs(), leaving)
+            left = autocommit and not self.committed and connection.run_on_commit and connection.commit_on_exit
+            # Without an exception, this is a new connection, in the place of one that was closed in its transaction.
+            if left and (leaving := sys.exception()) is not None:
+                self.doubt_of(self.runs(), leaving)
             connection._set_autocommit(autocommit)
         except BaseException as error:
             self.unwatch(connection)
@@ -414,14 +419,14 @@ class _State:
 
     def watch(self, connection: Any) -> None:
         """See the end of the transaction in which something was published: what comes after its commit, or else."""
-        kept: dict[str, Any] = vars(connection)
+        kept: dict[str, Any] = connection.__dict__
         if kept.get("_set_autocommit") != self.set_autocommit:
             self.patched_autocommit = kept.get("_set_autocommit")
             connection._set_autocommit = self.set_autocommit
 
     def unwatch(self, connection: Any) -> None:
         """Give the connection its own method back, until something is published."""
-        kept: dict[str, Any] = vars(connection)
+        kept: dict[str, Any] = connection.__dict__
         if kept.get("_set_autocommit") == self.set_autocommit:
             if self.patched_autocommit is None:
                 del kept["_set_autocommit"]
@@ -547,7 +552,9 @@ class _SeeingErrors:
     def __enter__(self) -> None:
         self.wraps.__enter__()
 
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         if error is not None:
             self.see(error)
         self.wraps.__exit__(kind, error, traceback)
@@ -615,8 +622,8 @@ def in_doubt(using: str | None = None) -> MultiEventBus:
     -------
     MultiEventBus
         That of this thread's connection, which keeps it. There for nothing else: find out whether the transaction was
-        committed, with `commitbus.integrations.postgresql` on PostgreSQL, then apply the bus or discard what is in it. No commit applies
-        it.
+        committed, on PostgreSQL with `commitbus.integrations.postgresql`, then apply the bus or discard what is in it.
+        No commit applies it.
 
     Raises
     ------

@@ -1,7 +1,7 @@
 """Whether a transaction of PostgreSQL was committed after all, where the answer to its COMMIT never came.
 
-Needs no driver of its own: it asks by the connection that it is given, of psycopg, psycopg2, pg8000, asyncpg, SQLAlchemy
-or Django.
+Needs no driver of its own: it asks by the connection that it is given, of psycopg, psycopg2, pg8000, asyncpg,
+SQLAlchemy or Django.
 """
 
 from __future__ import annotations
@@ -169,10 +169,11 @@ async def settle_async(
     if not _was_committed(status, transaction_id):
         buses.discard_pending_events()
         return False
-    if hasattr(buses, "apply_async"):
-        await buses.apply_async(True)
+    apply_async: Any = getattr(buses, "apply_async", None)
+    if apply_async is None:
+        buses.apply(True)
     else:
-        cast("MultiEventBus", buses).apply(True)
+        await apply_async(True)
     return True
 
 
@@ -212,11 +213,11 @@ async def _ask_async(connection: Any, question: str) -> Any:
     if hasattr(connection, "sync_connection"):
         return (await connection.exec_driver_sql(question)).scalar()
     if callable(fetchval := getattr(connection, "fetchval", None)):  # asyncpg's
-        return await cast("Any", fetchval(question))
+        return await cast("Any", fetchval)(question)
     if not callable(execute := getattr(connection, "execute", None)):
         raise _messages.not_to_be_asked(connection)
     result = execute(question)
     if not isawaitable(result):
         raise _messages.not_to_be_asked(connection)
-    (found,) = await cast("Any", await result).fetchone()
+    (found,) = await (await result).fetchone()
     return found

@@ -165,8 +165,9 @@ def in_doubt(session: Session | AsyncSession | scoped_session[Any] | async_scope
     Returns
     -------
     AsyncMultiEventBus
-        There for nothing else: find out whether the transaction was committed, with `commitbus.integrations.postgresql` on PostgreSQL,
-        then apply the bus or discard what is in it. No commit applies it, and no rollback drops it.
+        There for nothing else: find out whether the transaction was committed, on PostgreSQL with
+        `commitbus.integrations.postgresql`, then apply the bus or discard what is in it. No commit applies it, and no
+        rollback drops it.
 
     Raises
     ------
@@ -218,7 +219,7 @@ def _drop_of_freed(buses: list[weakref.ref[Any]], claim: weakref.ref[SessionBuse
 
 
 # Looked up once.
-_wrap, _ref = MultiEventBus.wrap, weakref.ref
+_wrap, _ref = MultiEventBus.wrap, cast("Any", weakref.ref)
 
 
 class SessionBuses(AsyncMultiEventBus):
@@ -236,9 +237,9 @@ class SessionBuses(AsyncMultiEventBus):
         self._wrapped: list[weakref.ref[Any]] = []
         # Each bus that is wrapped keeps this, as its claim.
         self._claim: weakref.ref[SessionBuses] = weakref.ref(self, partial(_drop_of_freed, self._wrapped))
-        # For who registers a delayed bus of his own. Of the class, it would be called for each that is wrapped, and each
-        # that is registered again.
-        self.publish = partial(_register, self._claim)
+        # For who registers a delayed bus of his own. Of the class, it would be called for each that is wrapped, and
+        # each that is registered again.
+        vars(self)["publish"] = partial(_register, self._claim)
 
     def wrap(self, event_bus: AbstractEventBus[T]) -> DelayedEventBus[T]:
         """Delay a bus and register it; refuse one that another session has, which is still there.
@@ -524,10 +525,10 @@ class _Bound:
     # The commit of the outermost transaction
 
     def see(self, transaction: Any) -> None:
-        """Have the commit of a transaction seen here, and what leaves it, where it does not come by ``session.commit()``.
+        """Have the commit of a transaction seen here, and what leaves it, where that may not be ``session.commit()``.
 
-        That is where ``session.begin()`` has given it: its block commits, or its own method. An attribute makes SQLAlchemy's
-        own way through its other attributes slower, and yet takes a third of what a class for it would.
+        That is where ``session.begin()`` has given it: its block commits, or its own method. An attribute makes the way
+        to its other ones slower, and yet takes a third of what a class for it would.
         """
         self.seen = True
         transaction.commit = partial(self.commit, transaction.session, partial(type(transaction).commit, transaction))
