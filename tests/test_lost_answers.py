@@ -388,6 +388,77 @@ def test_rule_18d_a_session_with_two_databases(sent: list[Any]) -> None:
     database.drop()
 
 
+def test_rule_18d_what_an_error_was_marked_with_before(sent: list[Any]) -> None:
+    """One and the same exception, of a handler after a commit, then before another: a session knows better."""
+    engine = create_engine("sqlite://", poolclass=StaticPool)
+    shared = ConnectionError("the same")
+
+    def fail(*_: object, **__: object) -> None:
+        raise shared
+
+    with Session(engine) as session:
+        orchestrator(session).wrap(BasicEventBus()).publish(fail)
+        session.execute(text("SELECT 1"))
+        with pytest.raises(ConnectionError):
+            session.commit()
+        leftovers(session).discard_pending_events()
+        event.listen(session, "before_commit", fail, once=True)
+        with unit_of_work(None, True, commit_transaction=session.commit, rollback_transaction=session.rollback) as (
+            buses,
+            execute,
+        ):
+            session.execute(text("SELECT 1"))
+            buses.wrap(BasicEventBus()).publish(if_committed(sent.append, 1))
+            with pytest.raises(ConnectionError):
+                execute()
+            execute()
+    assert sent == []
+
+
+class RollsBackItself(Session):
+    """As many a project's own: it ends its transaction where the commit fails."""
+
+    def commit(self, *args: Any) -> None:
+        try:
+            super().commit()
+        except BaseException:
+            self.close()
+            raise
+
+
+def test_rule_18d_a_session_that_ends_its_transaction_itself(sent: list[Any]) -> None:
+    told: list[Any] = []
+    engine = create_engine("sqlite://", poolclass=StaticPool)
+
+    def fail(session: Session) -> None:
+        raise ConnectionError("cache is down")
+
+    with RollsBackItself(engine) as session:
+        bus = orchestrator(session).wrap(BasicEventBus())
+        for when, n in (("before_commit", 1), ("after_commit", 2)):
+            event.listen(session, when, fail, once=True)
+            with (
+                suppress(ConnectionError),
+                unit_of_work(
+                    None,
+                    True,
+                    commit_transaction=session.commit,
+                    rollback_transaction=session.close,
+                    on_unapplied=lambda buses: told.extend(buses.events_to_apply()),
+                ) as (buses, execute),
+            ):
+                session.execute(text("SELECT 1"))
+                bus.publish(if_committed(sent.append, n))
+                buses.wrap(BasicEventBus()).publish(if_committed(sent.append, n))
+                execute()
+        session.execute(text("SELECT 1"))
+        bus.publish(if_committed(sent.append, 3))
+        session.commit()
+        kept = [one for kind in (leftovers, in_doubt) for one in kind(session).events_to_apply()]
+    assert (sent, kept) == ([2, 3], []), "it was committed, and is applied as the session is closed"
+    assert if_committed(sent.append, 2) in told
+
+
 # 9, and rule 18h: cancellations
 
 

@@ -249,11 +249,12 @@ class Commit:
 
     def __init__(self, owner: Any, other: Any, is_commit: bool) -> None:
         self.owner, self.is_commit = owner, is_commit
-        # Each session that is to have ended its transaction; a connection may have begun the next by then.
+        # Each session that is to have ended its transaction; a connection may have begun the next by then, and a session
+        # on a connection that commits by itself ends its own later.
+        by_itself = _package_of(owner) == "sqlalchemy" and hasattr(owner, "exec_driver_sql")
+        owners = [owner] if other is owner or by_itself else [owner, other]
         self.others = [
-            (one, _transaction_of(one))
-            for one in ([self.owner] if other is self.owner else [self.owner, other])
-            if one is not None and _package_of(one) == "sqlalchemy"
+            (one, _transaction_of(one)) for one in owners if one is not None and _package_of(one) == "sqlalchemy"
         ]
         self.transaction = self.others[0][1] if self.others and self.others[0][0] is self.owner else None
         if has_failed(self.owner) or has_failed(other):
@@ -272,15 +273,16 @@ class Commit:
 
     def after(self, error: BaseException) -> Outcome:
         """Say what became of the transaction, when the commit has raised."""
-        if (found := marked(error)) is not None:
-            return found
-        if self.owner is None:
-            return after(None, error) if isinstance(error, NotCommittedError) else Outcome.UNKNOWN
-        if _package_of(self.owner) != "sqlalchemy":
-            return after(self.owner, error)
+        found = Outcome.UNKNOWN
         with suppress(Exception):
-            return _after_of_session(_session_of(self.owner), self.transaction, error)
-        return Outcome.UNKNOWN
+            if self.owner is None:
+                found = _after_of_nobody(error)
+            elif _package_of(self.owner) != "sqlalchemy":
+                found = after(self.owner, error)
+            else:
+                found = _after_of_session(_session_of(self.owner), self.transaction, error)
+        # What a session tells by itself is newer than what an error may have been marked with.
+        return marked(error) or found if found is Outcome.UNKNOWN else found
 
     def is_sent(self) -> bool:
         """Whether a cancellation may not come any more: of what else a session's commit does, a flush say, it may."""
@@ -308,12 +310,12 @@ def watch(commit_transaction: object, rollback_transaction: object) -> Commit | 
 
 def after_commit(commit: Commit | None, error: BaseException) -> Outcome:
     """Say what became of the transaction of a unit of work whose commit has raised."""
-    if commit is not None:
-        return commit.after(error)
-    if isinstance(error, NotCommittedError):
-        return Outcome.NOT_COMMITTED
+    return marked(error) or _after_of_nobody(error) if commit is None else commit.after(error)
+
+
+def _after_of_nobody(error: BaseException) -> Outcome:
     # A function of the user's own may have committed one database when another refuses: it is not known.
-    return marked(error) or Outcome.UNKNOWN
+    return Outcome.NOT_COMMITTED if isinstance(error, NotCommittedError) else Outcome.UNKNOWN
 
 
 def refuse_if_open(owner: Any) -> None:
@@ -368,9 +370,11 @@ def after_of_transaction(transaction: Any, error: BaseException) -> Outcome:
         state = transaction._state.name
         if state == "COMMITTED":
             return Outcome.COMMITTED
+        if state == "CLOSED":  # by its end, after which a listener has failed, or by a rollback of the session's own
+            return Outcome.UNKNOWN
         kept: dict[Any, tuple[Any, ...]] = transaction._connections
         tried = {id(connection): connection for connection, one, *_ in kept.values() if not one.is_active}
-        if state not in {"PREPARED", "CLOSED"} or (state == "PREPARED" and not tried) or _is_from_sqlalchemy(error):
+        if state != "PREPARED" or (state == "PREPARED" and not tried) or _is_from_sqlalchemy(error):
             return Outcome.NOT_COMMITTED  # no COMMIT was sent
         if len(tried) == 1 and not transaction.session.twophase:
             (connection,) = tried.values()

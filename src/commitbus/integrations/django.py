@@ -357,7 +357,7 @@ class _State:
             run.open = False  # what is published from now on is of another transaction, whatever becomes of this one
             if run.forks != _lock.forks:
                 raise _messages.begun_before_a_fork("this transaction")
-        if self.has_failed is None:
+        if self.has_failed is None and connection.connection is not None:
             self.has_failed = driver_of(connection.connection).has_failed
         if self.has_failed is not never and has_failed(connection):
             raise _TransactionFailed(FAILED)

@@ -765,19 +765,19 @@ def _commit_methods(cls: type[Session]) -> dict[str, Any]:
     commit_of, begin_of = cls.commit, cls.begin
 
     @wraps(commit_of)
-    def commit(self: Session) -> None:
+    def commit(self: Session, *args: Any, **kwargs: Any) -> None:  # a subclass may take some
         bound: Any = vars(self).get("_commitbus_bound")
         if bound is None or bound.running or bound.applying:
-            commit_of(self)
+            commit_of(self, *args, **kwargs)
             return
         # As `_Bound.commit`, without its calls: most commits come by here.
         try:
             bound.running = True
             bound.awaited = HAS_GREENLET and _in_greenlet()
             if bound.awaited:
-                bound.commit_to_the_end(self, partial(commit_of, self))
+                bound.commit_to_the_end(self, partial(commit_of, self, *args, **kwargs))
             else:
-                commit_of(self)
+                commit_of(self, *args, **kwargs)
         except BaseException as error:
             bound.fail(self, error)
             raise
