@@ -249,8 +249,8 @@ class Commit:
 
     def __init__(self, owner: Any, other: Any, is_commit: bool) -> None:
         self.owner, self.is_commit = owner, is_commit
-        # Each session that is to have ended its transaction; a connection may have begun the next by then, and a session
-        # on a connection that commits by itself ends its own later.
+        # Each session that is to have ended its transaction; a connection may have begun the next by then, and a
+        # session on a connection that commits by itself ends its own later.
         by_itself = _package_of(owner) == "sqlalchemy" and hasattr(owner, "exec_driver_sql")
         owners = [owner] if other is owner or by_itself else [owner, other]
         self.others = [
