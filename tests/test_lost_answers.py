@@ -455,7 +455,7 @@ def test_rule_18d_a_session_that_ends_its_transaction_itself(sent: list[Any]) ->
         bus.publish(if_committed(sent.append, 3))
         session.commit()
         kept = [one for kind in (leftovers, in_doubt) for one in kind(session).events_to_apply()]
-    # The second was committed, and is applied as the session is closed. Of the first, nobody sees that no COMMIT was sent.
+    # The second was committed, and is applied as the session is closed. Of the first, nobody sees that none was sent.
     assert (sent, kept) == ([2, 3], [if_committed(sent.append, 1)])
     assert if_committed(sent.append, 2) in told
 
@@ -909,7 +909,8 @@ def _interrupted(run: Callable[[], None], filenames: set[str], at: int) -> tuple
 
     def trace(frame: Any, what: str, argument: object) -> Any:
         nonlocal seen, where
-        if frame.f_code.co_filename not in filenames:
+        # What is called in a finalizer, of an earlier test's session perhaps, can raise nowhere.
+        if frame.f_code.co_filename not in filenames or frame.f_code.co_name == "_drop_of_freed":
             return None
         if what != "exception":
             seen += 1
