@@ -6,6 +6,7 @@ Nothing is applied for what was rolled back, and nothing that was committed is d
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import re
 import sqlite3
@@ -47,7 +48,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 # A session that is closed tells once more of what is in doubt, or was left.
-pytestmark = pytest.mark.filterwarnings("ignore::commitbus.UnappliedEventsWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::commitbus.UnappliedEventsWarning"),
+    pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning"),
+]
 unit_of_work: Any = commitbus.use_orchestrator_or_create_multi_event_bus
 async_unit_of_work: Any = aio.use_orchestrator_or_create_multi_event_bus
 TABLE = f"commitbus_lost_{os.getpid()}"
@@ -113,6 +117,13 @@ def async_database(request: pytest.FixtureRequest) -> Iterator[Database]:
 @pytest.fixture
 def sent() -> list[Any]:
     return []
+
+
+@pytest.fixture(autouse=True)
+def collect_sockets() -> Iterator[None]:
+    """Have the sockets of lines that were cut, which pg8000 leaves open, be collected here and not in another test."""
+    yield
+    gc.collect()
 
 
 # 7: the answer to COMMIT never comes
