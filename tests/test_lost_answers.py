@@ -9,7 +9,10 @@ import asyncio
 import gc
 import os
 import re
+import shutil
+import socket
 import sqlite3
+import subprocess
 import sys
 import threading
 import time
@@ -46,6 +49,7 @@ from commitbus.integrations.sqlalchemy import in_doubt, leftovers, orchestrator
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 # A session that is closed tells once more of what is in doubt, or was left.
 pytestmark = [
@@ -1217,6 +1221,59 @@ def test_rule_18e_a_unit_of_work_after_a_deadlock(sent: list[Any]) -> None:
     with database.engine.connect() as looking:
         found = looking.execute(text(f"SELECT x FROM {TABLE} WHERE x >= 1000 OR n = 2")).scalars().all()
     assert (sent, found) == (["anew"], [1001])
+    database.drop()
+
+
+@pytest.fixture
+def rolls_back_at_timeouts(tmp_path: Path) -> Iterator[str]:
+    """Give a server of its own, which ends the whole transaction where a lock is waited for too long."""
+    where = tmp_path / "mariadb"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    user = ["--user=root"] if os.getuid() == 0 else []
+    options = [f"--datadir={where}", "--innodb-log-file-size=8M", *user]
+    install = ["mariadb-install-db", "--no-defaults", "--auth-root-authentication-method=normal", *options]
+    subprocess.run(install, check=True, capture_output=True)
+    options += ["--innodb-rollback-on-timeout", "--innodb-lock-wait-timeout=1", "--bind-address=127.0.0.1"]
+    options += [f"--port={port}", f"--socket={where}/socket", f"--pid-file={where}/pid"]
+    with subprocess.Popen(["mariadbd", "--no-defaults", *options], stderr=subprocess.DEVNULL) as server:
+        try:
+            for _ in range(100):
+                with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                    break
+                time.sleep(0.1)
+            yield f"root@127.0.0.1:{port}/mysql"
+        finally:
+            server.terminate()
+
+
+@pytest.mark.skipif(not MARIADB, reason="set COMMITBUS_TEST_MARIADB=user@host:port/database")
+@pytest.mark.skipif(shutil.which("mariadbd") is None, reason="mariadbd is not here")
+@pytest.mark.parametrize("ends", [True, False])
+def test_rule_18e_a_lock_that_is_waited_for_too_long(
+    sent: list[Any], ends: bool, request: pytest.FixtureRequest
+) -> None:
+    """MariaDB ends the transaction where it is told to, and else the statement alone."""
+    where: str = request.getfixturevalue("rolls_back_at_timeouts") if ends else MARIADB
+    database = Database("mysql+pymysql", where)
+    with database.engine.begin() as setting_up:
+        setting_up.execute(text(f"ALTER TABLE {TABLE} ADD COLUMN n int, ADD PRIMARY KEY (x)"))
+        setting_up.execute(text(f"INSERT INTO {TABLE} VALUES (1, 0)"))
+    with database.engine.connect() as other, Session(database.engine) as session:
+        other.execute(text(f"UPDATE {TABLE} SET n = 1 WHERE x = 1"))
+        session.execute(text("SET innodb_lock_wait_timeout = 1"))
+        bus = orchestrator(session).wrap(BasicEventBus())
+        session.execute(text(f"INSERT INTO {TABLE} VALUES (2, 0)"))
+        bus.publish(if_committed(sent.append, "before"))
+        with pytest.raises(DBAPIError):
+            session.execute(text(f"UPDATE {TABLE} SET n = 2 WHERE x = 1"))
+        session.execute(text(f"INSERT INTO {TABLE} VALUES (3, 0)"))
+        bus.publish(if_committed(sent.append, "after"))
+        session.commit()
+        other.rollback()
+    with database.engine.connect() as looking:
+        found = looking.execute(text(f"SELECT x FROM {TABLE} WHERE x > 1 ORDER BY x")).scalars().all()
+    assert (sent, found) == ((["after"], [3]) if ends else (["before", "after"], [2, 3]))
     database.drop()
 
 
