@@ -1018,6 +1018,87 @@ def test_rule_18d_an_interrupt_at_every_line_of_the_listeners(tmp_path: Any, end
     engine.dispose()
 
 
+SIGNALS = """
+import gc, random, signal, sys
+from contextlib import suppress
+from sqlalchemy import create_engine, text
+from sqlalchemy.orm import Session
+from commitbus import BasicEventBus, SideEffectCall
+from commitbus import use_orchestrator_or_create_multi_event_bus as unit_of_work
+from commitbus.integrations.sqlalchemy import in_doubt, leftovers, orchestrator
+
+class SoftTimeLimit(Exception): pass
+armed = [False]
+def interrupt(*_):
+    if armed[0]:
+        armed[0] = False
+        raise SoftTimeLimit
+signal.signal(signal.SIGALRM, interrupt)
+url, table, way, count, longest = *sys.argv[1:4], int(sys.argv[4]), float(sys.argv[5])
+engine = create_engine(url)
+chooser = random.Random()
+sent, told, interrupted = [], set(), 0
+def effect(n, *, commit): sent.append(n)
+def tell(buses):
+    told.update(call.args[0] for call in buses.events_to_apply())
+    buses.discard_pending_events()
+
+def once(session, n):
+    insert, call = text(f"INSERT INTO {table} VALUES ({n})"), SideEffectCall(effect, n)
+    if way == "unit":
+        with unit_of_work(None, True, commit_transaction=session.commit, rollback_transaction=session.rollback,
+                          on_unapplied=tell) as (buses, commit):
+            session.execute(insert)
+            buses.wrap(BasicEventBus()).publish(call)
+            commit()
+        return
+    bus = orchestrator(session).wrap(BasicEventBus())
+    if way == "block":
+        with session.begin():
+            session.execute(insert)
+            bus.publish(call)
+    else:
+        session.execute(insert)
+        bus.publish(call)
+        session.commit()
+
+for n in range(count):
+    session = Session(engine)
+    try:
+        armed[0] = True
+        signal.setitimer(signal.ITIMER_REAL, chooser.uniform(0.0003, longest))
+        once(session, n)
+        armed[0] = False
+    except Exception:
+        armed[0] = False
+        interrupted += 1
+    with suppress(Exception):
+        session.close()
+    for kept in (leftovers, in_doubt):
+        tell(kept(session))
+signal.setitimer(signal.ITIMER_REAL, 0)
+engine.dispose()
+with create_engine(url).connect() as connection:
+    rows = set(connection.execute(text(f"SELECT x FROM {table}")).scalars())
+print(interrupted, len(rows), len(rows - set(sent) - told), len(sent) - len(set(sent)), len(set(sent) - rows))
+"""
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "pymysql"])
+@pytest.mark.parametrize("way", ["unit", "session", "block"])
+def test_rule_18d_signals_at_random_moments(driver: str, way: str) -> None:
+    """A worker's soft time limit: also where SQLAlchemy gives a connection back to its pool in a transaction."""
+    database = _database(SYNC, driver)
+    command = [sys.executable, "-W", "ignore", "-c", SIGNALS, f"{database.dialect}://{database.where}", TABLE, way]
+    command += ["200", "0.004" if driver == "psycopg" else "0.02"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout, done.stderr[-3000:]
+    interrupted, _, *wrong = map(int, done.stdout.split())
+    assert interrupted > 20
+    assert wrong == [0, 0, 0], "lost, doubled, phantom"
+    database.drop()
+
+
 # What was not known can be settled, on PostgreSQL
 
 

@@ -280,7 +280,7 @@ class Commit:
             elif _package_of(self.owner) != "sqlalchemy":
                 found = after(self.owner, error)
             else:
-                found = _after_of_session(_session_of(self.owner), self.transaction, error)
+                found = _after_of_session(self.transaction, error)
         # What a session tells by itself is newer than what an error may have been marked with.
         return marked(error) or found if found is Outcome.UNKNOWN else found
 
@@ -353,14 +353,18 @@ def _transaction_of(owner: Any) -> Any:
     return None
 
 
-def _after_of_session(session: Any, transaction: Any, error: BaseException) -> Outcome:
+def _after_of_session(transaction: Any, error: BaseException) -> Outcome:
     """Say what became of a transaction of a session, or connection, of SQLAlchemy, when its commit has raised."""
     if transaction is None:  # there was none, so that it has begun and ended within the commit, or never
-        return Outcome.NOT_COMMITTED if is_refusal(error) else Outcome.UNKNOWN
-    state = getattr(transaction, "_state", None)
-    if state is None:  # of a connection
-        return after(session.connection.driver_connection, error)
-    return after_of_transaction(transaction, error)
+        return _after_of_sent(error)
+    of_connection = getattr(transaction, "_state", None) is None
+    return _after_of_sent(error) if of_connection else after_of_transaction(transaction, error)
+
+
+def _after_of_sent(error: BaseException) -> Outcome:
+    # Not by what the driver tells: when an interrupt comes within the driver's commit, before that has said anything,
+    # SQLAlchemy (2.0, 2.1) gives the connection back to its pool without a rollback, and whoever has it next commits.
+    return Outcome.NOT_COMMITTED if is_refusal(error) else Outcome.UNKNOWN
 
 
 def after_of_transaction(transaction: Any, error: BaseException) -> Outcome:
@@ -377,9 +381,7 @@ def after_of_transaction(transaction: Any, error: BaseException) -> Outcome:
         if state != "PREPARED" or (state == "PREPARED" and not tried) or _is_from_sqlalchemy(error):
             return Outcome.NOT_COMMITTED  # no COMMIT was sent
         if len(tried) == 1 and not transaction.session.twophase:
-            (connection,) = tried.values()
-            driver = None if connection.invalidated else connection.connection.driver_connection
-            return after(driver, error)
+            return _after_of_sent(error)
     return Outcome.UNKNOWN
 
 

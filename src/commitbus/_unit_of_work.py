@@ -428,7 +428,11 @@ class Unit(Rest):
                 if not plainly:
                     stored, commit_transaction = self.store()
                 if commit_transaction is not None:
-                    commit = watch(self.commit_transaction, self.rollback_transaction)
+                    # Of a function, nobody knows whose commit it is.
+                    if type(self.commit_transaction) is not FunctionType or (
+                        self.rollback_transaction is not None and type(self.rollback_transaction) is not FunctionType
+                    ):
+                        commit = watch(self.commit_transaction, self.rollback_transaction)
                     committing = True
                     # One line: an interrupt comes within the commit, or finds it noted.
                     result = commit_transaction(); self.committed = True; committing = False  # fmt: skip  # noqa: E702
