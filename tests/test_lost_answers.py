@@ -538,6 +538,43 @@ def test_rule_18h_a_timeout_around_the_commit(sent: list[Any], driver: str, door
         connection.execute(text(f"DROP FUNCTION {TABLE}_nap()"))
 
 
+@needs_postgres
+@pytest.mark.parametrize("door", ["unit of work", "session"])
+def test_rule_18h_a_scope_of_anyio_around_the_commit(sent: list[Any], door: str) -> None:
+    """It cancels in every turn of the loop, as it is the same cancellation."""
+    anyio = pytest.importorskip("anyio")
+    database = _database(ASYNC, "asyncpg")
+    _slow_commits(database)
+
+    async def send(*, commit: bool) -> None:
+        await asyncio.sleep(0.01)
+        sent.append(1)
+
+    async def main() -> None:
+        engine = create_async_engine(f"{database.dialect}://{database.where}")
+        async with AsyncSession(engine) as session:
+            await session.execute(INSERT)
+            with anyio.move_on_after(0.01) as scope:
+                if door == "session":
+                    orchestrator(session).wrap(BasicAsyncEventBus()).publish(send)
+                    await session.commit()
+                else:
+                    async with async_unit_of_work(
+                        None, True, commit_transaction=session.commit, rollback_transaction=session.rollback
+                    ) as (buses, execute):
+                        buses.wrap(BasicAsyncEventBus()).publish(send)
+                        await execute()
+            assert scope.cancelled_caught
+            assert leftovers(session).events_to_apply() == []
+        await engine.dispose()
+
+    asyncio.run(main())
+    assert (database.rows(), sent) == (1, [1])
+    database.drop()
+    with database.engine.begin() as connection:
+        connection.execute(text(f"DROP FUNCTION {TABLE}_nap()"))
+
+
 class Base(DeclarativeBase):
     pass
 

@@ -28,6 +28,7 @@ from commitbus._outcome import (
     after_commit,
     ask,
     needs_asking,
+    never,
     scoped_sessions,
     see_errors_of,
     session_of,
@@ -795,10 +796,6 @@ async def to_the_end(
     return cancelled
 
 
-def _never() -> bool:
-    return False
-
-
 def _comes_again(cancelled: asyncio.CancelledError, earlier: asyncio.CancelledError | None) -> bool:
     """Whether a cancellation is that of the same scope of anyio, which cancels in every turn of the loop."""
     return earlier is not None and earlier.args == cancelled.args and str(cancelled).startswith("Cancelled ")
@@ -941,7 +938,7 @@ class _AsyncUnit(Unit):
                 # Committed: what belongs to the commit is done first, where that cancellation does not reach it; a
                 # second one does, so that a handler that hangs can be ended.
                 try:
-                    await to_the_end(self._apply(), _never, cancelled)
+                    await to_the_end(self._apply(), never, cancelled)
                 except BaseException as error:
                     raise cancelled from error
                 self.end_commit()

@@ -19,6 +19,7 @@ from commitbus._outcome import (
     after_of_transaction,
     has_connection,
     mark,
+    never,
     see_errors,
     session_has_failed,
     tell_ended,
@@ -42,6 +43,7 @@ except ModuleNotFoundError as _error:
 # Only what is asynchronous needs it, and SQLAlchemy 2.1 does not bring it: without, there is no AsyncSession.
 HAS_GREENLET = find_spec("greenlet") is not None
 if TYPE_CHECKING:
+    from asyncio import CancelledError
     from collections.abc import Callable
 
     from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
@@ -559,14 +561,17 @@ class _Bound:
         if prepare is not None and transaction._state.name == "ACTIVE":
             prepare()
         self.awaiting = True
-        cancelled: BaseException | None
+        cancelled: CancelledError | None
         try:
             cancelled = await_only(to_the_end(greenlet_spawn(commit)))
         finally:
             self.awaiting = False
         try:
             if self.committing in self.committed:
-                self.apply(session)
+                if cancelled is None:
+                    self.apply(session)
+                else:  # where that cancellation does not come, but a second one does
+                    await_only(to_the_end(greenlet_spawn(self.apply, session), never, cancelled))
         except BaseException as error:
             if cancelled is None:
                 raise
