@@ -273,8 +273,9 @@ class NotCommittedError(RuntimeError):
     """A transaction was not committed, though nothing has said so.
 
     PostgreSQL answers the COMMIT of a transaction in which a statement has failed with a rollback, and no error. A unit
-    of work, a session and Django's ``atomic`` look whether it would before they commit, as far as a driver tells.
-    Nothing was committed, nothing is applied, and what was published is dropped with the data.
+    of work, a session and Django's ``atomic`` look whether it would before they commit, as far as a driver tells; a
+    unit of work also looks whether the server has ended the transaction at a deadlock, and afterwards whether it is
+    open still. Nothing was committed, nothing is applied, and what was published is dropped with the data.
 
     Examples
     --------

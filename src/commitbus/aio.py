@@ -1139,7 +1139,8 @@ def use_orchestrator_or_create_multi_event_bus(
         Handed to every handler: true to do it for real, false for a dry run.
     commit_transaction : coroutine function, optional
         Called and awaited before anything is applied, if `commit` is true: ``session.commit`` for example. Not
-        called with an orchestrator: the caller owns the transaction, too.
+        called with an orchestrator: the caller owns the transaction, too. Pass the method itself: of a function around
+        it, nobody knows what became of the transaction when it raises.
     rollback_transaction : coroutine function, optional
         Called and awaited where the transaction must not stay open, as in `commitbus`'s own.
     robust : bool, default False
@@ -1149,17 +1150,18 @@ def use_orchestrator_or_create_multi_event_bus(
     concurrency : int, default 1
         How many handlers of one asynchronous bus are under way at once.
     on_unapplied : callable, optional
-        A function or coroutine function that is called with the `AsyncMultiEventBus` when the block is left with
-        events that were never applied.
+        A function or coroutine function that is called with an `AsyncMultiEventBus` when the block is left with
+        events that were never applied, or of which nobody knows whether they were committed.
 
     Returns
     -------
     asynchronous context manager of (EventBusOrchestrator, coroutine function)
         It yields what to wrap buses with, asynchronous and other ones, and what commits, applies, and returns the
         events that were applied. A task that is cancelled while the commit is under way waits for its outcome:
-        when it committed, the side effects are applied, then the cancellation goes on. Commit and rollback run in
-        a task of their own, and so do these side effects. So pass the method of a session itself: a function that
-        looks an `async_scoped_session` up by the current task would find another session there.
+        when it committed, the side effects are applied, then the cancellation goes on; a second one ends them. Commit
+        and rollback run in a task of their own, and so do these side effects. So pass the method of a session itself:
+        a function that looks one up by the current task would find another there, unless it names an
+        `async_scoped_session`.
 
     Raises
     ------

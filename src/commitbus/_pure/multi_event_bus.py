@@ -491,7 +491,8 @@ def use_orchestrator_or_create_multi_event_bus(
         Handed to every handler: true to do it for real, false for a dry run.
     commit_transaction : callable, optional
         Called without arguments before anything is applied, if `commit` is true. Not called with an
-        orchestrator: the caller owns the transaction, too.
+        orchestrator: the caller owns the transaction, too. Pass the method of the connection or session
+        itself: of a function around it, nobody knows what became of the transaction when it raises.
     rollback_transaction : callable, optional
         Called without arguments where the transaction must not stay open: when an exception leaves the
         block before the commit succeeded, when `commit_transaction` raises, after a dry run, and when the
@@ -503,9 +504,9 @@ def use_orchestrator_or_create_multi_event_bus(
     rounds : int, default 1
         How often to go on with what handlers published meanwhile, at most.
     on_unapplied : callable, optional
-        Called with the `MultiEventBus` when the block is left, after the commit or without an exception,
-        with events in it that were never applied: to log, store or enqueue them. Instead of the warning or
-        the note below.
+        Called with a `MultiEventBus` when the block is left, after the commit or without an exception,
+        with events that were never applied: to log, store or enqueue them. Instead of the warning or the
+        note below. Also, beside the note, with those of which nobody knows whether they were committed.
 
     Returns
     -------
@@ -513,9 +514,11 @@ def use_orchestrator_or_create_multi_event_bus(
         It yields what to wrap buses with, and ``commit_and_execute_side_effects``. That commits,
         applies, and returns the events that were applied. Called again after an apply that failed, it
         goes on applying without committing again. With an orchestrator it does nothing and returns an
-        empty list. It raises what `commit_transaction` raises, and then nothing was applied; else what
-        `MultiEventBus.apply` raises. A bus whose class has ``applies_before_commit = True``, an outbox, is
-        applied before `commit_transaction` is called.
+        empty list. It raises what `commit_transaction` raises, and then nothing was applied: a note says
+        so where it is not known whether the transaction was committed. It raises `NotCommittedError` where
+        it can be seen that it was not, or would not be; else what `MultiEventBus.apply` raises. A bus whose
+        class has ``applies_before_commit = True``, an outbox, is applied before `commit_transaction` is
+        called.
 
     Raises
     ------

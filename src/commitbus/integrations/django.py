@@ -376,9 +376,7 @@ class _State:
         if not runs:
             return
         if self.committed is runs:
-            self.settle()
-            mark(error, Outcome.COMMITTED)
-            self.note(error)
+            self.settle_at(error)
             return
         connection: Any = self.connection()
         # After any other error, Django does not roll back.
@@ -412,9 +410,7 @@ class _State:
         except BaseException as error:
             self.unwatch(connection)
             if autocommit and self.committed:
-                self.settle()
-                mark(error, Outcome.COMMITTED)
-                self.note(error)
+                self.settle_at(error)
             raise
 
     def watch(self, connection: Any) -> None:
@@ -432,6 +428,13 @@ class _State:
                 del kept["_set_autocommit"]
             else:
                 kept["_set_autocommit"] = self.patched_autocommit
+
+    def settle_at(self, error: BaseException) -> None:
+        """Keep what was committed, and say where it is, when something has come between the commit and the hooks."""
+        before = _leftovers.count(self.left)
+        self.settle()
+        _messages.note_committed(error, _leftovers.count(self.left) - before, self.where("leftovers"))
+        mark(error, Outcome.COMMITTED)
 
     def settle(self) -> None:
         """Keep what was committed, and what nobody has applied since: an interrupt has kept Django from the hooks."""
