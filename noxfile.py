@@ -81,7 +81,8 @@ def sqlalchemy20(session: nox.Session) -> None:
     install(session, "test", "integrations")
     session.install("sqlalchemy[asyncio]<2.1")
     tests = ["tests/test_sqlalchemy.py", "tests/test_outcome.py", "tests/test_lost_answers.py"]
-    session.run("python", "-m", "pytest", "-q", *tests, *session.posargs)
+    # Over the twin that was built: what SQLAlchemy does is the same for both.
+    session.run("python", "-m", "pytest", "-q", "-k", "not both_twins", *tests, *session.posargs)
 
 
 @nox.session

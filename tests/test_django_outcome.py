@@ -254,6 +254,43 @@ def test_rule_18d_an_interrupt_at_every_line(kind: str, how: str) -> None:
     run(SWEEP, "sqlite3", "", "", kind, how)
 
 
+RECONNECTED = """
+class Interrupt(BaseException):
+    pass
+def interrupt(*_):
+    raise Interrupt
+bus = make("bus")
+real = ours.connections["default"].ensure_connection
+try:
+    with transaction.atomic():
+        execute("SELECT 1", "default")
+        bus.publish(if_committed(sent.append, 1))
+        committing = ours._state(ours.connections["default"])
+        commit = committing.commit
+        def commit_then_interrupt():
+            commit()
+            ours.connections["default"].ensure_connection = interrupt  # within Django's own, on its way to the hooks
+        ours.connections["default"]._commit = commit_then_interrupt
+except Interrupt:
+    pass
+del ours.connections["default"].ensure_connection
+ours.connections["default"]._commit = commit
+connection.close()  # as whoever sees it does: the line may be in any state
+connection.connection = None
+execute("SELECT 1", "default")
+assert sent == []
+assert len(leftovers().events_to_apply()) == 1, (leftovers().events_to_apply(), in_doubt().events_to_apply())
+leftovers().apply(True)
+assert sent == [1]
+"""
+
+
+@pytest.mark.skipif(not POSTGRES, reason="set COMMITBUS_TEST_POSTGRES=user@host:port/database")
+def test_rule_18d_an_interrupt_before_the_hooks_and_a_new_connection() -> None:
+    """Django then runs the hooks of the new one, which are none."""
+    run(RECONNECTED, "postgresql", POSTGRES, POSTGRES)
+
+
 GONE = """
 def fail(*, commit):
     raise ConnectionError("down")

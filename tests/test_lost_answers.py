@@ -1127,11 +1127,11 @@ def test_rule_18d_signals_at_random_moments(driver: str, way: str) -> None:
     """A worker's soft time limit: also where SQLAlchemy gives a connection back to its pool in a transaction."""
     database = _database(SYNC, driver)
     command = [sys.executable, "-W", "ignore", "-c", SIGNALS, f"{database.dialect}://{database.where}", TABLE, way]
-    command += ["200", "0.004" if driver == "psycopg" else "0.02"]
+    command += ["120", "0.004" if driver == "psycopg" else "0.02"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout, done.stderr[-3000:]
     interrupted, _, *wrong = map(int, done.stdout.split())
-    assert interrupted > 20
+    assert interrupted > 10
     assert wrong == [0, 0, 0], "lost, doubled, phantom"
     database.drop()
 

@@ -457,6 +457,10 @@ class _State:
         connection: Any = self.connection()
         connection.validate_no_atomic_block()  # what Django does first of all: nothing is committed yet
         outer, runs = self.errors, self.runs()
+        if self.committed != runs:  # an interrupt, then a new connection, which has no hooks: they do not run any more
+            for run in self.committed:
+                if run not in runs:
+                    self.keep(run)
         # Kept and restored here, too: an interrupt may come as this is done there.
         try:
             self._run_hooks(connection, runs, outer)
