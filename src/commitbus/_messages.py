@@ -29,6 +29,10 @@ def _kind(value: object) -> str:
     return f"the class {type_name(value)}" if isinstance(value, type) else type_name(type(value))
 
 
+def _were(count: int) -> str:
+    return "1 event was" if count == 1 else f"{count} events were"
+
+
 # Notes on errors that pass through a bus
 
 
@@ -535,12 +539,13 @@ def connection_left(left: int, doubted: int, leftovers: str, in_doubt: str) -> s
 
 
 def _left(what: str, left: int, doubted: int, leftovers: str, in_doubt: str) -> tuple[str, str]:
-    events = [f"{count} event{' was' if count == 1 else 's were'}" for count in (left, doubted)]
     said: list[str] = []
     if left:
-        said.append(f"{events[0]} not applied after a commit of this {what}")
+        said.append(f"{_were(left)} not applied after a commit of this {what}")
     if doubted:
-        said.append(f"{events[1]} not applied after a commit, of which nobody knows whether it was one, of this {what}")
+        said.append(
+            f"{_were(doubted)} not applied after a commit, of which nobody knows whether it was one, of this {what}"
+        )
     return ", and ".join(said), " and ".join([leftovers] * bool(left) + [in_doubt] * bool(doubted))
 
 
@@ -701,8 +706,7 @@ def too_many_rounds(rounds: int) -> RuntimeError:
 
 def note_committed(error: BaseException, count: int, where: str) -> None:
     """Say that the transaction was committed all the same, and where what was not applied is."""
-    was = "1 event was" if count == 1 else f"{count} events were"
-    rest = f"; {was} not applied: see {where}" if count else ""
+    rest = f"; {_were(count)} not applied: see {where}" if count else ""
     _add_note(error, f"the transaction was committed: do not run it again{rest}")
 
 
@@ -799,7 +803,7 @@ def pair_has_no(name: str) -> AttributeError:
 
 def unapplied(count: int, called: bool) -> str:
     """Say that a unit of work was left with events that nobody applied, or that were left by the apply."""
-    was = "1 event was" if count == 1 else f"{count} events were"
+    was = _were(count)
     if called:
         return (
             f"{was} not applied: published after the call that committed, or left by it; call the function that "
@@ -814,7 +818,7 @@ def unapplied(count: int, called: bool) -> str:
 
 def in_doubt(count: int) -> str:
     """Say that a unit of work was left with events of which nobody knows whether they were committed."""
-    was = "1 event was" if count == 1 else f"{count} events were"
+    was = _were(count)
     return (
         f"{was} not applied: it is not known whether the transaction was committed; look whether it was before you run "
         "it again, or pass on_unapplied"
@@ -844,8 +848,7 @@ def _not_applied(events: list[object]) -> str:
     names = [describe(event) for event in events[:_MOST_NAMES]]
     if len(events) > _MOST_NAMES:
         names.append(f"and {len(events) - _MOST_NAMES} more")
-    were = "1 event was" if len(events) == 1 else f"{len(events)} events were"
-    return f"{were} not applied: {', '.join(names)}"
+    return f"{_were(len(events))} not applied: {', '.join(names)}"
 
 
 _MOST_NAMES = 5

@@ -302,6 +302,10 @@ def watch(commit_transaction: object, rollback_transaction: object) -> Commit | 
         When one of the functions is the method of a connection, or of a session of SQLAlchemy, whose transaction has
         failed, so that the server would only roll it back, and say that it had committed.
     """
+    if type(commit_transaction) is FunctionType and (
+        rollback_transaction is None or type(rollback_transaction) is FunctionType
+    ):
+        return None
     owner, other = _owner_of(commit_transaction), _owner_of(rollback_transaction)
     if not _package_of(owner) and (other is owner or not _package_of(other)):
         return None
@@ -324,11 +328,10 @@ def refuse_if_open(owner: Any) -> None:
         return
     is_open = False
     with suppress(Exception):
-        package = _package_of(owner)
-        if package in DRIVERS:
-            is_open = bool(DRIVERS[package].is_open(owner))
-        elif package == "sqlalchemy":
+        if _package_of(owner) == "sqlalchemy":
             is_open = bool(_session_of(owner).in_transaction())
+        else:
+            is_open = driver_of(owner).is_open(owner)
     if is_open:
         raise NotCommittedError(STILL_OPEN.format(type(owner).__name__))
 

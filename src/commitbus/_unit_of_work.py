@@ -176,10 +176,15 @@ class Rest:
             self.end_unknown(error)
         else:
             self.roll_back(error)
-            if self.rollback_transaction is None:
-                if isinstance(error, NotCommittedError):
-                    self.drop()  # with the data, whoever rolls that back
-                self.failed = committing and not isinstance(error, NotCommittedError)
+            self.note_failure(error, committing)
+
+    def note_failure(self, error: BaseException, committing: bool) -> None:
+        """Note, where nothing ends the transaction, that a commit has failed; one that was refused can be made anew."""
+        if self.rollback_transaction is None:
+            refused = isinstance(error, NotCommittedError)
+            if refused:
+                self.drop()  # with the data, whoever rolls that back
+            self.failed = committing and not refused
 
     def note_outcome(self, outcome: Outcome, error: BaseException) -> None:
         """Note what became of the transaction; where that is not known, say so, and keep what was published apart."""
@@ -428,11 +433,7 @@ class Unit(Rest):
                 if not plainly:
                     stored, commit_transaction = self.store()
                 if commit_transaction is not None:
-                    # Of a function, nobody knows whose commit it is.
-                    if type(self.commit_transaction) is not FunctionType or (
-                        self.rollback_transaction is not None and type(self.rollback_transaction) is not FunctionType
-                    ):
-                        commit = watch(self.commit_transaction, self.rollback_transaction)
+                    commit = watch(self.commit_transaction, self.rollback_transaction)
                     committing = True
                     # One line: an interrupt comes within the commit, or finds it noted.
                     result = commit_transaction(); self.committed = True; committing = False  # fmt: skip  # noqa: E702

@@ -909,13 +909,9 @@ class _AsyncUnit(Unit):
                 if commit_transaction is None:
                     self.committed = True
                 else:
-                    # Of a function, nobody knows whose commit it is.
-                    if type(self.commit_transaction) is not FunctionType or (
-                        self.rollback_transaction is not None and type(self.rollback_transaction) is not FunctionType
-                    ):
-                        commit = watch(self.commit_transaction, self.rollback_transaction)
-                        if commit is not None and needs_asking(commit.owner):
-                            await _refuse_failed(commit.owner)
+                    commit = watch(self.commit_transaction, self.rollback_transaction)
+                    if commit is not None and needs_asking(commit.owner):
+                        await _refuse_failed(commit.owner)
                     if cast("Any", asyncio.current_task()).cancelling():
                         await asyncio.sleep(0)  # one that was cancelled before does not begin to commit
                     begun = True
@@ -990,12 +986,7 @@ class _AsyncUnit(Unit):
             await self._end_committed(error)
             return
         await self.roll_back_async(error)
-        if self.rollback_transaction is None:
-            if not begun:
-                if isinstance(error, NotCommittedError):
-                    self.drop()  # with the data, whoever rolls that back
-            else:
-                self.failed = True
+        self.note_failure(error, begun)
 
     async def begin_anew_async(self) -> None:
         """Tell of what the attempt before has published; the note on its exception has told whoever has called."""

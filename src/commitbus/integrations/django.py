@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, TypeVar, cast
 
 from commitbus import _leftovers, _lock, _messages, _naming
 from commitbus._interfaces import EventBus, EventBusOrchestrator, NotCommittedError, iterate
-from commitbus._looking import events_to_apply
 from commitbus._outcome import FAILED, Outcome, after, driver_of, has_ended, has_failed, mark, never
 from commitbus.delayed_event_bus import DelayedEventBus
 from commitbus.event_bus import AbstractEventBus
@@ -476,7 +475,7 @@ class _State:
         errors: list[Exception] = [] if outer is None else outer
         left: Any = self.left
         if outer is None and left._commitbus_holds_any():
-            self.told = len(events_to_apply(self.left))
+            self.told = _leftovers.count(self.left)
         try:
             self.errors = errors  # here, as an interrupt before would leave it set
             self.committed = []
@@ -545,7 +544,7 @@ class _State:
 
     def note(self, error: BaseException) -> None:
         """Say where what was not applied is."""
-        count = len(events_to_apply(self.left)) - self.told
+        count = _leftovers.count(self.left) - self.told
         _messages.note_committed(error, count, self.where("leftovers"))
         mark(error, Outcome.COMMITTED)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial, wraps
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -44,7 +44,7 @@ except ModuleNotFoundError as _error:
 HAS_GREENLET = find_spec("greenlet") is not None
 if TYPE_CHECKING:
     from asyncio import CancelledError
-    from collections.abc import Callable
+    from collections.abc import Callable, Generator
 
     from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
 
@@ -700,6 +700,18 @@ class _Bound:
             self.token = self.block = None
 
 
+@contextmanager
+def _storing(bound: _Bound, buses: Any, stored: list[Any]) -> Generator[None]:
+    """Have a session that commits store what is published on the outboxes of a unit of work, too."""
+    others = (buses, stored)
+    bound.buses.store_while_flushing()
+    bound.others = (*bound.others, others)
+    try:
+        yield
+    finally:
+        bound.others = tuple(one for one in bound.others if one is not others)
+
+
 def storing(
     session: Session, buses: Any, stored: list[Any], commit_transaction: Callable[[], object]
 ) -> Callable[[], object]:
@@ -707,13 +719,8 @@ def storing(
     bound = _bound(session, "orchestrator")
 
     def commit() -> object:
-        others = (buses, stored)
-        bound.buses.store_while_flushing()
-        bound.others = (*bound.others, others)
-        try:
+        with _storing(bound, buses, stored):
             return commit_transaction()
-        finally:
-            bound.others = tuple(one for one in bound.others if one is not others)
 
     return commit
 
@@ -725,13 +732,8 @@ def storing_async(
     bound = _bound(session, "orchestrator")
 
     async def commit() -> object:
-        others = (buses, stored)
-        bound.buses.store_while_flushing()
-        bound.others = (*bound.others, others)
-        try:
+        with _storing(bound, buses, stored):
             return await commit_transaction()
-        finally:
-            bound.others = tuple(one for one in bound.others if one is not others)
 
     return commit
 
