@@ -29,8 +29,16 @@ def new_batch(events: list[Any], iterator: Any) -> list[Any]:
     return [events, iterator, None, (), None, 0, 1, 1, 0]
 
 
-def hand_over(source: Any, target: Any, choose: Callable[[list[Any]], list[Any]]) -> None:
-    """Take all that is in a bus, and put back what is chosen of it, in that bus or another; the rest is dropped."""
+def hand_over(
+    source: Any,
+    target: Any,
+    choose: Callable[[list[Any]], list[Any]],
+    stay: Callable[[list[Any]], list[Any]] | None = None,
+) -> None:
+    """Take all that is in a bus, and put back what is chosen of it, in that bus or another.
+
+    What is to `stay` goes back to where it was; the rest is dropped.
+    """
     items: list[Any] = []
     batch: Any = new_batch(items, iter(items))
     try:
@@ -38,10 +46,18 @@ def hand_over(source: Any, target: Any, choose: Callable[[list[Any]], list[Any]]
         chosen = choose(items)
         left = new_batch(chosen, iter(chosen))
         # One line: an interrupt finds all that was there, or what was chosen.
-        left[BEHIND], target._commitbus_left, batch = target._commitbus_left, left, None
+        if not (again := [] if stay is None else stay(items)):
+            left[BEHIND], target._commitbus_left, batch = target._commitbus_left, left, None
+        else:
+            back = new_batch(again, iter(again))
+            # fmt: off
+            back[BEHIND], source._commitbus_left = source._commitbus_left, back; left[BEHIND], target._commitbus_left, batch = target._commitbus_left, left, None  # noqa: E501, E702
+            # fmt: on
     except BaseException:
         if batch is not None:
             batch[BEHIND], source._commitbus_left = source._commitbus_left, batch
             source._commitbus_settle(batch)
         raise
+    if again:
+        source._commitbus_settle(back)
     target._commitbus_settle(left)

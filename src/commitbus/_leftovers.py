@@ -3,64 +3,26 @@
 from __future__ import annotations
 
 import sys
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from commitbus import _messages, _naming
-from commitbus._looking import events_to_apply, holds_buses
+from commitbus._awaited import hand_over
+from commitbus._looking import collected_in, events_to_apply, holds_buses, pending_in
 from commitbus._naming import is_delayed
-from commitbus.delayed_event_bus import DelayedEventBus
-from commitbus.event_bus import AbstractEventBus
 from commitbus.multi_event_bus import MultiEventBus
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Callable, Collection
 
 
-class Leftover(AbstractEventBus[Any]):
-    """Holds events of another bus, whose handler it calls: that bus itself goes on with newer ones."""
-
-    __slots__ = ("of",)
-
-    def __init__(self, of: Any) -> None:
-        self.of = of
-
-    def _apply_event(self, event: Any, commit: bool) -> None:
-        _messages.refuse_coroutine(self.of._apply_event, self.of._apply_event(event, commit))
-
-
-def _see_through(bus: Any) -> Any:
-    return bus.of
-
-
-_naming.see_bus_through(Leftover, _see_through)
-
-
-@cache
-def async_leftover() -> Any:
-    """Give the class that does the same for an asynchronous bus: made where there is one, as `commitbus.aio` is."""
-    from commitbus.aio import AsyncEventBus
-
-    class AsyncLeftover(AsyncEventBus[Any]):
-        __slots__ = ("of",)
-
-        def __init__(self, of: Any) -> None:
-            self.of = of
-
-        async def _apply_event_async(self, event: Any, commit: bool) -> None:
-            await self.of._apply_event_async(event, commit)
-
-    _naming.see_bus_through(AsyncLeftover, _see_through)
-    return AsyncLeftover
-
-
-def new_multi() -> Any:
-    """Make a multi bus that takes asynchronous buses, where there are any."""
+def new_multi(like: Any) -> Any:
+    """Make a multi bus of the same twin as another; one that takes asynchronous buses, where there are any."""
     aio = sys.modules.get("commitbus.aio")
-    return MultiEventBus() if aio is None else aio.AsyncMultiEventBus()
+    if aio is None or not isinstance(like, MultiEventBus):
+        return like._commitbus_new()
+    return aio.AsyncMultiEventBus()
 
 
-def move(buses: Any, leftovers: Any, kept: Collection[int] = ()) -> None:
+def move(buses: Any, leftovers: Any, kept: Collection[int] = ()) -> int:
     """Move what is in a multi bus to another, which nothing else is published on.
 
     Parameters
@@ -68,58 +30,98 @@ def move(buses: Any, leftovers: Any, kept: Collection[int] = ()) -> None:
     buses : MultiEventBus
         It lets go of its buses: the next event on one registers it again.
     leftovers : MultiEventBus
-        Registers a bus of its own for each that had events. It keeps a reference to that one, whose handlers it
-        calls. A `BatchEventBus` is given these events one at a time.
+        Registers a bus of its own for each that had events. That has a reference to this one, which applies them in
+        its own way, while it itself goes on with newer ones.
     kept : collection of int, optional
         The identities of events that stay where they are.
+
+    Returns
+    -------
+    int
+        How many events were moved.
     """
-    for delayed in buses._commitbus_get():
-        _move_one(delayed, leftovers, kept)
+    moved = sum(_move_one(delayed, buses, leftovers, kept) for delayed in buses._commitbus_get())
     if not kept:
         buses.discard_pending_events()
+    return moved
 
 
-def _move_one(delayed: Any, leftovers: Any, kept: Collection[int]) -> None:
+def _move_one(delayed: Any, multi: Any, leftovers: Any, kept: Collection[int]) -> int:
+    if delayed._commitbus_kept:
+        count = len(collected_in(delayed))
+        if count and not kept:
+            leftovers.publish(delayed)
+            multi._commitbus_unregister({id(delayed)})
+        return 0 if kept else count
     actual, collected = delayed._commitbus_parts()
     if holds_buses(actual):
-        inner = new_multi()
+        inner = new_multi(actual)
         pairs: list[Any] = [] if collected is None else collected.discard_pending_events()
         inside: list[Any] = [*(event for event, _ in pairs), *actual._commitbus_get()]
+        moved = 0
         for one in inside:
             if is_delayed(one):
-                _move_one(one, inner, kept)
+                moved += _move_one(one, actual, inner, kept)
                 if not kept:
                     actual._commitbus_discard(one)  # lets go of it; it has nothing any more
         if not kept:
             actual.discard_pending_events()
         if events_to_apply(inner):
             leftovers.wrap(inner)
-        return
-    made: Any = DelayedEventBus(async_leftover()(actual) if actual._commitbus_awaited else Leftover(actual))
+        return moved
+    if all(id(event) in kept for event in (*collected_in(delayed), *pending_in(delayed))):
+        return 0
+    return keep(delayed, leftovers, False, lambda event: id(event) not in kept)
+
+
+def any_event(event: object) -> bool:  # noqa: ARG001
+    """Choose all."""
+    return True
+
+
+def keep(delayed: Any, kept_in: Any, always: bool, choose: Callable[[Any], bool] = any_event) -> int:
+    """Move what is in a delayed bus, collected or pending, to one that has nothing else; give how much that is.
+
+    It is registered first: an interrupt finds each event in one of them.
+    """
+    made = delayed._commitbus_keeper(always)
+    kept_in.publish(made)
+    actual, store = delayed._commitbus_parts()[0], made.side_effects_bus
     try:
         delayed.apply(True)  # collects what is pending, after what was collected before
     except Exception:  # of a `_collect_event`: the events are pending still
-        made.publish_all(actual.discard_pending_events())
-    store: Any = delayed.side_effects_bus
-    items: list[Any] = []
-    try:
-        store._commitbus_take_into(items)
-        pairs = store._commitbus_look(items)
-        made.side_effects_bus.publish_all([pair for pair in pairs if id(pair[0]) not in kept])
-        if events_to_apply_in(made):
-            leftovers.publish(made)
-        items = []
-        if kept:
-            store.publish_all([pair for pair in pairs if id(pair[0]) in kept])
-    except BaseException:
-        if all(one is not made for one in leftovers._commitbus_get()):  # else an interrupt came after it was kept
-            store._commitbus_put_back(items, 0)
-        raise
+        hand_over(actual, store, actual._commitbus_look)
+    collected: Any = delayed.side_effects_bus
+    store._commitbus_mixed = collected._commitbus_mixed
+
+    def chosen(items: list[Any]) -> list[Any]:
+        pairs = collected._commitbus_look(items)
+        return [item for item, (event, _) in zip(items, pairs, strict=True) if choose(event)]
+
+    def others(items: list[Any]) -> list[Any]:
+        pairs = collected._commitbus_look(items)
+        return [item for item, (event, _) in zip(items, pairs, strict=True) if not choose(event)]
+
+    hand_over(collected, store, chosen, others)
+    return len(collected_in(made))
 
 
-def events_to_apply_in(delayed: Any) -> bool:
-    """Whether a delayed bus has anything to apply."""
-    return bool(delayed.collected_events() or delayed.pending_events())
+def keep_again(made: Any, delayed: Any, kept_in: Any, events: list[Any], pairs: dict[int, Any]) -> Any:
+    """Keep events of a delayed bus, some of which may have callables of their own, for any end of the transaction.
+
+    `made` is what this has given before, or None: it has nothing else then.
+    """
+    actual = delayed._commitbus_parts()[0]
+    if made is None:
+        if not events:
+            return None
+        made = delayed._commitbus_keeper(True)
+        kept_in.publish(made)
+    store = made.side_effects_bus
+    if len(store._commitbus_events()) != len(events):
+        store._commitbus_take_into([])
+        store._commitbus_set((actual, events, pairs))
+    return made
 
 
 def count(leftovers: Any) -> int:

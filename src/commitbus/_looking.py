@@ -104,6 +104,8 @@ def headline(bus: Any) -> str:
             actual, _ = bus._commitbus_parts()
         except TypeError:
             return f"{_title(bus)}, which wraps no bus"
+        if bus._commitbus_kept:
+            return f"{_title(bus)}: {len(collected_in(bus))} left"
         collected, pending = len(collected_in(bus)), len(in_store(actual))
         return f"{_title(bus)}: {f'{collected} collected, ' if collected else ''}{pending} pending"
     if holds_buses(bus):
@@ -130,7 +132,7 @@ def _count(number: int, one: str, many: str) -> str:
 def _branches(bus: Any, most: int, seen: set[int]) -> Iterator[str]:
     """Draw what is in a bus: a line for each event, and a tree for each bus among them."""
     trees: list[list[str]] = []
-    events: list[Any] = [*collected_in(bus), *in_store(bus._commitbus_parts()[0])] if is_delayed(bus) else in_store(bus)
+    events: list[Any] = [*collected_in(bus), *pending_in(bus)] if is_delayed(bus) else in_store(bus)
     names: list[str] = []
     for event in events:
         if is_delayed(event):
@@ -184,7 +186,8 @@ def flatten(buses: tuple[Any, ...]) -> list[Any]:
                     yield from walk_delayed(event)
                 else:
                     yield event
-        yield from walk(actual, in_store(actual))
+        if not delayed._commitbus_kept:
+            yield from walk(actual, in_store(actual))
 
     return [event for bus in buses for event in (walk_delayed(bus) if is_delayed(bus) else walk(bus, in_store(bus)))]
 
@@ -202,6 +205,11 @@ def holds_pairs(bus: Any) -> bool:
 def in_store(bus: Any) -> list[Any]:
     """Copy what is pending in a bus, whatever its class overrides."""
     return cast("list[Any]", bus._commitbus_events())
+
+
+def pending_in(delayed: Any) -> list[Any]:
+    """Copy the events that a delayed bus would collect, whatever its class overrides."""
+    return [] if delayed._commitbus_kept else in_store(delayed._commitbus_parts()[0])
 
 
 def collected_in(delayed: Any) -> list[Any]:

@@ -526,6 +526,28 @@ def not_a_session(function: str, value: object) -> TypeError:
 SESSION_CLOSED = "this session was closed for good, so nothing can be applied after its commit; open another session"
 
 
+FAILED_AFTER_ROLLBACK = "side effects that are for a rollback have failed after it; see the notes"
+
+
+def not_awaited_leftovers(function: object) -> TypeError:
+    """Refuse a coroutine function that nothing would await."""
+    return TypeError(
+        f"on_leftovers must be a plain function for a session that is not asynchronous, and {describe(function)} is a "
+        "coroutine function, which nothing would await; make it a plain one, or use an AsyncSession"
+    )
+
+
+def session_gone(count: int) -> str:
+    """Say that a session is gone, without an end, with events that are for a rollback."""
+    was = _were(count)
+    return f"{was} not applied: for a rollback, of a session that nobody has closed; use 'with Session(...) as session'"
+
+
+def note_not_applied_after_rollback(error: BaseException, count: int, where: str) -> None:
+    """Say where what is for a rollback is, and was not applied after it."""
+    _add_note(error, f"the transaction was rolled back, and for that case {_were(count)} not applied: see {where}")
+
+
 def session_left(left: int, doubted: int) -> str:
     """Say that a session was closed with events that nobody applied."""
     said, where = _left("session", left, doubted, "leftovers(session)", "in_doubt(session)")
@@ -573,6 +595,31 @@ def belongs_to_the_transaction(bus: object) -> TypeError:
     )
 
 
+def not_after_rollback(cls: type, is_outbox: object) -> TypeError:
+    """Refuse a class of buses that would be applied both before a commit and after a rollback, or that holds buses."""
+    if is_outbox:
+        advice = (
+            "both applies_before_commit and applies_after_rollback, and what is stored in a transaction is gone with "
+            "it; make a class for each"
+        )
+    else:
+        advice = "applies_after_rollback, and holds buses; set it on the classes of these buses"
+    return TypeError(f"{type_name(cls)} has {advice}")
+
+
+def savepoint_after_rollback(bus: object) -> TypeError:
+    """Refuse a savepoint whose end nobody would see who applies what was published in it."""
+    return TypeError(
+        f"{describe_bus(bus)} is applied after a rollback, at the end of the transaction, so its savepoint is that of "
+        "the orchestrator; call savepoint() of the one that it was wrapped with"
+    )
+
+
+def note_after_rollback(error: BaseException, events: list[object]) -> None:
+    """Say which events were not applied that are for a rollback."""
+    _add_note(error, f"the transaction was rolled back, and for that case {_not_applied(events)}")
+
+
 def needs_rollback(bus: object) -> TypeError:
     """Refuse to store in a transaction that may fail to be committed, and that nobody would roll back."""
     return TypeError(
@@ -615,6 +662,19 @@ def note_kept_nowhere(error: BaseException) -> None:
             if separator and note.startswith("commitbus: event"):
                 where = "it was published outside of a transaction, and is kept nowhere: publish it again"
                 one.__notes__[-1] = f"{said}; {where}"
+
+
+def connection_closed(count: int, where: str) -> str:
+    """Say that a connection was closed within a transaction, with events that are for a rollback."""
+    return (
+        f"{_were(count)} not applied: for a rollback, of a transaction whose connection was closed within it; apply or "
+        f"discard what is in {where}"
+    )
+
+
+def failed_after_rollback(count: int) -> str:
+    """Say that buses failed after a rollback."""
+    return f"{count} {'bus' if count == 1 else 'buses'} failed after the rollback"
 
 
 def failed_on_commit(count: int) -> str:
@@ -790,6 +850,7 @@ _EXAMPLES = {
     "commit_transaction": "commit_transaction=session.commit",
     "rollback_transaction": "rollback_transaction=session.rollback",
     "on_unapplied": "on_unapplied=log_unapplied",
+    "on_leftovers": "on_leftovers=log_leftovers",
 }
 
 

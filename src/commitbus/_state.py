@@ -16,6 +16,7 @@ _MODULES = {
     "BasicEventBus": "commitbus.event_bus",
     "BatchEventBus": "commitbus.batch_event_bus",
     "DelayedEventBus": "commitbus.delayed_event_bus",
+    "KeptEventBus": "commitbus.delayed_event_bus",
     "MultiEventBus": "commitbus.multi_event_bus",
     "SharedSideEffectsEventBus": "commitbus.shared_side_effects",
     "SideEffectCall": "commitbus.side_effects",

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, cast
 
-from commitbus import _lock, _messages
+from commitbus import _after_rollback, _lock, _messages
 from commitbus._awaited import hand_over
 from commitbus._context import committed
 from commitbus._interfaces import EventBusOrchestrator, NotCommittedError
@@ -61,6 +61,8 @@ def before_commit(buses: Any, seen: tuple[Any, ...] = ()) -> list[Any]:
         if actual is None:
             continue
         if type(actual).applies_before_commit:
+            if type(actual).applies_after_rollback:  # set since the class was made
+                raise _messages.not_after_rollback(cast("Any", type(actual)), True)
             found.append(delayed)
         elif actual._commitbus_multi:
             found += before_commit(actual, (*seen, buses))
@@ -83,18 +85,6 @@ def apply_before_commit(buses: Any) -> list[Any]:
         raise _messages.too_many_rounds(BEFORE_COMMIT_ROUNDS)
     finally:
         committed.reset(token)
-
-
-def refuse_late(delayed: Any, actual: Any) -> None:
-    """Refuse the turn of a bus whose events belong to the transaction, after that was committed.
-
-    Raises
-    ------
-    RuntimeError
-        When it has events, which nobody has stored: they stay.
-    """
-    if committed.get() and type(actual).applies_before_commit and events_to_apply(delayed):
-        raise _messages.too_late_to_store(actual)
 
 
 def apply_now(delayed: Any) -> list[Any]:
@@ -124,6 +114,8 @@ class Rest:
     kept: Sequence[tuple[Any, list[Any]]]
     # A multi bus that has what was published for a commit of which nobody knows whether it was one, until it is told.
     doubted: Any
+    # A multi bus that has what is for a rollback, while a dry run applies the rest; or None.
+    aside: Any
     begun: int  # savepoints with a larger number were opened within it
 
     def refuse_call(self) -> None:
@@ -200,18 +192,21 @@ class Rest:
             if events := events_to_apply(self.doubted):
                 _messages.note_in_doubt(error, events)
 
+    def end_dry_run(self) -> list[Any]:
+        """Roll back, and pretend to do what is for that; give the events."""
+        applied = self.roll_back(None)
+        return applied if self.rollback_transaction is not None else self.apply_after_rollback(None)
+
     def take_doubted(self) -> None:
         """Take what was published for the commit to a multi bus of its own, so that no later one applies it.
 
         Where nothing ends the transaction, it stays where it is, as after any commit that fails.
         """
-        from commitbus import _leftovers
-
         if self.rollback_transaction is None:
             self.doubted = self.buses
             return
-        self.doubted = _leftovers.new_multi()
-        _leftovers.move(self.buses, self.doubted, {id(event) for _, events in self.kept for event in events})
+        self.doubted = _leftovers().new_multi(self.buses)
+        _leftovers().move(self.buses, self.doubted, {id(event) for _, events in self.kept for event in events})
 
     def begin_anew(self) -> None:
         """Tell of what the attempt before has published; the note on its exception has told whoever has called."""
@@ -264,6 +259,8 @@ class Rest:
 
     def end_commit(self) -> None:
         """Note that all was applied, and what of it handlers have published since: that belongs to this commit."""
+        if self.commit and self.buses._commitbus_holds_any():
+            _after_rollback.drop_at_commit(self.buses)
         self.committed = False
         if self.commit and (self.kept or self.buses._commitbus_holds_any()):
             stores = [store for store in stores_in(self.buses) if not holds_buses(store)]
@@ -279,40 +276,88 @@ class Rest:
             except Exception as second:
                 _messages.chain(error, second)
 
-    def roll_back(self, error: BaseException | None) -> None:
-        """End the transaction, and drop what was published in it; `error`, if there is one, stays the first."""
+    def roll_back(self, error: BaseException | None) -> list[Any]:
+        """End the transaction, drop what was published in it, and apply what is for that; give these events.
+
+        `error`, if there is one, stays the first.
+        """
         if self.rollback_transaction is None or self.rolled_back:
-            return
+            return []
         self.rolled_back = True
-        seconds: list[Exception] = []
+        first = error
         try:
             self.drop()
         except Exception as raised:
-            seconds.append(raised)
+            first = chained(first, raised)
         finally:  # whatever came: the transaction must not stay open
             try:
                 self.end_transaction()
             except Exception as raised:
-                seconds.append(raised)
-        first = error
-        for second in seconds:
-            if first is None:
-                first = second
-            else:
-                _messages.chain(first, second)
+                first = chained(first, raised)
+        applied = self.apply_after_rollback(first)
         if error is None and first is not None:
             raise first
+        return applied
 
     def drop(self) -> None:
-        """Drop what was published and not applied, but for what belongs to an earlier commit."""
+        """Drop what was published and not applied, but for what belongs to an earlier commit, or is for a rollback."""
         roll_back_in(self.buses, self.begun)  # savepoints that were opened by hand, and not ended
         if not self.kept:
-            self.buses.discard_pending_events()
+            _after_rollback.drop_others(self.buses)
             return
         kept = {id(store): events for store, events in self.kept}
-        for store in stores_in(self.buses):
-            if not holds_buses(store):
-                drop_but(store, kept.get(id(store), []))
+        for _, delayed in list(_after_rollback.walk(self.buses)):
+            if not _after_rollback.is_for_rollback(delayed):
+                for store in delayed._commitbus_parts():
+                    if store is not None and not holds_buses(store):
+                        drop_but(store, kept.get(id(store), []))
+
+    # What is for a rollback
+
+    def set_apart(self) -> None:
+        """Drop what is for a rollback after a commit; keep it, before a dry run, until its transaction has ended."""
+        if self.commit:
+            _after_rollback.drop_at_commit(self.buses)
+        else:
+            self.begin_rollback()  # what an earlier one has set apart
+            self.aside = _leftovers().new_multi(self.buses)
+            _after_rollback.take(self.buses, self.aside)
+
+    def begin_rollback(self) -> bool:
+        """Whether anything is to be applied after a rollback."""
+        if self.aside is not None:
+            _after_rollback.give_back(self.aside, self.buses)
+            self.aside = None
+        return _after_rollback.has_any(self.buses)
+
+    def apply_after_rollback(self, error: BaseException | None) -> list[Any]:
+        """Apply what is for a rollback, which has come; what that raises never hides `error`."""
+        if not self.begin_rollback():
+            return []
+        try:
+            return _after_rollback.apply(self.buses, self.commit)
+        except Exception as second:
+            if error is None:
+                raise
+            _messages.chain(error, second)
+            return []
+        finally:
+            self.end_rollback(error)
+
+    def end_rollback(self, error: BaseException | None) -> None:
+        """Drop what handlers have published for a commit, which does not come."""
+        if error is not None and (left := _after_rollback.left_in(self.buses)):
+            _messages.note_after_rollback(error, left)
+        if self.rollback_transaction is not None:
+            self.drop()
+
+    def left_of_rollback(self) -> Any:
+        """Take what is for a rollback and was not applied, to hand it over; None where that is nothing."""
+        if self.on_unapplied is None or not _after_rollback.has_any(self.buses):
+            return None
+        left = _leftovers().new_multi(self.buses)
+        _after_rollback.take(self.buses, left)
+        return left
 
     def end_transaction(self) -> None:
         """Call what ends the transaction."""
@@ -325,15 +370,28 @@ class Rest:
             return  # the parent sees to it: a rollback would go over its line
         if error is not None and not self.committed:
             self.roll_back(error)
+            if self.rollback_transaction is None and self.doubted is None:
+                self.apply_after_rollback(error)
         try:
             doubted = self.doubted
             if doubted is not None:
                 self.tell_doubted(error)
             if doubted is not self.buses and (error is None or self.committed or self.kept):
+                self.begin_to_tell()
                 self.tell(error)
         finally:
-            if not self.called:
-                self.roll_back(error)  # nobody has committed: the next commit would keep what was written here
+            try:
+                if not self.called:
+                    self.roll_back(error)  # nobody has committed: the next commit would keep what was written here
+            finally:
+                if (error := error or sys.exception()) is not None and (left := self.left_of_rollback()) is not None:
+                    self.call_on_unapplied(left, error)
+
+    def begin_to_tell(self) -> None:
+        """Set apart what is for the rollback that comes next: it is applied, and not told."""
+        if not self.called and self.rollback_transaction is not None and _after_rollback.has_any(self.buses):
+            self.aside = _leftovers().new_multi(self.buses)
+            _after_rollback.take(self.buses, self.aside)
 
     def tell(self, error: BaseException | None) -> None:
         """Tell of the events that were not applied."""
@@ -353,6 +411,7 @@ class Unit(Rest):
 
     __slots__ = (
         "applying",
+        "aside",
         "begun",
         "buses",
         "called",
@@ -387,7 +446,7 @@ class Unit(Rest):
         self.committed = self.rolled_back = self.failed = False
         self.forks = _lock.forks
         self.kept = ()
-        self.doubted = None
+        self.doubted = self.aside = None
         self.begun = next(numbers)
 
     def __enter__(self) -> Yielded:
@@ -447,6 +506,8 @@ class Unit(Rest):
         try:
             self.applying = True
             token = committed.set(self.commit)
+            if not plainly:
+                self.set_apart()
             applied = self.apply()
         except BaseException as error:
             stored = []  # the traceback keeps this frame, and must keep no event
@@ -460,8 +521,23 @@ class Unit(Rest):
                 committed.reset(token)
         self.end_commit()
         if not self.commit:
-            self.roll_back(None)
+            applied += self.end_dry_run()
         return stored + applied if stored else applied
+
+
+def _leftovers() -> Any:
+    """Give the module that keeps what is left: imported when there is something."""
+    from commitbus import _leftovers
+
+    return _leftovers
+
+
+def chained(first: BaseException | None, second: BaseException) -> BaseException:
+    """Make an error the last in the chain of another, if there is one; and give the first."""
+    if first is None:
+        return second
+    _messages.chain(first, second)
+    return first
 
 
 def drop_but(store: Any, kept: list[Any]) -> None:

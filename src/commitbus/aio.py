@@ -18,7 +18,7 @@ from inspect import isawaitable, iscoroutinefunction, ismethod
 from types import FunctionType, coroutine
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
-from commitbus import _lock, _messages
+from commitbus import _after_rollback, _lock, _messages
 from commitbus._awaited import BEHIND, EVENT, GONE, SPARSE, hand_over, new_batch
 from commitbus._context import committed
 from commitbus._interfaces import EventBusOrchestrator, NotCommittedError
@@ -36,7 +36,7 @@ from commitbus._outcome import (
 )
 from commitbus._rounds import check_rounds
 from commitbus._select import implementation
-from commitbus._unit_of_work import BEFORE_COMMIT_ROUNDS, Unit, Yielded, apply_now, before_commit, refuse_late
+from commitbus._unit_of_work import BEFORE_COMMIT_ROUNDS, Unit, Yielded, apply_now, before_commit, chained
 from commitbus.event_bus import AbstractEventBus
 from commitbus.middleware import Middleware, added, tell_changes
 from commitbus.multi_event_bus import MultiEventBus
@@ -303,6 +303,28 @@ class AsyncMultiEventBus(MultiEventBus):
             out.clear()  # the traceback keeps this frame, and must keep no event
             raise
 
+    async def apply_after_rollback_async(self, commit: bool) -> list[Any]:
+        """Apply what is for the case that the transaction was rolled back, and drop the rest.
+
+        Parameters
+        ----------
+        commit : bool
+            Handed to every handler: true to do it for real, false for a dry run.
+
+        Returns
+        -------
+        list
+            The events that were applied, flat, in that order.
+
+        Raises
+        ------
+        ExceptionGroup, RuntimeError
+            As in `MultiEventBus.apply_after_rollback`.
+        """
+        refuse_open(self)
+        _after_rollback.drop_others(self)
+        return await _after_rollback.apply_async(self, commit)
+
     def _apply_buses(
         self, commit: bool, robust: bool, rounds: int, concurrency: int, out: list[Any] | None
     ) -> Coroutine[Any, Any, list[Any]]:
@@ -344,9 +366,11 @@ class _Turn:
 
     async def __call__(self, commit: bool) -> None:
         actual: Any = self.delayed.actual_event_bus
-        if actual.applies_before_commit:
-            refuse_late(self.delayed, actual)
-        if isinstance(actual, AsyncEventBus):
+        if (actual.applies_before_commit or actual.applies_after_rollback) and _after_rollback.passes_by(
+            self.delayed, actual, commit
+        ):
+            self.multi._commitbus_discard(self.delayed)
+        elif isinstance(actual, AsyncEventBus):
             await self._apply_events(cast("Any", actual), commit)
         elif _is_plain_multi(actual):
             await self._apply_inner(actual, commit)
@@ -852,14 +876,6 @@ def _of_this_task(function: Callable[[], object]) -> Callable[[], object]:
     return call
 
 
-def _chained(first: BaseException | None, second: BaseException) -> BaseException:
-    """Make an error the last in the chain of another, if there is one; and give the first."""
-    if first is None:
-        return second
-    _messages.chain(first, second)
-    return first
-
-
 class _AsyncUnit(Unit):
     """One unit of work of a coroutine: its buses, and how far it came."""
 
@@ -926,6 +942,8 @@ class _AsyncUnit(Unit):
         try:
             self.applying = True
             token = committed.set(self.commit)
+            if not plainly:
+                self.set_apart()
             if cancelled is None:
                 applied: list[Any] = await self.buses.apply_and_get_applied_events_async(
                     self.commit, robust=self.robust, rounds=self.rounds, concurrency=self.concurrency
@@ -952,7 +970,8 @@ class _AsyncUnit(Unit):
                 committed.reset(token)
         self.end_commit()
         if not self.commit:
-            await self.roll_back_async(None)
+            end = self.roll_back_async if self.rollback_transaction is not None else self.apply_after_rollback_async
+            applied += await end(None)
         return stored + applied if stored else applied
 
     async def store_async(self) -> tuple[list[Any], Callable[[], object] | None]:
@@ -1000,29 +1019,53 @@ class _AsyncUnit(Unit):
         )
         return applied
 
-    async def roll_back_async(self, error: BaseException | None) -> None:
-        """End the transaction, and drop what was published in it; `error`, if there is one, stays the first."""
+    async def roll_back_async(self, error: BaseException | None) -> list[Any]:
+        """Do the same as `roll_back`, awaited."""
         if self.rollback_transaction is None or self.rolled_back:
-            return
+            return []
         self.rolled_back = True
         first = error
         cancelled: asyncio.CancelledError | None = None
         try:
             self.drop()
         except Exception as raised:
-            first = _chained(first, raised)
+            first = chained(first, raised)
         try:
             cancelled = await to_the_end(self._roll_back(_of_this_task(self.rollback_transaction)))
         except asyncio.CancelledError as raised:
             cancelled = raised
             if raised.__cause__ is not None:  # the rollback has failed, too
-                first = _chained(first, raised.__cause__)
+                first = chained(first, raised.__cause__)
         except Exception as raised:
-            first = _chained(first, raised)
+            first = chained(first, raised)
+        applied = await self.apply_after_rollback_async(first if cancelled is None else cancelled)
         if cancelled is not None:
             raise cancelled from first  # it came while this one was seen to, and goes on
         if error is None and first is not None:
             raise first
+        return applied
+
+    async def apply_after_rollback_async(self, error: BaseException | None) -> list[Any]:
+        """Do the same as `apply_after_rollback`, awaited: where a cancellation that rolled back does not come again."""
+        if not self.begin_rollback():
+            return []
+        applied: list[Any] = []
+
+        async def apply() -> None:
+            applied.extend(await _after_rollback.apply_async(self.buses, self.commit))
+
+        try:
+            if isinstance(error, asyncio.CancelledError):
+                await to_the_end(apply(), never, error)
+            else:
+                await apply()
+        except Exception as second:
+            if error is None:
+                raise
+            _messages.chain(error, second)
+        finally:
+            self.end_rollback(error)
+        return applied
 
     async def _end_committed(self, error: BaseException) -> None:
         """End a transaction that was committed, though its commit has raised, and drop nothing."""
@@ -1049,15 +1092,22 @@ class _AsyncUnit(Unit):
             return
         if error is not None and not self.committed:
             await self.roll_back_async(error)
+            if self.rollback_transaction is None and self.doubted is None:
+                await self.apply_after_rollback_async(error)
         try:
             doubted = self.doubted
             if doubted is not None:
                 await self.tell_doubted_async(error)
             if doubted is not self.buses and (error is None or self.committed or self.kept):
+                self.begin_to_tell()
                 await self.tell_async(error)
         finally:
-            if not self.called:
-                await self.roll_back_async(error)
+            try:
+                if not self.called:
+                    await self.roll_back_async(error)
+            finally:
+                if (error := error or sys.exception()) is not None and (left := self.left_of_rollback()) is not None:
+                    await self.call_on_unapplied_async(left, error)
 
     async def tell_doubted_async(self, error: BaseException | None) -> None:
         """Do the same as `tell_doubted`, awaited."""
@@ -1085,7 +1135,7 @@ class _AsyncUnit(Unit):
             else:
                 _messages.refuse_coroutine(function, result)
         except asyncio.CancelledError as raised:
-            raise raised from _chained(error, raised.__cause__) if raised.__cause__ is not None else error
+            raise raised from chained(error, raised.__cause__) if raised.__cause__ is not None else error
         except Exception as second:
             if error is None:
                 raise

@@ -10,7 +10,9 @@ else:
     from commitbus._select import twin
 
     DelayedEventBus = twin.DelayedEventBus
-    SideEffectsBus = twin.SideEffectsBus  # pickles name it
+    # Pickles name them.
+    KeptEventBus = twin.KeptEventBus
+    SideEffectsBus = twin.SideEffectsBus
 
 __all__ = ["DelayedEventBus"]
 

@@ -107,6 +107,9 @@ class Savepoint:
     def __init__(self, bus: Any) -> None:
         if not isinstance(bus, Shown):
             raise _messages.not_for_savepoints(bus)
+        of: Any = cast("Any", bus)._commitbus_parts()[0] if is_delayed(bus) else bus
+        if type(of).applies_after_rollback:
+            raise _messages.savepoint_after_rollback(of)
         self._opened = Opened(bus, weakref.ref(self))
         self._opened.open()
 
@@ -185,12 +188,14 @@ class Opened:
     # which it has dropped what was published since: what comes after that is newer.
     # And what the compiled twin covers without marks, or None.
     # And: the `Savepoint`, by a weak reference, and whether its block was entered.
+    # And, by the identity of a delayed bus whose events are for a rollback, where they are kept once that has come.
     __slots__ = (
         "_begun",
         "_bus",
         "_covered",
         "_delayed",
         "_dropped",
+        "_due",
         "_entered",
         "_number",
         "_registered",
@@ -205,6 +210,7 @@ class Opened:
         self._begun = self._entered = False
         self._covered: Any = None
         self._dropped: set[int] = set()
+        self._due: dict[int, Any] = {}
         self._number = next(numbers)  # in the order in which they were opened
         self._thread: int | None = None
         self._stores: list[Any] = []
@@ -343,8 +349,8 @@ class Opened:
             self._mark(multi, None)
         _, known = self._registered[id(multi)]
         for delayed in (*multi._commitbus_to_cover(self), *collected):
-            # A pair that was put on a side_effects_bus by hand is an event among the buses.
-            if is_delayed(delayed) and id(delayed) not in known:
+            # A pair that was put on a side_effects_bus by hand is an event among the buses. What is kept, is kept.
+            if is_delayed(delayed) and id(delayed) not in known and not delayed._commitbus_kept:
                 known[id(delayed)] = delayed
                 self._cover_delayed(delayed)
 
@@ -429,13 +435,14 @@ class Opened:
                 open_marks(store)
         self._stores.clear()
         self._delayed.clear()
+        self._due.clear()
         self._registered.clear()
         self._covered = None
 
     def _drop(self, bus: Any, done: set[int]) -> list[Any]:
         """Drop what was published since, in a bus and all that are in it, and give it; `done` are multi buses."""
         if is_delayed(bus):
-            return self._drop_delayed(bus, done)
+            return self._drop_delayed(bus, done, None)
         if holds_buses(bus):
             return self._drop_buses(bus, done)
         with _lock.lock:  # a thread that collects moves events, and the marks with them
@@ -446,8 +453,9 @@ class Opened:
             self._dropped.add(id(bus))
         return dropped
 
-    def _drop_delayed(self, delayed: Any, done: set[int]) -> list[Any]:
+    def _drop_delayed(self, delayed: Any, done: set[int], multi: Any) -> list[Any]:
         actual, _ = delayed._commitbus_parts()
+        due = type(actual).applies_after_rollback
         pairs: list[Any] = []
         dropped: list[Any] = []
         with _lock.lock:  # a thread that collects moves events, and the marks with them
@@ -456,6 +464,9 @@ class Opened:
             (mark,) = (one for one in marks if one.savepoint is self and one.delayed is delayed)
             newer: list[Any] = []
             if id(delayed) not in self._dropped:  # else before an interrupt
+                if due:  # before it is cut, as an interrupt may come
+                    before = _newer(collected, mark.collected, mark.kept)
+                    self._keep_due(delayed, multi, before, _newer(actual, mark.start))
                 if collected is not None:
                     pairs = collected._commitbus_cut(mark.collected, mark.kept)
                     # What older savepoints keep of it has moved to the front.
@@ -465,6 +476,9 @@ class Opened:
                 if not holds_buses(actual):
                     newer = actual._commitbus_cut(mark.start, ())
                 self._dropped.add(id(delayed))
+        if due:
+            self._keep_due(delayed, multi, pairs, newer)  # with what another thread has published meanwhile
+            return []
         for event, _ in pairs:
             dropped += self._let_go(event, actual) if is_delayed(event) else [event]
         if holds_buses(actual):
@@ -484,8 +498,9 @@ class Opened:
                 dropped += self._covered.drop()
         place = {id(delayed): number for number, delayed in enumerate(multi._commitbus_get())} if len(known) > 1 else {}
         for delayed in sorted(known.values(), key=lambda one: place.get(id(one), -1)):
-            dropped += self._drop_delayed(delayed, done)
-        new = {id(delayed): delayed for delayed in self._new_in(multi)}
+            dropped += self._drop_delayed(delayed, done, multi)
+        # What is kept for the end of the transaction, stays.
+        new = {id(one): one for one in self._new_in(multi) if not (is_delayed(one) and one._commitbus_kept)}
         for delayed in new.values():
             dropped += self._let_go(delayed, multi) if is_delayed(delayed) else [delayed]
         # Last: an interrupt before leaves buses registered that are empty, and none that nobody would apply.
@@ -494,6 +509,15 @@ class Opened:
             if is_delayed(delayed) and not self._covers(delayed) and flatten((delayed,)):
                 multi.publish(delayed)  # another thread has published on it meanwhile
         return dropped
+
+    def _keep_due(self, delayed: Any, multi: Any, pairs: list[Any], events: list[Any]) -> None:
+        """Keep what is dropped of a bus that is for a rollback, where it is applied at the end of the transaction."""
+        from commitbus._leftovers import keep_again
+
+        _, collected = delayed._commitbus_parts()
+        own = pairs if collected is not None and collected._commitbus_mixed else []
+        items = [*(event for event, _ in pairs), *events]
+        self._due[id(delayed)] = keep_again(self._due.get(id(delayed)), delayed, multi, items, dict(enumerate(own)))
 
     def _let_go(self, delayed: Any, multi: Any) -> list[Any]:
         """Let go of a bus that was registered since, and drop all that is in it."""
@@ -506,7 +530,11 @@ class Opened:
             pairs: list[Any] = [] if collected is None else collected._commitbus_cut(0, ())
             return [event for event, _ in pairs]
         dropped: list[Any] = []
-        if holds_buses(actual):
+        if type(actual).applies_after_rollback:
+            from commitbus._leftovers import keep
+
+            keep(delayed, multi, True)
+        elif holds_buses(actual):
             # One by one, as one of them may wrap what is covered.
             inner = {id(one): one for one in (*collected_in(delayed), *actual._commitbus_get()) if is_delayed(one)}
             if collected is not None:
@@ -521,6 +549,15 @@ class Opened:
     def _covers(self, delayed: Any) -> bool:
         """Whether what a delayed bus wraps is covered, through another bus."""
         return any(mark.savepoint is self for mark in delayed._commitbus_parts()[0]._commitbus_marks or ())
+
+
+def _newer(store: Any, start: int, kept: tuple[tuple[int, int], ...] = ()) -> list[Any]:
+    """Copy what is in a bus from a mark on, but for some spans."""
+    if store is None:
+        return []
+    older = {at for begin, size in kept for at in range(begin, begin + size)}
+    events = store._commitbus_events()[store._commitbus_mark()[1] :]
+    return [event for at, event in enumerate(events) if at >= start and at not in older]
 
 
 def _measure(bus: Any, delayed: Any) -> tuple[int, int]:
@@ -549,6 +586,9 @@ def _stores_in(buses: Iterable[Any]) -> list[Any]:
             continue
         seen.add(id(delayed))
         actual, collected = delayed._commitbus_parts()
+        if delayed._commitbus_kept:
+            stores.append(collected)
+            continue
         stores += [actual] if collected is None else [actual, collected]
         if holds_buses(actual):
             rest += [*actual._commitbus_get(), *collected_in(delayed)]

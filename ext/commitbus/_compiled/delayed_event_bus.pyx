@@ -483,6 +483,50 @@ cdef class DelayedStore(Source):
         return 0
 
 
+cdef class KeptStore(DelayedStore):
+    cdef bint differs  # as in `CallableStore`
+
+    cdef list collect(self, object commit):
+        return []
+
+    cdef int turn(self, object ref, object commit, object failures, list out) except -1:
+        cdef PairStore store = self.collecting()
+        cdef list applied
+        self.let_go(ref)
+        applied = carry_out(store, self, commit, failures, out)
+        if out is not None:
+            out.extend(events_of(applied) if store.mixed else applied)
+        return failures is not None and len(failures.positions) > 0
+
+    cdef list take_turn(self, object ref, object commit, Py_ssize_t* head, bint* mixed):
+        cdef list taken
+        self.let_go(ref)
+        taken = self.collecting().take(head)
+        mixed[0] = self.collected.mixed
+        return taken
+
+    # The wrapped bus is registered by another: no event on it has anything to do with this one.
+
+    cdef int after_turn(self) except -1:
+        if self.owner is not None and self.collecting().holds_any():
+            self.register()
+        return 0
+
+    cdef int let_go(self, object owner) except -1:
+        with cython.critical_section(self):
+            self.owner = owner
+            self.linked = True
+        return 0
+
+    cdef int link(self) except -1:
+        return 0
+
+    cdef int hold(self) except -1:
+        with cython.critical_section(self):
+            self.owner = None
+        return 0
+
+
 cdef object DELAYED_PUBLISH = DelayedStore.publish
 
 
@@ -495,6 +539,31 @@ class DelayedEventBus(DelayedStore, Shown, _state.Stateful, EventBus[T]):
     __module__ = "commitbus.delayed_event_bus"
     __signature__ = ClassSignature("actual_event_bus")
     _commitbus_delayed = True
+    _commitbus_kept = False
+    _commitbus_always = False
+
+    def _commitbus_keeper(self, always):
+        """Make a bus that keeps what is left of this one."""
+        return KeptEventBus(self.actual_event_bus, always)
+
+
+class KeptEventBus(KeptStore, DelayedEventBus[T]):
+    """What was left of a bus: applied as that bus applies it, which itself goes on with newer events."""
+
+    __module__ = "commitbus.delayed_event_bus"
+    _commitbus_kept = True
+
+    def __init__(self, actual_event_bus, always=False):
+        DelayedEventBus.__init__(self, actual_event_bus)
+        self.side_effects_bus  # made here
+        if always:
+            self._commitbus_always = True
+
+    def pending_events(self):
+        return ()
+
+    def discard_pending_events(self):
+        return []
 
 
 cdef object SIDE_EFFECTS = SideEffectsBus

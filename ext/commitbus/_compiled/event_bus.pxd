@@ -5,7 +5,7 @@ cdef enum:
     PUBLISH_IS_OURS = 1
     COLLECT_IS_OURS = 2
     APPLY_IS_OURS = 4
-    IS_PLAIN = 8  # neither an outbox, nor a multi bus
+    IS_PLAIN = 8  # neither an outbox, nor for a rollback, nor a multi bus
     IS_AWAITED = 16
 
 

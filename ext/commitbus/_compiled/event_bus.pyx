@@ -114,7 +114,7 @@ cdef int look_up_class_flags(object cls, size_t first) except -1:
         flags |= COLLECT_IS_OURS
     if is_extension_method(cls, "apply"):
         flags |= APPLY_IS_OURS
-    if not (cls.applies_before_commit or cls._commitbus_multi):
+    if not (cls.applies_before_commit or cls.applies_after_rollback or cls._commitbus_multi):
         flags |= IS_PLAIN
     if cls._commitbus_awaited:
         flags |= IS_AWAITED
@@ -613,9 +613,17 @@ class AbstractEventBus(EventStore, Shown, _state.Stateful, EventBus[T]):
     __module__ = "commitbus.event_bus"
     __slots__ = ()
     applies_before_commit = False
+    applies_after_rollback = False
     _commitbus_awaited = False
     _commitbus_delayed = False
     _commitbus_multi = False
+
+    @classmethod
+    def __init_subclass__(cls, **kwargs):
+        """Refuse a class that is applied both before a commit and after a rollback."""
+        super(AbstractEventBus, cls).__init_subclass__(**kwargs)
+        if cls.applies_after_rollback and (cls.applies_before_commit or cls._commitbus_multi):
+            raise _messages.not_after_rollback(cls, cls.applies_before_commit)
 
     @abstractmethod
     @cython.embedsignature(False)

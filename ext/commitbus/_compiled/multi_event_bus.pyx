@@ -23,7 +23,7 @@ from commitbus._compiled.event_bus cimport (
 
 from types import FunctionType
 
-from commitbus import _lock, _messages
+from commitbus import _after_rollback, _lock, _messages
 from commitbus._compiled.delayed_event_bus import DelayedEventBus
 from commitbus._compiled.event_bus import EXTENSION_TYPES, AbstractEventBus, use_covers
 from commitbus._context import committed as _committed
@@ -32,7 +32,7 @@ from commitbus._interfaces import EventBusOrchestrator, iterate
 from commitbus._looking import events_to_apply
 from commitbus._outcome import see_errors_of, watch
 from commitbus._rounds import check_rounds
-from commitbus._unit_of_work import Rest, Yielded, check_callbacks, refuse_late
+from commitbus._unit_of_work import Rest, Yielded, check_callbacks
 from commitbus.savepoint import Mark, numbers, refuse_open
 
 # What stands for an argument that was not given.
@@ -190,8 +190,13 @@ cdef class MultiStore(EventStore):
 
     cdef int turn(self, DelayedStore delayed, object ref, object commit, object failures, list out) except -1:
         cls = type(delayed)
-        if delayed.actual is not None and not class_flags(delayed.actual) & IS_PLAIN:
-            refuse_late(delayed, delayed.actual)
+        if (
+            delayed.actual is not None
+            and not class_flags(delayed.actual) & IS_PLAIN
+            and _after_rollback.passes_by(delayed, delayed.actual, commit)
+        ):
+            discard(delayed, ref)
+            return 0
         try:
             if cls is DELAYED or (
                 cls.apply is DELAYED_APPLY and cls.apply_without_delay is DELAYED_APPLY_WITHOUT_DELAY
@@ -354,6 +359,13 @@ cdef class MultiStore(EventStore):
         """Let go of a bus that was registered, and drop all that is in it."""
         discard(delayed, PyWeakref_NewRef(self, None))
 
+    @cython.binding(True)
+    def apply_after_rollback(self, commit):
+        """Apply what is for the case that the transaction was rolled back, and drop the rest."""
+        refuse_open(self)
+        _after_rollback.drop_others(self)
+        return _after_rollback.apply(self, commit)
+
     def events_to_apply(self):
         """Return the events that an apply would carry out now, flat, in that order."""
         return events_to_apply(self)
@@ -486,7 +498,9 @@ cdef class Cover:
             delayed = <DelayedStore>PyList_GET_ITEM(self.delayed, i)
             actual = delayed.actual
             self.starts[i] = MADE
-            if actual is None or actual.is_multi() or actual.marks is not None or delayed.collected is not None:
+            if actual is None or actual.marks is not None or delayed.collected is not None:
+                rest.append(delayed)
+            elif not class_flags(actual) & IS_PLAIN:
                 rest.append(delayed)
             elif delayed.cover_number != number:  # else it is registered twice
                 delayed.cover_number = number
@@ -677,6 +691,11 @@ class MultiEventBus(MultiStore, AbstractEventBus[DelayedEventBus], EventBusOrche
     __module__ = "commitbus.multi_event_bus"
     _commitbus_multi = True
 
+    @staticmethod
+    def _commitbus_new():
+        """Make one of this twin."""
+        return MultiEventBus()
+
 
 # The unit of work
 
@@ -697,7 +716,7 @@ cdef class UnitStore:
     # As in `commitbus._unit_of_work`.
     cdef public MultiStore buses
     cdef public object commit, commit_transaction, rollback_transaction, on_unapplied, robust, rounds
-    cdef public object begun, kept, doubted
+    cdef public object begun, kept, doubted, aside
     cdef public bint called, committed, rolled_back, failed, applying
     cdef public object forks
 
@@ -754,6 +773,8 @@ cdef class UnitStore:
         token = PyContextVar_Set(COMMITTED, self.commit)
         try:
             self.applying = True
+            if not plainly:
+                self.set_apart()
             applied = self.buses.gather(self.commit, self.robust, self.rounds)
         except BaseException as error:
             stored = None  # the traceback keeps this frame, and must keep no event
@@ -768,7 +789,7 @@ cdef class UnitStore:
         if self.kept or self.buses.holds_any():
             self.end_commit()
         if not self.commit:
-            self.roll_back(None)
+            applied += self.end_dry_run()
         return stored + applied if stored else applied
 
 

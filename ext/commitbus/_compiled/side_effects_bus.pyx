@@ -169,6 +169,14 @@ cdef class PairStore(EventStore):
     def _commitbus_wrapped_bus(self):
         return self.wraps
 
+    @property
+    def _commitbus_mixed(self):
+        return self.mixed
+
+    @_commitbus_mixed.setter
+    def _commitbus_mixed(self, bint mixed):
+        self.mixed = mixed
+
     def _commitbus_get(self):
         cdef list items = self.items()
         pairs = {i: (<Pair>item).pair for i, item in enumerate(items) if type(item) is Pair}

@@ -13,6 +13,7 @@ if version not in ("", _expected):  # else what it lacks would fail somewhere, l
     )
 from commitbus._compiled.batch_event_bus import BatchEventBus
 from commitbus._compiled.delayed_event_bus import DelayedEventBus
+from commitbus._compiled.delayed_event_bus import KeptEventBus as KeptEventBus  # pickles name it
 from commitbus._compiled.event_bus import AbstractEventBus, BasicEventBus
 from commitbus._compiled.multi_event_bus import MultiEventBus, use_orchestrator_or_create_multi_event_bus
 from commitbus._compiled.shared_side_effects import SharedSideEffectsEventBus

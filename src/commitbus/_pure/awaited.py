@@ -126,7 +126,9 @@ async def run_buses(root: Any, multi: Any, commit: bool, out: list[Any]) -> list
             multi._commitbus_take_into(buses)
             for delayed in iterator:
                 actual, _ = delayed._commitbus_parts()
-                if actual._commitbus_awaited and type(delayed) is DelayedEventBus and not actual.applies_before_commit:
+                cls = cast("Any", type(actual))
+                plain = not (cls.applies_before_commit or cls.applies_after_rollback)
+                if plain and cls._commitbus_awaited and type(delayed) is DelayedEventBus:
                     out += await run(delayed, actual, commit, owner)
                 else:
                     await root._take_turn(multi, delayed, commit, out)

@@ -97,6 +97,8 @@ class DelayedEventBus(Home, Shown, _state.Stateful, EventBus[T], Generic[T]):
 
     __module__ = "commitbus.delayed_event_bus"
     _commitbus_delayed = True
+    _commitbus_kept = False  # whether it has events of its own alone, and nothing to do with what is pending
+    _commitbus_always = False  # whether it is applied whatever becomes of its transaction
 
     # _direct: whether publishing appends to the wrapped bus's pending list
     # _owner: the multi bus that let go of this bus last, where its next event registers it again; weak, as
@@ -331,6 +333,10 @@ class DelayedEventBus(Home, Shown, _state.Stateful, EventBus[T], Generic[T]):
     def _commitbus_parts(self) -> tuple[AbstractEventBus[T], SideEffectsBus[T] | None]:
         """Give the wrapped bus, and that of what was collected, or None."""
         return self._commitbus_wrapped(), self._commitbus_peek()
+
+    def _commitbus_keeper(self, always: bool) -> KeptEventBus[T]:
+        """Make a bus that keeps what is left of this one."""
+        return KeptEventBus(self._commitbus_wrapped(), always)
 
     def _commitbus_get(self) -> Any:
         actual = self._commitbus_wrapped()
@@ -583,6 +589,72 @@ class DelayedEventBus(Home, Shown, _state.Stateful, EventBus[T], Generic[T]):
             if owner is not None:
                 self._commitbus_owner = owner  # the next event tries again
             raise
+
+
+class KeptEventBus(DelayedEventBus[T]):
+    """What was left of a bus: applied as that bus applies it, which itself goes on with newer events.
+
+    Parameters
+    ----------
+    actual_event_bus : AbstractEventBus
+        The bus. A reference is kept.
+    always : bool, default False
+        Whether these events are applied whatever becomes of the transaction: they are for a rollback, and their
+        savepoint was rolled back.
+    """
+
+    __module__ = "commitbus.delayed_event_bus"
+
+    __slots__ = ()
+    _commitbus_kept = True
+
+    def __init__(self, actual_event_bus: AbstractEventBus[T], always: bool = False) -> None:
+        super().__init__(actual_event_bus)
+        self._commitbus_collected()
+        if always:
+            self._commitbus_always = True
+
+    def pending_events(self) -> tuple[T, ...]:
+        return ()
+
+    def discard_pending_events(self) -> list[T]:
+        return []
+
+    def _commitbus_collect(self, commit: bool) -> list[T]:  # noqa: ARG002
+        return []
+
+    def _commitbus_turn(
+        self,
+        ref: weakref.ref[Any],
+        commit: bool,
+        failures: _messages.Failures | None,
+        out: list[Any] | None,
+    ) -> object:
+        self._commitbus_let_go(ref)
+        collected = self._commitbus_collected()
+        applied = carry_out(collected, collected, self, collected._commitbus_hook(), commit, failures, out)
+        if out is not None:
+            out.extend(map(event_of, applied))
+        del applied  # as in the turn of any other
+        return AGAIN if failures is not None and failures.positions else None
+
+    def _commitbus_take_turn(self, ref: weakref.ref[Any], commit: bool, items: list[Any]) -> bool:  # noqa: ARG002
+        self._commitbus_let_go(ref)
+        collected = self._commitbus_collected()
+        collected._commitbus_take_into(items)
+        return collected._commitbus_mixed
+
+    # The wrapped bus is registered by another: no event on it has anything to do with this one.
+
+    def _commitbus_after_turn(self) -> None:
+        if self._commitbus_collected()._commitbus_holds_any():
+            self._commitbus_register()
+
+    def _commitbus_let_go(self, owner: weakref.ref[Any]) -> None:
+        self._commitbus_owner = owner
+
+    def _commitbus_hold(self) -> None:
+        self._commitbus_owner = None
 
 
 _new_delayed: Any = object.__new__

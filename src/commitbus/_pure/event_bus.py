@@ -69,6 +69,15 @@ class AbstractEventBus(Source, Shown, _state.Stateful, EventBus[T], Generic[T]):
     applies_before_commit : bool, default False
         Of the class: whether its events belong to the transaction, as those of an outbox, so that a unit of work
         applies them before it commits.
+    applies_after_rollback : bool, default False
+        Of the class: whether its events are for the case that the transaction is rolled back. Then they are applied,
+        after that; a commit drops them. What was published in a savepoint that is rolled back is applied at the end of
+        the outermost transaction, whichever way that ends.
+
+    Raises
+    ------
+    TypeError
+        When a class is made that says both, or that holds buses and says the latter.
 
     Examples
     --------
@@ -97,11 +106,19 @@ class AbstractEventBus(Source, Shown, _state.Stateful, EventBus[T], Generic[T]):
     _commitbus_wrapper: weakref.ref[Any] | None
     _commitbus_claim: weakref.ref[Any] | None
     applies_before_commit: ClassVar[bool] = False
+    applies_after_rollback: ClassVar[bool] = False
     _commitbus_plain = ATOMIC  # whether apply needs neither a lock nor a context nor middleware
     _commitbus_awaited = False  # whether its handlers are awaited
     _commitbus_delayed = False
     _commitbus_multi = False  # isinstance() takes a detour through `abc`
     _commitbus_keeps_events = True  # whether what is pending are the events themselves
+
+    @classmethod
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse a class that is applied both before a commit and after a rollback."""
+        super().__init_subclass__(**kwargs)
+        if cls.applies_after_rollback and (cls.applies_before_commit or cls._commitbus_multi):
+            raise _messages.not_after_rollback(cls, cls.applies_before_commit)
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Make an empty bus; a subclass's ``__init__`` takes the arguments."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING, Any, cast
 
-from commitbus import _messages
+from commitbus import _after_rollback, _messages
 from commitbus._context import gathering, gathering_of
 from commitbus._interfaces import EventBusOrchestrator, T
 from commitbus._looking import events_to_apply
@@ -30,7 +30,7 @@ from commitbus._pure.batch import (
 )
 from commitbus._pure.delayed_event_bus import DelayedEventBus, delay
 from commitbus._pure.event_bus import AbstractEventBus, is_bus
-from commitbus._unit_of_work import refuse_late, unit_of_work
+from commitbus._unit_of_work import unit_of_work
 from commitbus.savepoint import refuse_open
 
 if TYPE_CHECKING:
@@ -219,6 +219,47 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
             gathering.set(outer)
         return out
 
+    def apply_after_rollback(self, commit: bool) -> list[Any]:
+        """Apply what is for the case that the transaction was rolled back, and drop the rest.
+
+        For who ends a transaction by hand, or has found out afterwards that it was rolled back: `apply` is for one that
+        was committed, and drops what this method applies. A unit of work, a session and Django do it by themselves.
+
+        Parameters
+        ----------
+        commit : bool
+            Handed to every handler: true to do it for real, false for a dry run.
+
+        Returns
+        -------
+        list
+            The events that were applied, flat, in that order: of the buses whose class has
+            ``applies_after_rollback = True``.
+
+        Raises
+        ------
+        ExceptionGroup
+            When handlers raised an `Exception`: every error, after every event was tried once. What failed stays.
+        RuntimeError
+            When a savepoint of this bus is open, or handlers publish again and again.
+
+        Examples
+        --------
+        >>> from commitbus import AbstractEventBus, MultiEventBus
+        >>> class UploadsToDelete(AbstractEventBus[str]):
+        ...     applies_after_rollback = True
+        ...     def _apply_event(self, event: str, commit: bool) -> None:
+        ...         print("delete", event)
+        >>> buses = MultiEventBus()
+        >>> buses.wrap(UploadsToDelete()).publish("portrait.png")
+        >>> buses.apply_after_rollback(commit=True)
+        delete portrait.png
+        ['portrait.png']
+        """
+        refuse_open(self)
+        _after_rollback.drop_others(self)
+        return _after_rollback.apply(self, commit)
+
     def events_to_apply(self) -> list[Any]:
         """Return the events that an apply would carry out now, flat, in that order.
 
@@ -316,8 +357,11 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
             actual = delayed._commitbus_actual  # and not `_commitbus_wrapped`, a call that each turn would make twice
         except AttributeError:
             raise _messages.not_wrapping() from None
-        if actual.applies_before_commit:
-            refuse_late(delayed, actual)
+        if (actual.applies_before_commit or actual.applies_after_rollback) and _after_rollback.passes_by(
+            delayed, actual, commit
+        ):
+            _discard(delayed, ref)
+            return None
         cls: Any = type(delayed)
         base: Any = DelayedEventBus  # as Any: type checkers call its apply deprecated
         try:
@@ -351,6 +395,11 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
         if self._commitbus_batch is batch: self._commitbus_batch = None; return  # fmt: skip  # noqa: E701, E702
         OTHERS.pop(id(batch), None)
 
+    @staticmethod
+    def _commitbus_new() -> MultiEventBus:
+        """Make one of this twin."""
+        return MultiEventBus()
+
     # For the unit of work.
 
     def _commitbus_is_plain(self, awaited: bool) -> bool:
@@ -366,6 +415,7 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
             if (
                 actual is None
                 or cls.applies_before_commit
+                or cls.applies_after_rollback
                 or cls._commitbus_multi
                 or (cls._commitbus_awaited and not awaited)
                 or actual._commitbus_marks is not None

@@ -214,9 +214,12 @@ class OnCommitEventBus(EventBus[T], Generic[T]):
             if getattr(block, "_from_testcase", False):
                 merges = False
         run = _Run(self, bus, state, merges, connection)
+        run.of_test = not merges
         if merges:
             self._last.run = weakref.ref(run)
         state.watch(connection)
+        if type(bus).applies_after_rollback and connection.in_atomic_block:
+            state.watch_end(connection, run)
         connection.on_commit(run)
 
 
@@ -251,12 +254,14 @@ class _Last:
 class _Run:
     """A hook: a run of events that were published on one bus, with nothing in between."""
 
-    __slots__ = ("__weakref__", "bus", "connection", "forks", "kept", "open", "owner", "state", "thread")
+    __slots__ = ("__weakref__", "bus", "connection", "forks", "kept", "of_test", "open", "owner", "state", "thread")
 
     def __init__(self, owner: OnCommitEventBus[Any], bus: Any, state: _State, merges: bool, connection: Any) -> None:
         self.owner, self.bus, self.state, self.open, self.connection = owner, bus, state, merges, connection
         self.thread, self.forks = get_ident(), _lock.forks
         self.kept = False  # whether what it has not applied is among the leftovers
+        # Whether it ends with a test, whose transaction says nothing of what production would do.
+        self.of_test = False
 
     def __repr__(self) -> str:
         """Say what the hook applies: tools list hooks."""
@@ -277,6 +282,9 @@ class _Run:
 
     def __call__(self) -> None:
         self.open = False
+        if type(self.bus).applies_after_rollback:
+            self.bus.discard_pending_events()  # the transaction was committed
+            return
         try:
             self.bus.apply(True, robust=self.owner._robust, rounds=ROUNDS)
             if self.bus._commitbus_holds_any() and self.bus.pending_events():
@@ -320,6 +328,11 @@ class _State:
         # For who keeps the bus alone, and publishes on that: until the commit or, after a rollback, of which Django
         # tells nobody, until the next transaction has one.
         self.wrapped: list[Any] = []
+        # What is for a rollback, published in the transaction that is open, until its end: where it is not among what
+        # is committed then, it was rolled back, or its savepoint was.
+        self.for_rollback: list[_Run] = []
+        self.block_of_rollback: Callable[[], Any] = _no_run  # its outermost block of atomic, weakly
+        self.patched_end: Any = None
         self.block: Any = None  # the outermost block of atomic, weakly, in which these were wrapped
         self.told = 0  # how many leftovers there were when the hooks began
         self.alias: str = connection.alias
@@ -338,6 +351,7 @@ class _State:
         """Tell of what goes with the connection: that of a thread which is gone, say, that has served one request."""
         if sys.is_finalizing():
             return
+        self.keep_due(self.for_rollback)
         left, doubted = _leftovers.count(self.left), _leftovers.count(self.doubt)
         if left or doubted:
             _messages.warn(_messages.connection_left(left, doubted, self.where("leftovers"), self.where("in_doubt")))
@@ -366,6 +380,8 @@ class _State:
         try:
             # One line: an interrupt comes within the commit, or finds it noted.
             commit(); self.committed = runs  # fmt: skip  # noqa: E702
+            if self.for_rollback:
+                self.for_rollback = [run for run in self.for_rollback if run not in runs]
         except BaseException as error:
             self.fail(runs, error)
             raise
@@ -384,6 +400,8 @@ class _State:
 
     def doubt_of(self, runs: list[_Run], error: BaseException) -> None:
         """Keep apart what nobody knows to be committed."""
+        runs = [*runs, *(run for run in self.for_rollback if run not in runs)]
+        self.for_rollback = []
         events = [event for run in runs for event in run.bus.pending_events()]
         for run in runs:
             self.keep_in(self.doubt, run)
@@ -418,6 +436,73 @@ class _State:
         if kept.get("_set_autocommit") != self.set_autocommit:
             self.patched_autocommit = kept.get("_set_autocommit")
             connection._set_autocommit = self.set_autocommit
+
+    def keep_due(self, runs: list[_Run]) -> int:
+        """Keep what is for a rollback, which has come, and was not applied; give how many events that is."""
+        count = 0
+        for run in runs:
+            if run.bus.pending_events() and not run.of_test:
+                count += _leftovers.keep(DelayedEventBus(run.bus), self.left, True)
+        return count
+
+    def watch_end(self, connection: Any, run: _Run) -> None:
+        """See when the transaction has ended in which something was published that is for a rollback."""
+        block = connection.atomic_blocks[0]
+        if self.for_rollback and self.block_of_rollback() is not block:
+            # Of a transaction whose connection was closed within it: Django tells nobody of its end.
+            before, self.for_rollback = self.for_rollback, []
+            if count := self.keep_due(before):
+                _messages.warn(_messages.connection_closed(count, self.where("leftovers")), "django")
+        self.block_of_rollback = weakref.ref(block)
+        self.for_rollback.append(run)
+        kept: dict[str, Any] = connection.__dict__
+        if kept.get("set_autocommit") != self.end:
+            self.patched_end = kept.get("set_autocommit")
+            connection.set_autocommit = self.end
+
+    def end(self, autocommit: bool, *args: Any, **kwargs: Any) -> None:
+        """Do what Django does at the end of a transaction, then apply what was published for a rollback."""
+        connection: Any = self.connection()
+        try:
+            if self.patched_end is not None:
+                self.patched_end(autocommit, *args, **kwargs)
+            else:
+                type(connection).set_autocommit(connection, autocommit, *args, **kwargs)
+        finally:
+            if autocommit and not connection.in_atomic_block:
+                self.roll_back(connection)
+
+    def roll_back(self, connection: Any) -> None:
+        """Apply what was published for a rollback, which has come."""
+        kept: dict[str, Any] = connection.__dict__
+        if kept.get("set_autocommit") == self.end:
+            if self.patched_end is None:
+                del kept["set_autocommit"]
+            else:
+                kept["set_autocommit"] = self.patched_end
+        error = sys.exception()
+        runs, self.for_rollback = self.for_rollback, []
+        raised: list[Exception] = []
+        left = list(runs)
+        try:
+            for run in runs:
+                run.open = False
+                if not run.of_test:
+                    try:
+                        run.bus.apply(True, robust=True, rounds=ROUNDS)
+                    except Exception as second:
+                        raised.append(second)
+                        continue
+                left.remove(run)
+        finally:
+            count = self.keep_due(left)
+        if not raised:
+            return
+        group = raised[0] if len(raised) == 1 else ExceptionGroup(_messages.failed_after_rollback(len(raised)), raised)
+        _messages.note_not_applied_after_rollback(group, count, self.where("leftovers"))
+        if error is None:
+            raise group
+        _messages.chain(error, group)
 
     def unwatch(self, connection: Any) -> None:
         """Give the connection its own method back, until something is published."""
@@ -535,7 +620,10 @@ class _State:
         """Keep what a run has not applied, in the leftovers or in what nobody knows to be committed."""
         run.open = False
         if not run.kept and run.bus.pending_events():
-            buses.wrap(run.bus)
+            if type(run.bus).applies_after_rollback and buses is self.left:
+                run.bus.discard_pending_events()  # its transaction was committed
+            else:
+                buses.wrap(run.bus)
             run.kept = True
 
     def where(self, function: str) -> str:

@@ -107,7 +107,7 @@ def settle(buses: MultiEventBus, connection: Any, transaction_id: int, *, timeou
     if _was_committed(status, transaction_id):
         buses.apply(True)
         return True
-    buses.discard_pending_events()
+    buses.apply_after_rollback(True)
     return False
 
 
@@ -166,15 +166,14 @@ async def settle_async(
         if time.monotonic() > end:
             raise _messages.still_in_progress(transaction_id)
         await asyncio.sleep(WAIT)
-    if not _was_committed(status, transaction_id):
-        buses.discard_pending_events()
-        return False
-    apply_async: Any = getattr(buses, "apply_async", None)
-    if apply_async is None:
-        buses.apply(True)
+    was_committed = _was_committed(status, transaction_id)
+    if not hasattr(buses, "apply_async"):
+        function: Any = buses.apply if was_committed else buses.apply_after_rollback
+        function(True)
     else:
-        await apply_async(True)
-    return True
+        several: Any = buses
+        await (several.apply_async(True) if was_committed else several.apply_after_rollback_async(True))
+    return was_committed
 
 
 def _status_of(transaction_id: object) -> str:

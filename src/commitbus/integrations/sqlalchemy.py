@@ -7,9 +7,10 @@ import weakref
 from contextlib import contextmanager, suppress
 from functools import partial, wraps
 from importlib.util import find_spec
+from inspect import isawaitable, iscoroutinefunction
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from commitbus import _leftovers, _lock, _messages
+from commitbus import _after_rollback, _leftovers, _lock, _messages
 from commitbus._context import committed
 from commitbus._interfaces import NotCommittedError
 from commitbus._looking import events_to_apply
@@ -44,7 +45,7 @@ except ModuleNotFoundError as _error:
 HAS_GREENLET = find_spec("greenlet") is not None
 if TYPE_CHECKING:
     from asyncio import CancelledError
-    from collections.abc import Callable, Generator
+    from collections.abc import Awaitable, Callable, Generator
 
     from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
 
@@ -68,6 +69,7 @@ def orchestrator(
     *,
     robust: bool | None = None,
     rounds: int | None = None,
+    on_leftovers: Callable[[AsyncMultiEventBus], object] | None = None,
 ) -> EventBusOrchestrator:
     """Give the buses of a session: what is published on them is applied after its outermost commit.
 
@@ -80,6 +82,10 @@ def orchestrator(
     rounds : int, optional
         How often to go on with what handlers published meanwhile, at most. As it was where it is not given; at
         first, 100.
+    on_leftovers : callable, optional
+        Called with a bus of what a commit has left, since a handler raised: to log, store, enqueue or apply it. That
+        is not kept in `leftovers` then, unless the function raises. For an `AsyncSession`, a coroutine function as
+        well. As it was where it is not given. The session keeps a reference.
 
     Returns
     -------
@@ -91,7 +97,8 @@ def orchestrator(
     Raises
     ------
     TypeError
-        When `session` is none, or `rounds` no int.
+        When `session` is none, `rounds` no int, or `on_leftovers` cannot be called, or not be awaited where it would
+        have to be.
     ValueError
         When `rounds` is below 1.
     sqlalchemy.exc.InvalidRequestError
@@ -100,7 +107,10 @@ def orchestrator(
     Notes
     -----
     What is published in a transaction, or before one has begun, is applied when it was committed, and dropped when it
-    is rolled back or the session is closed; what is published in a savepoint is dropped with that.
+    is rolled back or the session is closed; what is published in a savepoint is dropped with that. What is published on
+    a bus whose class has ``applies_after_rollback = True`` is dropped at the commit, and applied after a rollback; when
+    a handler raises then, that becomes the last in the chain of the error that rolled back, if there is one, and what
+    was not applied is in `leftovers`.
 
     A handler may use the session: read, write, commit, publish more. What handlers publish is applied in the next
     round of the same commit, whatever becomes of a transaction that a handler begins itself. When one raises, the
@@ -125,7 +135,14 @@ def orchestrator(
     """
     if rounds is not None:
         check_rounds(rounds)
+    if on_leftovers is not None and not callable(on_leftovers):
+        raise _messages.not_a_callback("on_leftovers", on_leftovers)
     bound = _bound(session, "orchestrator")
+    if on_leftovers is not None:
+        # By its type, as in `_plain`.
+        if iscoroutinefunction(on_leftovers) and isinstance(session, Session) and not in_greenlet():
+            raise _messages.not_awaited_leftovers(on_leftovers)
+        bound.on_leftovers = on_leftovers
     if robust is not None:
         bound.robust = robust
     if rounds is not None:
@@ -145,8 +162,7 @@ def leftovers(session: Session | AsyncSession | scoped_session[Any] | async_scop
     -------
     AsyncMultiEventBus
         There for nothing else: apply it to go on, look at it, or discard what is in it. No commit applies it,
-        and no rollback drops it. What its handlers publish on the session's buses meanwhile is for the next commit
-        of the session.
+        and no rollback drops it. What its handlers publish on the session's buses meanwhile is left here, too.
 
     Raises
     ------
@@ -168,8 +184,8 @@ def in_doubt(session: Session | AsyncSession | scoped_session[Any] | async_scope
     -------
     AsyncMultiEventBus
         There for nothing else: find out whether the transaction was committed, on PostgreSQL with
-        `commitbus.integrations.postgresql`, then apply the bus or discard what is in it. No commit applies it, and no
-        rollback drops it.
+        `commitbus.integrations.postgresql`, then apply the bus or, with ``apply_after_rollback``, drop what is in it.
+        No commit applies it, and no rollback drops it.
 
     Raises
     ------
@@ -214,10 +230,13 @@ def _bound(session: object, function: str) -> _Bound:
 
 def _drop_of_freed(buses: list[weakref.ref[Any]], claim: weakref.ref[SessionBuses]) -> None:
     """Drop what was published for a session that is gone without an end: its transaction was rolled back."""
+    for_rollback: list[Any] = []
     for bus in buses:
         with suppress(Exception):  # a savepoint of somebody else's; in a finalizer, nobody would catch it
             if (freed := bus()) is not None and freed._commitbus_claim is claim:
-                freed._commitbus_take_into([])
+                freed._commitbus_take_into(for_rollback if type(freed).applies_after_rollback else [])
+    if for_rollback and not sys.is_finalizing():
+        _messages.warn(_messages.session_gone(len(for_rollback)), "sqlalchemy")
 
 
 # Looked up once.
@@ -297,11 +316,89 @@ class SessionBuses(AsyncMultiEventBus):
             session.__class__ = _storing_class(type(session))
 
     async def _run_plainly(self, function: Callable[[], None]) -> None:
-        # Where the handlers of a session that is not asynchronous expect to be: they may use it.
-        if HAS_GREENLET:
-            await greenlet_spawn(function)
-        else:
-            function()
+        await _run_plainly(function)
+
+
+async def _run_plainly(function: Callable[[], None]) -> None:
+    # Where the handlers of a session that is not asynchronous expect to be: they may use it.
+    if HAS_GREENLET:
+        await greenlet_spawn(function)
+    else:
+        function()
+
+
+class Leftovers(AsyncMultiEventBus):
+    """What a commit of a session has left, or what nobody knows to be committed: what its handlers publish is, too."""
+
+    def __init__(self, session: weakref.ref[Session]) -> None:
+        self._session = session
+        self._number: int | None = 0  # how many events there are, if nobody has applied or discarded any
+
+    def add(self, count: int) -> None:
+        """Count what was moved here: who looks at all that is here takes longer each time."""
+        if self._number is not None:
+            self._number += count
+
+    def count(self) -> int:
+        """Count the events that are here."""
+        if self._number is None:
+            self._number = _leftovers.count(self)
+        return self._number
+
+    @contextmanager
+    def _applying(self) -> Generator[None]:
+        """Keep here what handlers publish meanwhile on the buses of the session."""
+        session = self._session()
+        bound: _Bound | None = None if session is None else vars(session).get("_commitbus_bound")
+        if session is None or bound is None or bound.applying:
+            yield  # of a handler, after a commit, which applies what handlers publish
+            return
+        buses: Any = bound.buses
+        # A transaction of a handler decides on nothing then, as in a commit.
+        alone = not session.in_transaction() and not buses._commitbus_holds_any()
+        before = events_to_apply(buses)
+        try:
+            bound.applying = alone
+            yield
+        finally:
+            if alone:
+                bound.applying = False
+            self._number = None
+            left = bound.leftovers()
+            left.add(_leftovers.move(buses, left, {id(event) for event in before}))
+
+    def apply(self, commit: bool, *, robust: bool = False, rounds: int = 1) -> list[DelayedEventBus[Any]]:
+        with self._applying():
+            return super().apply(commit, robust=robust, rounds=rounds)
+
+    async def apply_async(
+        self, commit: bool, *, robust: bool = False, rounds: int = 1, concurrency: int = 1
+    ) -> list[DelayedEventBus[Any]]:
+        with self._applying():
+            return await super().apply_async(commit, robust=robust, rounds=rounds, concurrency=concurrency)
+
+    async def apply_and_get_applied_events_async(
+        self, commit: bool, *, robust: bool = False, rounds: int = 1, concurrency: int = 1
+    ) -> list[Any]:
+        with self._applying():
+            return await super().apply_and_get_applied_events_async(
+                commit, robust=robust, rounds=rounds, concurrency=concurrency
+            )
+
+    def apply_after_rollback(self, commit: bool) -> list[Any]:
+        with self._applying():
+            return super().apply_after_rollback(commit)
+
+    async def apply_after_rollback_async(self, commit: bool) -> list[Any]:
+        with self._applying():
+            return await super().apply_after_rollback_async(commit)
+
+    def discard_pending_events(self) -> list[DelayedEventBus[Any]]:
+        self._number = None
+        return super().discard_pending_events()
+
+    async def _run_plainly(self, function: Callable[[], None]) -> None:
+        await _run_plainly(function)
 
 
 def _register(claim: weakref.ref[SessionBuses], event: DelayedEventBus[Any]) -> None:
@@ -324,8 +421,9 @@ def _register(claim: weakref.ref[SessionBuses], event: DelayedEventBus[Any]) -> 
 class _Bound:
     """What listens to one session, and applies its buses. Keeps no reference to it."""
 
-    left: SessionBuses | None = None
-    doubt: SessionBuses | None = None
+    left: Leftovers | None = None
+    doubt: Leftovers | None = None
+    on_leftovers: Callable[[AsyncMultiEventBus], object] | None = None
     robust: bool = False
     rounds: int = 100
     applying: bool = False
@@ -336,6 +434,8 @@ class _Bound:
     ending: Any = None
     awaited: bool | None = None  # whether it is committed within the methods of an `AsyncSession`
     seen: bool = False  # whether the outermost transaction was told to tell of its commit by itself
+    within_end: bool = False  # whether a method of the session is under way that ends its transaction
+    late: Exception | None = None  # what handlers after a rollback have raised in it: raised when it has ended
     running: bool = False  # whether a commit of the outermost transaction is under way
     awaiting: bool = False  # whether handlers wait until a COMMIT has run to its end where no cancellation comes
     # What belongs to the transaction, also that of units of work which commit this session, and whether it is being
@@ -363,16 +463,16 @@ class _Bound:
                 self.see(self.ending)
         session.__class__ = _ending(type(session))
 
-    def leftovers(self) -> SessionBuses:
+    def leftovers(self) -> Leftovers:
         """Give the bus of what was not applied after a commit: made when it is needed."""
         if self.left is None:
-            self.left = SessionBuses(cast("Session", self.buses._session()))
+            self.left = Leftovers(self.buses._session)
         return self.left
 
-    def doubted(self) -> SessionBuses:
+    def doubted(self) -> Leftovers:
         """Give the bus of what nobody knows to be committed: made when it is needed."""
         if self.doubt is None:
-            self.doubt = SessionBuses(cast("Session", self.buses._session()))
+            self.doubt = Leftovers(self.buses._session)
         return self.doubt
 
     def is_plain(self) -> bool:
@@ -385,18 +485,21 @@ class _Bound:
         SQLAlchemy sends no event for the end of a transaction that has not begun.
         """
         begun = session.in_transaction()
+        within, self.within_end = self.within_end, True
         # Not by super() of the session's class: another tool may have given it one of its own since.
         try:
             result = method(session, *args, **kwargs)
         except BaseException:
             if self.ending is not None and not self.applying:
-                self.see_to_end(self.ending)
+                self.see_to_end(session, self.ending)
             raise
+        finally:
+            self.within_end = within
         if self.ending is not None and not self.applying and not session.in_transaction():
-            self.see_to_end(self.ending)
+            self.see_to_end(session, self.ending)
         if not begun and not self.applying:
             self.settle()
-            self.drop()
+            self.roll_back(session)
         if name != "rollback":
             self.buses.is_closed = True
             if (self.left is not None or self.doubt is not None) and (count := self.count()) != (0, 0):
@@ -406,18 +509,21 @@ class _Bound:
                     if (error := sys.exception()) is None or (first := error.__context__) is None:
                         raise
                     _messages.chain(first, warning)  # what a handler raised, say, is not to be replaced by it
+        if self.late is not None and not within:
+            late, self.late = self.late, None
+            raise late
         return result
 
     def count(self) -> tuple[int, int]:
         """Count what is left, and what is in doubt."""
-        return _leftovers.count(self.left), _leftovers.count(self.doubt)
+        return 0 if self.left is None else self.left.count(), 0 if self.doubt is None else self.doubt.count()
 
-    def after_transaction_create(self, session: Session, transaction: SessionTransaction) -> None:  # noqa: ARG002
+    def after_transaction_create(self, session: Session, transaction: SessionTransaction) -> None:
         if transaction.nested:
             self.savepoints[transaction] = self.buses.savepoint().__enter__()
         elif transaction.parent is None and not self.applying:
             if self.ending is not None:
-                self.see_to_end(self.ending)
+                self.see_to_end(session, self.ending)
             self.ending = transaction
             self.settle()
             if not self.buses._commitbus_holds_any():
@@ -426,7 +532,8 @@ class _Bound:
     def settle(self) -> None:
         """Keep what was committed where somebody's listener, of a class, has hidden the end of the transaction."""
         if self.committed:
-            _leftovers.move(self.buses, self.leftovers())
+            _after_rollback.drop_at_commit(self.buses)
+            self.keep_left(None)
             self.committed.clear()
 
     def before_commit(self, session: Session) -> None:
@@ -521,7 +628,8 @@ class _Bound:
                 self.set_apart(self.doubted())
             else:
                 self.committed.clear()
-                self.drop()
+                self.committing = self.ending = None
+                self.roll_back(session)
             self.committing = self.ending = None
 
     # The commit of the outermost transaction
@@ -607,23 +715,23 @@ class _Bound:
         mark(error, outcome)
         events = events_to_apply(self.buses)
         if events and outcome is Outcome.COMMITTED:
-            _messages.note_committed(error, len(events), "leftovers(session)")
-            self.set_apart(self.leftovers())
+            _after_rollback.drop_at_commit(self.buses)
+            self.keep_left(error)
         elif events:
             _messages.note_in_doubt(error, events, "in_doubt(session)")
             self.set_apart(self.doubted())
         self.committed.clear()
 
-    def see_to_end(self, transaction: SessionTransaction) -> None:
+    def see_to_end(self, session: Session, transaction: SessionTransaction) -> None:
         """See to what was published in a transaction whose end an exception has kept from being seen here."""
+        committing, self.committing = self.committing, None
         self.ending = None
         if transaction in self.committed:
             self.settle()
-        elif transaction is self.committing:
+        elif transaction is committing:
             self.set_apart(self.doubted())
         else:
-            self.drop()
-        self.committing = None
+            self.roll_back(session)
 
     def restore(self) -> None:
         """Restore what an interrupt has kept `apply` from restoring: else the session would be deaf from now on."""
@@ -638,12 +746,45 @@ class _Bound:
             with suppress(ValueError, RuntimeError):  # it was reset, or is of another context
                 committed.reset(token)
 
-    def set_apart(self, kept: SessionBuses) -> None:
-        """Move what is in the buses to another, which no commit applies."""
+    def set_apart(self, kept: Leftovers) -> int:
+        """Move what is in the buses to another, which no commit applies; give how many events that is."""
         for store in stores_in(self.buses):  # of savepoints that a handler has left open
             while marks := open_marks(store):
                 _end(marks[0].savepoint, True)
-        _leftovers.move(self.buses, kept)
+        count = _leftovers.move(self.buses, kept)
+        kept.add(count)
+        return count
+
+    def keep_left(self, error: BaseException | None, committed: bool = True) -> None:
+        """Keep what was not applied after the end of a transaction, or hand it over; `error` says where it is."""
+        function = self.on_leftovers
+        left = self.leftovers() if function is None else Leftovers(self.buses._session)
+        count = self.set_apart(left)
+        where = "leftovers(session)"
+        if function is not None and count:
+            where = "on_leftovers, which was given them"
+            try:
+                self.hand_over(function, left)
+            except BaseException as second:
+                where = "leftovers(session), as on_leftovers has raised"
+                _after_rollback.give_back(left, self.leftovers())
+                self.leftovers().add(_leftovers.count(self.leftovers()))
+                if error is None or not isinstance(second, Exception):
+                    raise
+                _messages.chain(error, second)
+        if error is not None and committed:
+            _messages.note_committed(error, count, where)
+        elif error is not None:
+            _messages.note_not_applied_after_rollback(error, count, where)
+
+    def hand_over(self, function: Callable[[AsyncMultiEventBus], object], left: Leftovers) -> None:
+        """Give what is left to the function for it, to the end where that is awaited."""
+        result = function(left)
+        if isawaitable(result) and (in_greenlet() if self.awaited is None else self.awaited):
+            if (cancelled := await_only(to_the_end(_await(result, function)))) is not None:
+                raise cancelled
+        else:
+            _messages.refuse_coroutine(function, result)
 
     def end_savepoint(self, transaction: SessionTransaction) -> None:
         """Keep or drop what was published in a savepoint, as the database did."""
@@ -654,11 +795,63 @@ class _Bound:
             _end(savepoint._opened, committed)
 
     def drop(self) -> None:
-        """Drop what was published in a transaction that is not to be."""
+        """Drop what was published in a transaction that is not to be, but for what is for that."""
         if self.buses._commitbus_holds_any() or not self.is_plain():
             roll_back_in(self.buses, -1)  # savepoints that were opened by hand, and not ended
-            self.buses.discard_pending_events()
+            _after_rollback.drop_others(self.buses)
         self.forks = _lock.forks  # what comes from now on is this process's
+
+    def roll_back(self, session: Any) -> None:
+        """Drop what was published in a transaction that is not to be, and apply what is for that."""
+        plain = self.is_plain()
+        self.drop()
+        if plain or not _after_rollback.has_any(self.buses):
+            return
+        error = sys.exception()
+        awaited = in_greenlet() if self.awaited is None else self.awaited
+        try:
+            with self.handlers_run(session):
+                if awaited:
+                    await_only(_after_rollback.apply_async(self.buses, True))
+                else:
+                    _after_rollback.apply(self.buses, True)
+        except BaseException as raised:
+            _messages.drop_own_frames(raised)
+            _after_rollback.drop_others(self.buses)
+            self.keep_left(raised, committed=False)
+            if not isinstance(raised, Exception):
+                raise
+            if error is not None:
+                _messages.chain(error, raised)
+            elif awaited:  # the error that has rolled back is in the caller's task, and this must not hide it
+                self.report(raised)
+            elif self.within_end:
+                self.late = raised
+            else:
+                raise
+        else:
+            _after_rollback.drop_others(self.buses)  # what handlers have published for a commit, which does not come
+
+    def report(self, error: Exception) -> None:
+        """Report what cannot be raised as asyncio does."""
+        from asyncio import get_running_loop
+
+        get_running_loop().call_exception_handler({"message": _messages.FAILED_AFTER_ROLLBACK, "exception": error})
+
+    @contextmanager
+    def handlers_run(self, session: Any) -> Generator[None]:
+        """Have handlers find the session as after a commit; what an interrupt leaves of this, `restore` sees to."""
+        block = session._trans_context_manager
+        try:
+            self.applying = True
+            if block is not None:
+                self.block = session, block
+                session._trans_context_manager = None
+            yield
+        finally:
+            self.applying = False
+            session._trans_context_manager = block
+            self.block = None
 
     def apply(self, session: Any) -> None:
         """Apply what was published in a transaction that was committed."""
@@ -672,6 +865,8 @@ class _Bound:
                 self.block = session, block
                 session._trans_context_manager = None
             self.token = token = committed.set(True)
+            if not cast("Any", self.buses)._commitbus_is_plain(True):
+                _after_rollback.drop_at_commit(self.buses)
             if in_greenlet() if self.awaited is None else self.awaited:
                 await_only(self.buses.apply_async(True, robust=self.robust, rounds=self.rounds))
             # Published by a listener, after `before_commit` had looked.
@@ -682,12 +877,9 @@ class _Bound:
             if self.buses._commitbus_holds_any() and events_to_apply(self.buses):
                 raise _messages.too_many_rounds(self.rounds)
         except BaseException as raised:
-            leftovers = self.leftovers()
-            before = _leftovers.count(leftovers)
-            self.set_apart(leftovers)
-            _messages.note_committed(raised, _leftovers.count(leftovers) - before, "leftovers(session)")
-            mark(raised, Outcome.COMMITTED)
             _messages.drop_own_frames(raised)
+            mark(raised, Outcome.COMMITTED)
+            self.keep_left(raised)
             self.committed.clear()
             raise raised
         else:
@@ -698,6 +890,10 @@ class _Bound:
             if token is not None:
                 committed.reset(token)
             self.token = self.block = None
+
+
+async def _await(result: Awaitable[object], function: object) -> None:
+    _messages.refuse_coroutine(function, await result)
 
 
 @contextmanager
@@ -871,6 +1067,7 @@ def _drop_what_ended(connection: object) -> None:
         bound: Any = vars(session).get("_commitbus_bound")
         if isinstance(bound, _Bound) and not bound.applying and has_connection(session, connection):
             bound.drop()
+            _after_rollback.keep_due(bound.buses)
 
 
 see_errors()
