@@ -500,9 +500,12 @@ class _State:
             return
         group = raised[0] if len(raised) == 1 else ExceptionGroup(_messages.failed_after_rollback(len(raised)), raised)
         _messages.note_not_applied_after_rollback(group, count, self.where("leftovers"))
-        if error is None:
+        if error is not None:
+            _messages.chain(error, group)
+        elif self.block_of_rollback() is not None:
             raise group
-        _messages.chain(error, group)
+        else:  # a new connection, in the place of one that was closed within its transaction
+            _messages.warn(_messages.connection_closed(count, self.where("leftovers")), "django")
 
     def unwatch(self, connection: Any) -> None:
         """Give the connection its own method back, until something is published."""
