@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, AsyncExitStack, ExitStack
 from contextvars import ContextVar
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from commitbus import _messages
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable
+    from asyncio import Event
+    from collections.abc import Awaitable, Callable, Hashable
 
 __all__ = ["SharedSideEffectContext"]
 
@@ -60,6 +63,68 @@ class Run:
             self.entered.clear()
             self.values.clear()
             running_now.set(self.outer)
+
+
+class AsyncRun(Run):
+    """One apply of one bus whose handlers are awaited: several may be under way."""
+
+    __slots__ = ("done", "pending")
+
+    def __init__(self, context: SharedSideEffectContext, commit: bool) -> None:
+        super().__init__(context, commit)
+        if self.around is None:
+            self.stack = cast("Any", AsyncExitStack())
+        self.pending: dict[object, Event] = {}  # what some handler is making or entering, and others may wait for
+        self.done: list[Any] = []  # what was applied before something failed
+
+    async def leave_async(self, error: BaseException | None) -> bool:
+        """Do what `leave` does, awaited."""
+        try:
+            if self.stack is None:
+                return False
+            kind, traceback = None if error is None else type(error), None if error is None else error.__traceback__
+            return bool(await cast("Any", self.stack).__aexit__(kind, error, traceback))
+        finally:
+            self.over = True
+            self.entered.clear()
+            self.values.clear()
+            running_now.set(self.outer)
+
+    async def once(self, key: object, find: Callable[[], tuple[Any] | None], make: Callable[[], Awaitable[Any]]) -> Any:
+        """Give what is found, or make it, while the other handlers that want it wait."""
+        from asyncio import Event
+
+        while (found := find()) is None:
+            if (waiting := self.pending.get(key)) is None:
+                waiting = self.pending[key] = Event()
+                try:
+                    return await make()
+                finally:
+                    del self.pending[key]
+                    waiting.set()
+            await waiting.wait()
+        return found[0]
+
+
+class Making:
+    """What a handler is making by an awaited factory, and whether that has entered anything."""
+
+    __slots__ = ("entered", "outer")
+
+    def __init__(self) -> None:
+        self.outer = making.get()
+        self.entered = False
+
+
+making: ContextVar[Making | None] = ContextVar("commitbus_making", default=None)
+
+
+def note_entered(run: Run) -> None:
+    """Note that what is being made has to do with something that is left at the end."""
+    run.depth += 1
+    one = making.get() if isinstance(run, AsyncRun) else None
+    while one is not None:
+        one.entered, one = True, one.outer
 
 
 # True while a unit of work applies after its commit: what would belong to the transaction comes too late.
@@ -183,7 +248,7 @@ class SharedSideEffectContext:
         if run is not None:
             run = run.outermost
             if key in run.values:
-                run.depth += 1  # so that who made something of it in a factory is forgotten with it
+                note_entered(run)  # so that who made something of it in a factory is forgotten with it
                 return cast("V", run.values[key])
         if key in kept:
             return cast("V", kept[key])
@@ -229,7 +294,7 @@ class SharedSideEffectContext:
         if run is None:
             raise LookupError("this bus is not applying here; call enter_context() from one of its side effects")
         run = run.outermost
-        run.depth += 1
+        note_entered(run)
         if id(cm) in run.entered:
             return cast("V", run.entered[id(cm)][1])
         if run.stack is None:
@@ -237,6 +302,95 @@ class SharedSideEffectContext:
         value = run.stack.enter_context(cm)
         run.entered[id(cm)] = (cm, value)  # holding cm keeps its id from being used again
         return value
+
+    async def get_or_create_async(self, key: Hashable, factory: Callable[[], Awaitable[V]]) -> V:
+        """Do what `get_or_create` does, with a factory that is awaited: for the side effects of `commitbus.aio`.
+
+        Parameters
+        ----------
+        key : hashable
+            As in `get_or_create`.
+        factory : callable
+            Called without arguments, and awaited, when nothing is kept under `key`; side effects that are under way at
+            once wait for each other.
+
+        Returns
+        -------
+        object
+            As in `get_or_create`: what entered something by `enter_async_context` or `enter_context` is forgotten when
+            that is left.
+
+        Raises
+        ------
+        LookupError
+            When the bus is not applying in this task.
+        TypeError
+            When the bus is not one of `commitbus.aio`.
+        Exception
+            Whatever `factory` raises; then nothing is kept.
+        """
+        run = self._async_run("get_or_create_async")
+
+        def find() -> tuple[V] | None:
+            if key in run.values:
+                note_entered(run)
+                return (cast("V", run.values[key]),)
+            return (cast("V", self._values[key]),) if key in self._values else None
+
+        async def make() -> V:
+            this = Making()
+            token = making.set(this)
+            try:
+                value = await factory()
+            finally:
+                making.reset(token)
+            kept = run.values if this.entered else self._values
+            return cast("V", kept.setdefault(key, value))
+
+        return cast("V", await run.once(("value", key), find, make))
+
+    async def enter_async_context(self, cm: AbstractAsyncContextManager[V, bool | None]) -> V:
+        """Enter an asynchronous context manager once, and leave it when the outermost apply of the bus ends.
+
+        Parameters
+        ----------
+        cm : asynchronous context manager
+            As in `enter_context`. Side effects that are under way at once wait until it is entered.
+
+        Returns
+        -------
+        object
+            What ``await cm.__aenter__()`` returned.
+
+        Raises
+        ------
+        LookupError
+            When the bus is not applying in this task: nothing would ever leave `cm`.
+        TypeError
+            When `cm` is not an asynchronous context manager, or the bus is not one of `commitbus.aio`.
+        Exception
+            Whatever entering `cm` raises.
+        """
+        run = self._async_run("enter_async_context")
+
+        def find() -> tuple[V] | None:
+            return (cast("V", run.entered[id(cm)][1]),) if id(cm) in run.entered else None
+
+        async def make() -> V:
+            value = await cast("Any", run.stack).enter_async_context(cm)
+            run.entered[id(cm)] = (cm, value)
+            return cast("V", value)
+
+        note_entered(run)
+        return cast("V", await run.once(("context", id(cm)), find, make))
+
+    def _async_run(self, function: str) -> AsyncRun:
+        run = self._run()
+        if run is None:
+            raise LookupError(f"this bus is not applying here; call {function}() from one of its side effects")
+        if not isinstance(run.outermost, AsyncRun):
+            raise _messages.not_an_async_context(function)
+        return run.outermost
 
     def _run(self) -> Run | None:
         run = running()

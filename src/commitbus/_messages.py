@@ -67,9 +67,10 @@ def _which(event: object, done: int, width: int, span: int, count: int) -> str:
     return several if width == span else f"{width} of {several}"
 
 
-def note_failed(error: BaseException, bus: object, event: object, done: int, count: int) -> None:
+def note_failed(error: BaseException, bus: object, event: object, done: int, width: int, span: int, count: int) -> None:
     """Say which event failed, or was cancelled, of those that were under way at once."""
-    _add_note(error, f"{_which(event, done, 1, 1, count)} failed in {describe_bus(bus)}; it stays pending")
+    stay = "it stays" if width == 1 else "they stay"
+    _add_note(error, f"{_which(event, done, width, span, count)} failed in {describe_bus(bus)}; {stay} pending")
 
 
 def note_interrupted(error: BaseException, bus: object, done: int, count: int) -> None:
@@ -416,6 +417,23 @@ def not_applied_async(bus: object) -> TypeError:
     return TypeError(
         f"{describe_bus(bus)} is applied with 'await bus.apply_async(commit)', not with apply(); with several buses, "
         "make an AsyncMultiEventBus, or use the unit of work of commitbus.aio"
+    )
+
+
+def not_an_async_context(function: str) -> TypeError:
+    """Refuse to await in a bus whose side effects are not awaited."""
+    plain = function.replace("_async", "")
+    return TypeError(
+        f"{function}() is for the side effects of an AsyncSharedSideEffectsEventBus, and this bus awaits none; use "
+        f"{plain}(), or publish on a bus of commitbus.aio"
+    )
+
+
+def needs_asyncio() -> RuntimeError:
+    """Refuse to run where asyncio does not."""
+    return RuntimeError(
+        "commitbus.aio runs on asyncio, whose loop is not running here; call it within asyncio.run() or, under trio, "
+        "within trio_asyncio; or use the unit of work of commitbus itself, in a thread"
     )
 
 

@@ -16,12 +16,12 @@ from contextlib import nullcontext, suppress
 from functools import partial
 from inspect import isawaitable, iscoroutinefunction, ismethod
 from types import FunctionType, coroutine
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias, TypeVar, cast
 
 from commitbus import _after_rollback, _lock, _messages
 from commitbus._awaited import BEHIND, EVENT, GONE, SPARSE, hand_over, new_batch
-from commitbus._context import committed
-from commitbus._interfaces import EventBusOrchestrator, NotCommittedError
+from commitbus._context import AsyncRun, SharedSideEffectContext, committed, gathering, gathering_of
+from commitbus._interfaces import EventBusOrchestrator, NotCommittedError, PartlyApplied
 from commitbus._looking import events_to_apply
 from commitbus._outcome import (
     FAILED,
@@ -41,10 +41,12 @@ from commitbus.event_bus import AbstractEventBus
 from commitbus.middleware import Middleware, added, tell_changes
 from commitbus.multi_event_bus import MultiEventBus
 from commitbus.savepoint import refuse_open
+from commitbus.side_effects import SideEffectCall
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Generator
     from contextlib import AbstractAsyncContextManager
+    from typing import Self
 
     from commitbus._outcome import Commit
     from commitbus.delayed_event_bus import DelayedEventBus
@@ -56,8 +58,10 @@ else:
     from commitbus._compiled.awaited import run, run_buses, use_call
 
 __all__ = [
+    "AsyncBatchEventBus",
     "AsyncEventBus",
     "AsyncMultiEventBus",
+    "AsyncSharedSideEffectsEventBus",
     "BasicAsyncEventBus",
     "use_orchestrator_or_create_multi_event_bus",
 ]
@@ -151,16 +155,36 @@ class AsyncEventBus(AbstractEventBus[T]):
         _check_concurrency(concurrency)
 
         async def apply_once(failures: _messages.Failures | None) -> list[Any]:
-            if failures is None and concurrency == 1 and not _surrounded:
+            if failures is None and concurrency == 1 and not _surrounded and not self._commitbus_grouped:
                 return await run(self, self, commit)
-            handler = self._apply_event_async
+            works = self._commitbus_works()
+            return await _carry_out(
+                self, self, self, lambda items, start: works(items, None, start), commit, failures, concurrency, scope
+            )
 
-            def look(items: list[Any]) -> list[tuple[Any, Handler]]:
-                return [(event, partial(handler, event)) for event in items]
+        scope = self._commitbus_scope_async(commit)
+        return await _in_rounds(self, rounds, robust, apply_once, scope)
 
-            return await _carry_out(self, self, self, look, commit, failures, concurrency)
+    def _commitbus_works(self) -> Callable[[list[Any], list[Any] | None, int], list[_Work]]:
+        """Give what makes the calls for events, from a position on; and for the callables that were collected."""
+        handler = self._apply_event_async
 
-        return await _in_rounds(self, rounds, robust, apply_once)
+        def works(events: list[Any], functions: list[Any] | None, start: int) -> list[_Work]:
+            return [
+                _Work(
+                    events[at],
+                    [events[at]],
+                    partial(handler, events[at]) if functions is None else partial(_call, functions[at]),
+                    at,
+                )
+                for at in range(start, len(events))
+            ]
+
+        return works
+
+    def _commitbus_scope_async(self, commit: bool) -> AsyncRun | None:  # noqa: ARG002
+        """Give what surrounds the handlers, or None."""
+        return None
 
     def _apply_event(self, event: T, commit: bool) -> None:  # noqa: ARG002
         raise _messages.not_applied_async(self)
@@ -168,6 +192,15 @@ class AsyncEventBus(AbstractEventBus[T]):
     async def _commitbus_await(self, event: T, commit: bool) -> None:
         """Apply an event by what `collect` gave for it: whoever calls that awaits what it returns."""
         await _finish(partial(self._apply_event_async, event), commit)
+
+
+class _Work(NamedTuple):
+    """One call of a handler: for an event, or a batch of them, which begins at a position of what was taken."""
+
+    event: Any  # what middleware is given, and errors name
+    events: list[Any]
+    handler: Handler
+    start: int
 
 
 # What is passed where an option is not given: looked for by its identity, so that True and 1.0 are looked at, too.
@@ -219,6 +252,168 @@ class BasicAsyncEventBus(AsyncEventBus[Callable[..., object]]):
 use_call(BasicAsyncEventBus._apply_event_async)
 
 
+class AsyncBatchEventBus(AsyncEventBus[T]):
+    """A bus that applies many events at a time, awaited: subclass it and implement ``_apply_events_async``.
+
+    As `BatchEventBus`: for what is cheaper together, one ``executemany``, one request. A batch is done when the method
+    returns; when it raises, that batch and those after it stay pending; where it knows which of its events failed, it
+    raises `PartlyApplied`. With ``robust=True`` each batch is tried once; with ``concurrency=n``, n batches are under
+    way at once.
+
+    Where a subclass or an instance overrides ``_apply_event_async``, and for pairs that somebody made, events are
+    applied one by one.
+
+    Attributes
+    ----------
+    batch_size : int, optional
+        How many events a batch has at most. None, the default, for all that are pending. Looked at once an
+        apply, before anything is taken.
+
+    Examples
+    --------
+    >>> import asyncio
+    >>> from commitbus.aio import AsyncBatchEventBus
+    >>> class IndexBus(AsyncBatchEventBus[str]):
+    ...     batch_size = 2
+    ...     async def _apply_events_async(self, events: list[str], commit: bool) -> None:
+    ...         await asyncio.sleep(0)
+    ...         print("index", events)
+    >>> bus = IndexBus()
+    >>> bus.publish_all(["a", "b", "c"])
+    >>> _ = asyncio.run(bus.apply_async(commit=True))
+    index ['a', 'b']
+    index ['c']
+    """
+
+    __slots__ = ()
+    batch_size: ClassVar[int | None] = None
+    _commitbus_grouped = True
+
+    @abstractmethod
+    async def _apply_events_async(self, events: list[T], commit: bool) -> None:
+        """Carry a batch of events out, or only pretend to.
+
+        Parameters
+        ----------
+        events : list of T
+            At least one, in the order in which they were published. The list is the method's own.
+        commit : bool
+            What was passed to the apply.
+
+        Raises
+        ------
+        PartlyApplied
+            When some of the events failed and the others are done.
+        """
+
+    async def _apply_event_async(self, event: T, commit: bool) -> None:
+        try:
+            await _finish(partial(self._apply_events_async, [event]), commit, self._apply_events_async)
+        except PartlyApplied as error:
+            raise _messages.partly_applied(self, error, [event])[0] from None
+
+    def _commitbus_works(self) -> Callable[[list[Any], list[Any] | None, int], list[_Work]]:
+        one_by_one = super()._commitbus_works()
+        hook = self._apply_event_async
+        if not (ismethod(hook) and hook.__func__ is AsyncBatchEventBus._apply_event_async and hook.__self__ is self):
+            return one_by_one
+        function, size = self._apply_events_async, _messages.checked_batch_size(self, self.batch_size)
+
+        def works(events: list[Any], functions: list[Any] | None, start: int) -> list[_Work]:
+            if functions is not None:
+                return one_by_one(events, functions, start)
+            ends = range(start, len(events), size or max(len(events), 1))
+            spans = [events[at : at + size] if size else events[at:] for at in ends]
+            return [_Work(span, span, partial(function, span.copy()), at) for at, span in zip(ends, spans, strict=True)]
+
+        return works
+
+
+class AsyncSharedSideEffectsEventBus(AsyncEventBus[SideEffectCall]):
+    """A bus of side-effect calls, of coroutine functions and others, that share a `SharedSideEffectContext`.
+
+    As `SharedSideEffectsEventBus`. What the side effects enter by ``await context.enter_async_context(cm)`` is left
+    when the outermost apply of the bus ends, in the task that applies.
+
+    Examples
+    --------
+    One client for all requests of a commit, opened when the first needs it and closed after the last:
+
+    >>> import asyncio
+    >>> from commitbus import SharedSideEffectContext, SideEffectCall
+    >>> from commitbus.aio import AsyncSharedSideEffectsEventBus
+    >>> class Client:
+    ...     async def __aenter__(self):
+    ...         print("open")
+    ...         return self
+    ...     async def __aexit__(self, *error):
+    ...         print("close")
+    >>> async def post(path: str, *, commit: bool) -> None:
+    ...     context = SharedSideEffectContext.current()
+    ...     await context.get_or_create_async("client", lambda: context.enter_async_context(Client()))
+    ...     print("post", path)
+    >>> bus = AsyncSharedSideEffectsEventBus()
+    >>> bus.publish(SideEffectCall(post, "/orders"))
+    >>> bus.publish(SideEffectCall(post, "/mails"))
+    >>> _ = asyncio.run(bus.apply_async(commit=True))
+    open
+    post /orders
+    post /mails
+    close
+    """
+
+    __slots__ = ("_commitbus_context",)
+    _commitbus_context: SharedSideEffectContext
+    _commitbus_grouped = True
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Make an empty bus with a context; a subclass's ``__init__`` takes the arguments."""
+        self = super().__new__(cls, *args, **kwargs)
+        self._commitbus_context = SharedSideEffectContext()
+        return self
+
+    @property
+    def context(self) -> SharedSideEffectContext:
+        """What the side effects share: the same object for the whole life of the bus.
+
+        A copy, and a bus that was pickled, has a context of its own.
+        """
+        return self._commitbus_context
+
+    def publish(self, event: SideEffectCall) -> None:
+        """Add a side-effect call, in constant time; nothing happens to it until it is applied.
+
+        Parameters
+        ----------
+        event : SideEffectCall
+            The bus keeps a reference until it was applied or discarded.
+
+        Raises
+        ------
+        TypeError
+            When `event` is anything else. The bus is as it was.
+        """
+        if type(event) is not SideEffectCall:
+            raise _messages.not_a_call(event)
+        super().publish(event)
+
+    async def _apply_event_async(self, event: SideEffectCall, commit: bool) -> None:
+        if self._commitbus_context._run() is not None:
+            await _finish(lambda commit: event(commit=commit), commit, event)
+            return
+        # Somebody called what collect() gave: that call is the outermost apply.
+        scope = AsyncRun(self._commitbus_context, commit)
+
+        async def apply(_: object) -> list[Any]:
+            await _finish(lambda commit: event(commit=commit), commit, event)
+            return []
+
+        await _within(scope, self, None, apply)
+
+    def _commitbus_scope_async(self, commit: bool) -> AsyncRun | None:
+        return AsyncRun(self._commitbus_context, commit)
+
+
 class AsyncMultiEventBus(MultiEventBus):
     """Runs many buses at once, asynchronous and other ones, in the order in which they were registered.
 
@@ -268,9 +463,10 @@ class AsyncMultiEventBus(MultiEventBus):
             As in `AsyncEventBus.apply_async`. The buses before are done; the one that failed and those after it
             stay registered, with what is left in them.
         """
+        out = gathering_of(self) if _overridden else None
         if not robust and rounds is ONE and concurrency is ONE and not _surrounded:
-            return await run_buses(self, self, commit, [])
-        return await self._apply_buses(commit, robust, rounds, concurrency, None)
+            return await run_buses(self, self, commit, [] if out is None else out)
+        return await self._apply_buses(commit, robust, rounds, concurrency, out)
 
     async def apply_and_get_applied_events_async(
         self, commit: bool, *, robust: bool = False, rounds: int = 1, concurrency: int = 1
@@ -372,6 +568,8 @@ class _Turn:
             self.multi._commitbus_discard(self.delayed)
         elif isinstance(actual, AsyncEventBus):
             await self._apply_events(cast("Any", actual), commit)
+        elif isinstance(actual, AsyncMultiEventBus) and type(actual).apply_async is not AsyncMultiEventBus.apply_async:
+            await self._apply_overridden(actual, commit)
         elif _is_plain_multi(actual):
             await self._apply_inner(actual, commit)
         else:
@@ -383,14 +581,39 @@ class _Turn:
         # From now on an event registers it again; what was collected is taken after that.
         delayed._commitbus_let_go(weakref.ref(self.multi))
         store: Any = delayed.side_effects_bus
-        failures = None if self.failures is None else self.failures.inner()
+        inner = None if self.failures is None else self.failures.inner()
+        works = actual._commitbus_works()
 
-        def look(items: list[Any]) -> list[tuple[Any, Handler]]:
+        def look(items: list[Any], start: int) -> list[_Work]:
             pairs: list[tuple[Any, Any]] = store._commitbus_look(items)
-            return [(event, partial(_call, function)) for event, function in pairs]
+            functions = [function for _, function in pairs] if store._commitbus_mixed else None
+            return works([event for event, _ in pairs], functions, start)
 
-        self.out += await _carry_out(store, delayed, actual, look, commit, failures, self.concurrency)
-        self.again = failures is not None and bool(failures.positions)
+        scope = actual._commitbus_scope_async(commit)
+
+        def apply_once(failures: _messages.Failures | None) -> Coroutine[Any, Any, list[Any]]:
+            return _carry_out(store, delayed, actual, look, commit, failures, self.concurrency, scope)
+
+        self.out += await _within(scope, delayed, inner, apply_once)
+        self.again = inner is not None and bool(inner.positions)
+
+    async def _apply_overridden(self, inner: Any, commit: bool) -> None:
+        """Apply a multi bus that is wrapped in this one, and whose class overrides how it is applied."""
+        global _overridden
+        delayed: Any = self.delayed
+        _uncollect(delayed)
+        delayed._commitbus_let_go(weakref.ref(self.multi))
+        options: dict[str, Any] = {} if self.failures is None else {"robust": True}  # it may know neither
+        if self.concurrency != 1:
+            options["concurrency"] = self.concurrency
+        outer = gathering.get()
+        try:
+            _overridden += 1
+            gathering.set((inner, self.out))
+            await inner.apply_async(commit, **options)
+        finally:
+            _overridden -= 1
+            gathering.set(outer)
 
     async def _apply_inner(self, inner: Any, commit: bool) -> None:
         """Apply what is registered with a multi bus that is wrapped in this one."""
@@ -429,11 +652,14 @@ async def _take_turns(
     """Apply the buses that are registered with a multi bus."""
     turns: list[list[Any]] = []
 
-    def look(items: list[Any]) -> list[tuple[Any, Handler]]:
+    def look(items: list[Any], start: int) -> list[_Work]:
         # A savepoint that a handler opens covers those whose turn is still to come.
         multi._commitbus_begin(items)
         turns.append(items)
-        return [(delayed, _Turn(root, multi, delayed, failures, concurrency, out)) for delayed in items]
+        return [
+            _Work(delayed, [delayed], _Turn(root, multi, delayed, failures, concurrency, out), at)
+            for at, delayed in enumerate(items[start:], start)
+        ]
 
     try:
         return await _carry_out(multi, multi, None, look, commit, failures, 1)
@@ -443,6 +669,7 @@ async def _take_turns(
 
 
 _surrounded = False  # whether there is middleware
+_overridden = 0  # how many nested multi buses are applied by what their classes override
 
 
 def _use_middleware(stack: tuple[Middleware, ...] | None) -> None:
@@ -453,45 +680,85 @@ def _use_middleware(stack: tuple[Middleware, ...] | None) -> None:
 tell_changes(_use_middleware)
 
 
+async def _within(
+    scope: AsyncRun | None,
+    bus: Any,
+    failures: _messages.Failures | None,
+    apply_once: Callable[[_messages.Failures | None], Awaitable[list[Any]]],
+) -> list[Any]:
+    """Apply within what surrounds the handlers of a bus, if anything does."""
+    if scope is None:
+        return await apply_once(failures)
+    before = 0 if failures is None else len(failures.errors)
+    applied: list[Any] = []
+    try:
+        try:
+            scope.enter()
+            applied = await apply_once(failures)
+        except BaseException as error:
+            if await scope.leave_async(error):
+                return scope.done
+            raise
+        failed = failures is not None and len(failures.errors) > before
+        try:
+            swallowed = await scope.leave_async(cast("Any", failures).group(bus) if failed else None)
+        except BaseException as error:
+            _messages.note_left(error, bus)
+            raise
+        if swallowed and failures is not None:
+            del failures.errors[before:]
+        return applied
+    except BaseException:
+        applied = []  # the traceback keeps this frame, and must keep no event
+        scope.done = []
+        raise
+    finally:
+        scope.over = True
+
+
 async def _carry_out(
     store: Any,
     bus: Any,
     published_on: Any,
-    look: Callable[[list[Any]], list[tuple[Any, Handler]]],
+    look: Callable[[list[Any], int], list[_Work]],
     commit: bool,
     failures: _messages.Failures | None,
     concurrency: int,
+    scope: AsyncRun | None = None,
 ) -> list[Any]:
-    """Apply what is pending in a store: the path of an apply that is robust, concurrent, or has middleware around it.
+    """Apply what is pending in a store: the path of an apply that does more than one event after another.
 
-    `bus` is named in notes, and `published_on` is given to middleware: None where the events are buses. `look` gives
-    the event and the handler of each item. Returns the events that were applied.
+    That is one that is robust, concurrent, in batches, or has something around it. `bus` is named in notes, and
+    `published_on` is given to middleware: None where the events are buses. `look` gives the calls for the items from a
+    position on. Returns the events that were applied; where one fails, `scope` has them.
     """
     stack = added() if published_on is not None else None
     items: list[Any] = []  # those that are finished are replaced by GONE
     batch: Any = new_batch(items, SPARSE)
     batch[EVENT] = 0
     left: Any = None
-    pairs: list[tuple[Any, Any]] = []
+    works: list[_Work] = []
     stopped = False
     try:
         try:
             store._commitbus_take_into(items)
             if not items:
                 return []
-            pairs = look(items)
-            count = len(pairs)
-            skipped = 0 if failures is None else failures.start(bus, items, 0, pairs[0][0])
-            todo = iter(range(skipped, count))
+            count = len(items)
+            skipped = 0 if failures is None else failures.start(bus, items, 0, items[0])
+            works = look(items, skipped)
+            todo = iter(works)
             batch[EVENT] = skipped
 
             async def work() -> None:
                 nonlocal stopped
-                for number in todo:  # shared by all workers: each event goes to one
+                for one in todo:  # shared by all workers: each goes to one
                     if stopped:
                         return
-                    batch[EVENT] = max(batch[EVENT], number + 1)
-                    event, handler = pairs[number]
+                    event, events, handler, start = one
+                    span = len(events)
+                    batch[EVENT] = max(batch[EVENT], start + span)
+                    failed: list[int] = []
                     try:
                         if stack is None:
                             await _finish(handler, commit, event)
@@ -499,28 +766,47 @@ async def _carry_out(
                             finish = partial(_finish, handler, commit, event)
                             await _surround(stack, published_on, event, finish, commit)
                         if not isinstance(handler, _Turn) or not handler.again or failures is None:
-                            items[number] = GONE
+                            items[start : start + span] = [GONE] * span
+                            if scope is not None:
+                                scope.done += events
                     except BaseException as error:
-                        if failures is None or not isinstance(error, Exception):
+                        raised = error
+                        if isinstance(error, PartlyApplied) and event is events:
+                            try:
+                                raised = _messages.partly_applied(published_on, error, events)[0]
+                                raised.__suppress_context__ = True
+                                failed = sorted(error.errors)
+                                rest = [GONE] * span
+                                for at in failed:
+                                    rest[at] = items[start + at]
+                                items[start : start + span] = rest
+                                if scope is not None:
+                                    scope.done += [one for at, one in enumerate(events) if at not in error.errors]
+                            except ValueError as wrong:
+                                raised = wrong
+                        width = len(failed) or span
+                        if failures is None or not isinstance(raised, Exception):
                             stopped = True
-                            _note_stopped(error, bus, event, number, count, concurrency)
-                            event = handler = None  # the traceback keeps this frame, and must keep no event
-                            raise
-                        failures.positions.append(number)
-                        failures.errors.append(error)
-                        _messages.drop_own_frames(error)
-                        failures.note(len(failures.errors) - 1, bus, event, number, 1, 1)
+                            _note_stopped(raised, bus, one, width, count, concurrency)
+                            event = events = handler = one = None  # the traceback keeps this frame: no event in it
+                            if raised is error:
+                                raise
+                            raise raised from None
+                        failures.positions += [start + at for at in failed or range(span)]
+                        failures.errors.append(raised)
+                        _messages.drop_own_frames(raised)
+                        failures.note(len(failures.errors) - 1, bus, events[0], start + span - width, width, span)
                     else:
-                        if items[number] is not GONE:
-                            cast("Any", failures).positions.append(number)
-                            cast("Any", failures).again.add(number)
-                    event = handler = None
+                        if items[start] is not GONE:
+                            cast("Any", failures).positions.append(start)
+                            cast("Any", failures).again.add(start)
+                    event = events = handler = one = None
 
-            if concurrency == 1 or count - skipped == 1:
+            if concurrency == 1 or len(works) == 1:
                 await work()
             else:
-                await _work_at_once(work, min(concurrency, count - skipped))
-            applied = [pairs[number][0] for number in range(count) if items[number] is GONE]
+                await _work_at_once(work, min(concurrency, len(works)))
+            applied = _applied(works, items)
             if failures is not None and failures.positions:
                 failures.positions.sort()
                 failures.set_aside(bus, items)
@@ -549,7 +835,12 @@ async def _carry_out(
             pass
         raise error
     finally:
-        items, pairs, batch, left = [], [], None, None  # the traceback keeps this frame, and must keep no event
+        items, works, batch, left = [], [], None, None  # the traceback keeps this frame, and must keep no event
+
+
+def _applied(works: list[_Work], items: list[Any]) -> list[Any]:
+    """List the events that are finished."""
+    return [event for work in works for at, event in enumerate(work.events, work.start) if items[at] is GONE]
 
 
 def _see_to(store: Any, bus: Any, left: Any, error: BaseException, failures: _messages.Failures | None) -> None:
@@ -736,21 +1027,31 @@ class _Step:
 
 
 async def _in_rounds(
-    bus: Any, rounds: int, robust: bool, apply_once: Callable[[_messages.Failures | None], Awaitable[list[Any]]]
+    bus: Any,
+    rounds: int,
+    robust: bool,
+    apply_once: Callable[[_messages.Failures | None], Awaitable[list[Any]]],
+    scope: AsyncRun | None = None,
 ) -> list[Any]:
-    """Apply what is pending, then what handlers published meanwhile, and so on."""
+    """Apply what is pending, then what handlers published meanwhile, and so on, all within what surrounds it."""
     check_rounds(rounds)
     progress = _messages.Rounds()
     failures = _messages.Failures(rounds=progress) if robust else None
     applied: list[Any] = []
     batch: list[Any] = []
-    try:
+
+    async def apply_all(failures: _messages.Failures | None) -> list[Any]:
+        nonlocal batch
         for _ in range(rounds):
             before = progress.tried
             batch = await apply_once(failures)
-            applied += batch
+            applied.extend(batch)
             if not batch and progress.tried == before:
                 break
+        return applied
+
+    try:
+        await _within(scope, bus, failures, apply_all)
         if failures is not None and failures.errors:
             raise failures.end(bus)
         return applied
@@ -762,17 +1063,30 @@ async def _in_rounds(
         raise error
 
 
-def _note_stopped(error: BaseException, bus: Any, event: Any, done: int, count: int, concurrency: int) -> None:
+def _note_stopped(error: BaseException, bus: Any, work: _Work, width: int, count: int, concurrency: int) -> None:
     with suppress(Exception):
+        span = len(work.events)
+        event = work.event if span == 1 and work.event is not work.events else work.events[0]
+        done = work.start + span - width
         if concurrency == 1:
-            _messages.note_stopped(error, bus, event, done, 1, 1, count, 0)
+            _messages.note_stopped(error, bus, event, done, width, span, count, 0)
         else:
-            _messages.note_failed(error, bus, event, done, count)
+            _messages.note_failed(error, bus, event, done, width, span, count)
 
 
 def _check_concurrency(concurrency: object) -> None:
     if not isinstance(concurrency, int) or concurrency < 1:
         raise _messages.not_a_concurrency(concurrency)
+    if concurrency > 1:
+        _check_loop()
+
+
+def _check_loop() -> None:
+    """Refuse to go on under another library than asyncio, before anything is done."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        raise _messages.needs_asyncio() from None
 
 
 # The unit of work
@@ -884,6 +1198,7 @@ class _AsyncUnit(Unit):
     concurrency = 1
 
     async def __aenter__(self) -> Any:
+        _check_loop()
         return _pair(self.buses, self.commit_and_execute_side_effects_async)
 
     async def __aexit__(self, kind: object, error: BaseException | None, traceback: object) -> None:

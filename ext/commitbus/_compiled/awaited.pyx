@@ -9,7 +9,7 @@ from cpython.weakref cimport PyWeakref_NewRef
 
 from commitbus._compiled.batch cimport Progress, Source, check, event_at, events_of, failed, look_up, stopped
 from commitbus._compiled.delayed_event_bus cimport DelayedStore
-from commitbus._compiled.event_bus cimport IS_AWAITED, IS_PLAIN, EventStore, class_flags
+from commitbus._compiled.event_bus cimport IS_AWAITED, IS_GROUPED, IS_PLAIN, EventStore, class_flags
 from commitbus._compiled.multi_event_bus cimport MultiStore
 from commitbus._compiled.side_effects_bus cimport PairStore
 
@@ -251,7 +251,7 @@ async def run_buses(object root, MultiStore multi, object commit, list out):
             if (
                 type(delayed) is DELAYED
                 and delayed.actual is not None
-                and class_flags(delayed.actual) & (IS_AWAITED | IS_PLAIN) == IS_AWAITED | IS_PLAIN
+                and class_flags(delayed.actual) & (IS_AWAITED | IS_PLAIN | IS_GROUPED) == IS_AWAITED | IS_PLAIN
             ):
                 loop = begin(delayed, True, commit, owner)
                 waiting = loop.step()

@@ -7,6 +7,7 @@ cdef enum:
     APPLY_IS_OURS = 4
     IS_PLAIN = 8  # neither an outbox, nor for a rollback, nor a multi bus
     IS_AWAITED = 16
+    IS_GROUPED = 32  # awaited, and not one event after another
 
 
 # Without the GIL, these are touched in a critical section of the object that has them, and nowhere else. In a section

@@ -118,6 +118,8 @@ cdef int look_up_class_flags(object cls, size_t first) except -1:
         flags |= IS_PLAIN
     if cls._commitbus_awaited:
         flags |= IS_AWAITED
+    if cls._commitbus_grouped:
+        flags |= IS_GROUPED
     if WITH_GIL:
         for place in range(first, first + PLACES):
             if class_infos[place % CLASSES].cls == <PyTypeObject*>cls or class_infos[place % CLASSES].cls is NULL:
@@ -615,6 +617,7 @@ class AbstractEventBus(EventStore, Shown, _state.Stateful, EventBus[T]):
     applies_before_commit = False
     applies_after_rollback = False
     _commitbus_awaited = False
+    _commitbus_grouped = False
     _commitbus_delayed = False
     _commitbus_multi = False
 

@@ -127,7 +127,7 @@ async def run_buses(root: Any, multi: Any, commit: bool, out: list[Any]) -> list
             for delayed in iterator:
                 actual, _ = delayed._commitbus_parts()
                 cls = cast("Any", type(actual))
-                plain = not (cls.applies_before_commit or cls.applies_after_rollback)
+                plain = not (cls.applies_before_commit or cls.applies_after_rollback or cls._commitbus_grouped)
                 if plain and cls._commitbus_awaited and type(delayed) is DelayedEventBus:
                     out += await run(delayed, actual, commit, owner)
                 else:
