@@ -150,7 +150,7 @@ class AsyncEventBus(AbstractEventBus[T]):
         RuntimeError
             When a savepoint that covers this bus is open.
         """
-        if not robust and rounds is ONE and concurrency is ONE and not _surrounded:
+        if not robust and rounds is ONE and concurrency is ONE and not _surrounded and not self._commitbus_grouped:
             return await run(self, self, commit)
         _check_concurrency(concurrency)
 
@@ -577,12 +577,12 @@ class _Turn:
 
     async def _apply_events(self, actual: AsyncEventBus[Any], commit: bool) -> None:
         delayed: Any = self.delayed
+        works = actual._commitbus_works()
         delayed.apply(commit)
         # From now on an event registers it again; what was collected is taken after that.
         delayed._commitbus_let_go(weakref.ref(self.multi))
         store: Any = delayed.side_effects_bus
         inner = None if self.failures is None else self.failures.inner()
-        works = actual._commitbus_works()
 
         def look(items: list[Any], start: int) -> list[_Work]:
             pairs: list[tuple[Any, Any]] = store._commitbus_look(items)

@@ -134,37 +134,53 @@ _removes: list[Callable[[], None]] = []
 
 
 def _note(call: Callable[[], Any], bus: Any, event: Any, commit: Any) -> Any:
-    if is_awaited(call) and not any(block for _, block in _recordings):
-        return _note_awaited(call, bus, event, commit)
-    recordings = [recording for recording, _ in _recordings]
-    batch = type(event) is list and hasattr(bus, "_apply_events")
-    events: list[Any] = cast("Any", event) if batch else [event]
-    failed: PartlyApplied | None = None
-    if not any(block for _, block in _recordings):
-        try:
-            call()  # first: what raises was not applied
-        except PartlyApplied as error:
-            if not batch or max(error.errors) >= len(events):
-                raise
-            failed = error
-    done = [one for position, one in enumerate(events) if failed is None or position not in failed.errors]
-    for recording in recordings:
-        recording.applied.extend([Applied(bus, one, commit) for one in done])
-    if failed is not None:
-        raise failed
+    noting = _Noting(bus, event, commit)
+    if any(block for _, block in _recordings):
+        noting.note(None)
+        return None
+    if is_awaited(call):
+        return noting.call_awaited(call)
+    # First: what raises was not applied.
+    try:
+        call()
+    except PartlyApplied as error:
+        noting.note(error)
+        raise
+    noting.note(None)
     return None
+
+
+class _Noting:
+    """Notes an event, or a batch of them, in the recordings that there are when it begins."""
+
+    def __init__(self, bus: Any, event: Any, commit: Any) -> None:
+        self.recordings = [recording for recording, _ in _recordings]
+        self.bus, self.commit = bus, commit
+        is_batch = type(event) is list and (hasattr(bus, "_apply_events") or hasattr(bus, "_apply_events_async"))
+        self.events: list[Any] = list(cast("Any", event)) if is_batch else [event]
+
+    def note(self, failed: PartlyApplied | None) -> None:
+        """Note what was applied."""
+        errors = {} if failed is None else failed.errors
+        if errors and max(errors) >= len(self.events):
+            return  # positions that are not in the batch, of which all has failed
+        done = [Applied(self.bus, one, self.commit) for at, one in enumerate(self.events) if at not in errors]
+        for recording in self.recordings:
+            recording.applied.extend(done)
+
+    async def call_awaited(self, call: Callable[[], Any]) -> None:
+        """Call an asynchronous handler, and note what it has applied."""
+        try:
+            await call()
+        except PartlyApplied as error:
+            self.note(error)
+            raise
+        self.note(None)
 
 
 def is_awaited(call: object) -> bool:
     """Whether what a middleware is given to call is awaited: that of an asynchronous bus."""
     return hasattr(call, "__await__")
-
-
-async def _note_awaited(call: Callable[[], Any], bus: Any, event: Any, commit: Any) -> None:
-    recordings = [recording for recording, _ in _recordings]
-    await call()  # first: what raises was not applied
-    for recording in recordings:
-        recording.applied.append(Applied(bus, event, commit))
 
 
 @contextmanager
