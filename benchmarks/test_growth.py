@@ -6,10 +6,12 @@ together: flat is what they shall be.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+import commitbus
 from benchmarks.candidates import CANDIDATES, Candidate, label
 
 if TYPE_CHECKING:
@@ -170,6 +172,32 @@ def savepoints_and_buses(who: Candidate, size: int) -> Any:
     return use
 
 
+def failing_commits(who: Candidate, size: int) -> Any:
+    """As many commits of one session, each with an event that fails: what the others left is not looked at."""
+    from sqlalchemy import create_engine
+    from sqlalchemy.orm import Session
+
+    from commitbus.integrations.sqlalchemy import leftovers, orchestrator
+
+    session = Session(create_engine("sqlite://"))
+
+    class Bus(who.module.AbstractEventBus):  # type: ignore[misc,name-defined]
+        def _apply_event(self, event: int, commit: bool) -> None:
+            raise Boom
+
+    bus = orchestrator(session).wrap(Bus())
+
+    def use() -> None:
+        for number in range(size):
+            session.connection()
+            bus.publish(number)
+            with suppress(Boom):
+                session.commit()
+        leftovers(session).discard_pending_events()
+
+    return use
+
+
 ROWS: dict[str, Callable[[Candidate, int], Any]] = {
     "an apply that is resumed, every seventh event fails": resumed,
     "the same, delayed": resumed_delayed,
@@ -181,6 +209,7 @@ ROWS: dict[str, Callable[[Candidate, int], Any]] = {
     "N delayed buses around one multi bus": wrappers,
     "a savepoint for each row, every third fails": savepoints,
     "a savepoint and a bus for each row": savepoints_and_buses,
+    "failing commits of one session": failing_commits,
 }
 
 
@@ -190,6 +219,8 @@ def test_growth(benchmark: Any, who: Candidate, size: int, row: str) -> None:
         size = min(size, 1000)
     if ROWS[row] is savepoints_and_buses and (size > 10_000 or who.name != "compiled"):
         pytest.skip("by the square of the rows: 0.75 ms for each of 1,000 in the pure twin")
+    if ROWS[row] is failing_commits and (size > 10_000 or who.name != commitbus.implementation):
+        pytest.skip("a commit takes 0.3 ms; and a session is of the twin that was selected")
     label(benchmark, f"growth: {row}", who.name, size, size)
 
     def setup() -> tuple[tuple[Any], dict[str, Any]]:

@@ -122,7 +122,9 @@ def _title(bus: Any) -> str:
             inner = bus._commitbus_wrapped_bus
     except TypeError:
         inner = None
-    return name if inner is None else f"{name} of {_title(inner)}"
+    if inner is None:
+        return name
+    return _title(inner) if is_delayed(bus) and bus._commitbus_kept else f"{name} of {_title(inner)}"
 
 
 def _count(number: int, one: str, many: str) -> str:

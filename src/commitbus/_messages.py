@@ -555,6 +555,14 @@ def not_awaited_leftovers(function: object) -> TypeError:
     )
 
 
+def not_awaited_by_django(function: object) -> TypeError:
+    """Refuse a coroutine function that nothing would await."""
+    return TypeError(
+        f"on_leftovers must be a plain function, and {describe(function)} is a coroutine function, which Django would "
+        "not await; make it a plain one, with async_to_sync for example"
+    )
+
+
 def session_gone(count: int) -> str:
     """Say that a session is gone, without an end, with events that are for a rollback."""
     was = _were(count)

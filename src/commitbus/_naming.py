@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _DEEPEST = 100  # a partial can be nested in itself
 _wrappers: list[tuple[type, Callable[[Any], object]]] = []
-_buses: list[tuple[type, Callable[[Any], object]]] = []
+_buses: list[tuple[type, Callable[[Any], object], bool]] = []
 _collected: list[object] = []
 
 
@@ -25,9 +25,9 @@ def see_through(cls: type, inner: Callable[[Any], object]) -> None:
     _wrappers.append((cls, inner))
 
 
-def see_bus_through(cls: type, inner: Callable[[Any], object]) -> None:
-    """Have `describe_bus` name the bus that `inner` gives, too."""
-    _buses.append((cls, inner))
+def see_bus_through(cls: type, inner: Callable[[Any], object], alone: bool = False) -> None:
+    """Have `describe_bus` name the bus that `inner` gives, too, or that one `alone`."""
+    _buses.insert(0, (cls, inner, alone))
 
 
 def see_event_through(function: object) -> None:
@@ -81,10 +81,11 @@ def describe(event: Any) -> str:
 def describe_bus(bus: object) -> str:
     """Name a bus and the one that it wraps."""
     cls = type(bus)
-    for known, look in _buses:
+    for known, look, alone in _buses:
         if issubclass(cls, known):
             with suppress(TypeError):  # a subclass that did not call super().__init__()
-                return f"{type_name(cls)} of {describe_bus(look(bus))}"
+                inner = describe_bus(look(bus))
+                return inner if alone else f"{type_name(cls)} of {inner}"
     return type_name(cls)
 
 

@@ -1051,7 +1051,7 @@ async def _in_rounds(
         return applied
 
     try:
-        await _within(scope, bus, failures, apply_all)
+        applied = await _within(scope, bus, failures, apply_all)
         if failures is not None and failures.errors:
             raise failures.end(bus)
         return applied

@@ -568,3 +568,4 @@ class KeptEventBus(KeptStore, DelayedEventBus[T]):
 
 cdef object SIDE_EFFECTS = SideEffectsBus
 _naming.see_bus_through(DelayedEventBus, DelayedEventBus.actual_event_bus.__get__)
+_naming.see_bus_through(KeptEventBus, DelayedEventBus.actual_event_bus.__get__, alone=True)

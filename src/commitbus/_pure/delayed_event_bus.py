@@ -670,3 +670,4 @@ def delay(bus: AbstractEventBus[T]) -> DelayedEventBus[T]:
 
 
 _naming.see_bus_through(DelayedEventBus, DelayedEventBus.actual_event_bus.__get__)
+_naming.see_bus_through(KeptEventBus, DelayedEventBus.actual_event_bus.__get__, alone=True)

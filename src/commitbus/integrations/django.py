@@ -5,11 +5,14 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
+from contextlib import contextmanager
 from functools import partial
+from inspect import iscoroutinefunction
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, TypeVar, cast
 
 from commitbus import _leftovers, _lock, _messages, _naming
+from commitbus._after_rollback import give_back
 from commitbus._interfaces import EventBus, EventBusOrchestrator, NotCommittedError, iterate
 from commitbus._outcome import FAILED, Outcome, after, driver_of, has_ended, has_failed, mark, never
 from commitbus.delayed_event_bus import DelayedEventBus
@@ -23,7 +26,7 @@ except ModuleNotFoundError as _error:
     raise _messages.not_installed("django", _error) from _error
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Generator, Iterable
     from types import TracebackType
 
 __all__ = ["OnCommitEventBus", "in_doubt", "leftovers", "orchestrator"]
@@ -60,12 +63,15 @@ class OnCommitEventBus(EventBus[T], Generic[T]):
         Try every event once, whatever the others raise; at the end of the hooks, one `ExceptionGroup` is raised.
     outside : {"apply", "raise"}, default "apply"
         What to do with what is published outside of a transaction: apply it at once, as Django does, or raise.
+    on_leftovers : callable, optional
+        Called with a `MultiEventBus` of what a commit has left of this bus, since a handler raised: to log, store,
+        enqueue or apply it. That is not kept in `leftovers` then, unless the function raises. A reference is kept.
 
     Raises
     ------
     TypeError
         When `event_bus` is no `AbstractEventBus`, is asynchronous, holds buses (wrap each of those instead), or is
-        one that is applied before the commit.
+        one that is applied before the commit; when `on_leftovers` cannot be called, or is a coroutine function.
     ValueError
         When `outside` is neither.
     django.utils.connection.ConnectionDoesNotExist
@@ -87,12 +93,15 @@ class OnCommitEventBus(EventBus[T], Generic[T]):
         using: str | None = None,
         robust: bool = False,
         outside: Literal["apply", "raise"] = "apply",
+        on_leftovers: Callable[[MultiEventBus], object] | None = None,
     ) -> None:
         _check(event_bus)
+        _check_on_leftovers(on_leftovers)
         if outside not in {"apply", "raise"}:
             raise _messages.not_an_outside(outside)
         connections[using or DEFAULT]
         self._event_bus, self._using, self._robust, self._outside = event_bus, using, robust, outside
+        self._on_leftovers = on_leftovers
         # The run of events of each thread, by a weak reference, as Django may drop it; its connection is the thread's.
         # To look that up for each event would take longer than all the rest.
         self._last: _LastOfThread | _Last = _LastOfThread()
@@ -232,6 +241,14 @@ def _check(bus: Any) -> None:
         raise _messages.belongs_to_the_transaction(cast("object", bus))
 
 
+def _check_on_leftovers(function: object) -> None:
+    """Refuse what cannot be called, or what nothing would await."""
+    if function is not None and not callable(function):
+        raise _messages.not_a_callback("on_leftovers", function)
+    if iscoroutinefunction(function):
+        raise _messages.not_awaited_by_django(function)
+
+
 def _no_run() -> None:
     return None
 
@@ -318,8 +335,12 @@ class _State:
     """What is kept for one connection: what was not applied, and how far its commit came."""
 
     def __init__(self, connection: Any) -> None:
-        self.left = MultiEventBus()
-        self.doubt = MultiEventBus()  # of what nobody knows to be committed
+        self.left = _Leftovers(self)
+        self.doubt = _Leftovers(self)  # of what nobody knows to be committed
+        # What was left of the commit that is under way: how many events that is, and what is to be handed over.
+        self.kept = 0
+        self.handed: list[tuple[Any, MultiEventBus]] = []
+        self.failed = False  # whether one of these was raised
         self.errors: list[Exception] | None = None  # of robust buses, while Django runs the hooks of a commit
         self.later: list[_Run] = []  # what handlers have published meanwhile
         # What was committed, until its hooks run: between the two, Django sends more to the server. In what it calls
@@ -334,7 +355,6 @@ class _State:
         self.block_of_rollback: Callable[[], Any] = _no_run  # its outermost block of atomic, weakly
         self.patched_end: Any = None
         self.block: Any = None  # the outermost block of atomic, weakly, in which these were wrapped
-        self.told = 0  # how many leftovers there were when the hooks began
         self.alias: str = connection.alias
         self.connection = weakref.ref(connection)
         # What another tool has put there, on this very connection, goes on.
@@ -442,7 +462,7 @@ class _State:
         count = 0
         for run in runs:
             if run.bus.pending_events() and not run.of_test:
-                count += _leftovers.keep(DelayedEventBus(run.bus), self.left, True)
+                count += _leftovers.keep(DelayedEventBus(run.bus), self.kept_of(run), True)
         return count
 
     def watch_end(self, connection: Any, run: _Run) -> None:
@@ -499,7 +519,7 @@ class _State:
         if not raised:
             return
         group = raised[0] if len(raised) == 1 else ExceptionGroup(_messages.failed_after_rollback(len(raised)), raised)
-        _messages.note_not_applied_after_rollback(group, count, self.where("leftovers"))
+        _messages.note_not_applied_after_rollback(group, count, self.hand_over(group))
         if error is not None:
             _messages.chain(error, group)
         elif self.block_of_rollback() is not None:
@@ -518,13 +538,17 @@ class _State:
 
     def settle_at(self, error: BaseException) -> None:
         """Keep what was committed, and say where it is, when something has come between the commit and the hooks."""
-        before = _leftovers.count(self.left)
-        self.settle()
-        _messages.note_committed(error, _leftovers.count(self.left) - before, self.where("leftovers"))
-        mark(error, Outcome.COMMITTED)
+        self.keep_committed()
+        self.note(error)
 
     def settle(self) -> None:
         """Keep what was committed, and what nobody has applied since: an interrupt has kept Django from the hooks."""
+        self.keep_committed()
+        self.kept = 0
+        self.hand_over(None)
+
+    def keep_committed(self) -> None:
+        """Keep what was committed, and not applied."""
         runs, self.committed = self.committed, []
         for run in runs:
             self.keep(run)
@@ -549,21 +573,24 @@ class _State:
                 if run not in runs:
                     self.keep(run)
         # Kept and restored here, too: an interrupt may come as this is done there.
+        raised: BaseException | None = None
         try:
             self._run_hooks(connection, runs, outer)
-        except BaseException:
+        except BaseException as error:
+            raised = error
             for run in (*runs, *self.later):
                 self.keep(run)
             self.forget(runs)  # where it came before Django has taken them
-            raise
         finally:
             self.errors = outer
+        if raised is not None:
+            if runs or self.failed:
+                self.note(raised)
+            self.failed = False
+            raise raised
 
     def _run_hooks(self, connection: Any, runs: list[_Run], outer: list[Exception] | None) -> None:
         errors: list[Exception] = [] if outer is None else outer
-        left: Any = self.left
-        if outer is None and left._commitbus_holds_any():
-            self.told = _leftovers.count(self.left)
         try:
             self.errors = errors  # here, as an interrupt before would leave it set
             self.committed = []
@@ -579,18 +606,15 @@ class _State:
             self.later.clear()
             if outer is None and errors:
                 _messages.chain(error, self.group(errors))
-            if runs or errors:
-                self.note(error)
+            self.failed = bool(errors)
             raise
         finally:
             self.errors = outer  # a handler may commit, too
             if outer is None:
                 self.wrapped.clear()
-                self.told = 0
         if errors and outer is None:
-            group = self.group(errors)
-            self.note(group)
-            raise group
+            self.failed = True
+            raise self.group(errors)
 
     def keep_wrapped(self, delayed: Any, block: Any) -> None:
         """Keep a delayed bus for the transaction whose outermost block this is."""
@@ -616,18 +640,49 @@ class _State:
         return ExceptionGroup(_messages.failed_on_commit(len(errors)), errors)
 
     def keep(self, run: _Run) -> None:
-        """Keep what a run has not applied."""
-        self.keep_in(self.left, run)
+        """Keep what a run has not applied, to be handed over, or among the leftovers."""
+        if type(run.bus).applies_after_rollback:
+            run.bus.discard_pending_events()  # its transaction was committed
+        elif not run.kept and (events := run.bus.pending_events()):
+            self.keep_in(self.kept_of(run), run)
+            self.kept += len(events)
 
     def keep_in(self, buses: MultiEventBus, run: _Run) -> None:
-        """Keep what a run has not applied, in the leftovers or in what nobody knows to be committed."""
+        """Keep what a run has not applied."""
         run.open = False
         if not run.kept and run.bus.pending_events():
-            if type(run.bus).applies_after_rollback and buses is self.left:
-                run.bus.discard_pending_events()  # its transaction was committed
-            else:
-                buses.wrap(run.bus)
+            buses.wrap(run.bus)
             run.kept = True
+
+    def kept_of(self, run: _Run) -> MultiEventBus:
+        """Give where what is left of a run is kept."""
+        function = run.owner._on_leftovers
+        if function is None:
+            return self.left
+        for known, buses in self.handed:
+            if known is function:
+                return buses
+        buses = _Leftovers(self)
+        self.handed.append((function, buses))
+        return buses
+
+    def hand_over(self, error: BaseException | None) -> str:
+        """Give what is left to who wants it, and say where it is; what that raises never hides an error."""
+        where = self.where("leftovers")
+        handed, self.handed = self.handed, []
+        while handed:
+            function, buses = handed[0]
+            try:
+                _messages.refuse_coroutine(function, function(buses))
+                where = "on_leftovers, which was given them"
+            except BaseException as second:
+                for _, rest in handed if not isinstance(second, Exception) else handed[:1]:
+                    give_back(rest, self.left)
+                if error is None or not isinstance(second, Exception):
+                    raise
+                _messages.chain(error, second)
+            del handed[0]
+        return where
 
     def where(self, function: str) -> str:
         """Say how to get what is kept."""
@@ -635,9 +690,42 @@ class _State:
 
     def note(self, error: BaseException) -> None:
         """Say where what was not applied is."""
-        count = _leftovers.count(self.left) - self.told
-        _messages.note_committed(error, count, self.where("leftovers"))
+        count, self.kept = self.kept, 0
         mark(error, Outcome.COMMITTED)
+        _messages.note_committed(error, count, self.hand_over(error))
+
+
+class _Leftovers(MultiEventBus):
+    """What a commit has left, or what nobody knows to be committed: what its handlers publish is left here, too."""
+
+    def __init__(self, state: _State) -> None:
+        self._state = weakref.ref(state)
+
+    @contextmanager
+    def _applying(self) -> Generator[None]:
+        """Keep what handlers publish, outside of a transaction of their own."""
+        state = self._state()
+        if state is None or state.errors is not None or cast("Any", state.connection()).in_atomic_block:
+            yield  # after a commit, or for the one that comes
+            return
+        try:
+            state.errors = []
+            yield
+            if state.errors:
+                raise state.group(state.errors)
+        finally:
+            state.errors = None
+            later, state.later = state.later, []
+            for run in later:
+                state.keep_in(state.left, run)
+
+    def apply(self, commit: bool, *, robust: bool = False, rounds: int = 1) -> list[DelayedEventBus[Any]]:
+        with self._applying():
+            return super().apply(commit, robust=robust, rounds=rounds)
+
+    def apply_after_rollback(self, commit: bool) -> list[Any]:
+        with self._applying():
+            return super().apply_after_rollback(commit)
 
 
 class _SeeingErrors:
@@ -694,7 +782,8 @@ def leftovers(using: str | None = None) -> MultiEventBus:
     -------
     MultiEventBus
         That of this thread's connection, which keeps it. There for nothing else: apply it to go on, look at it, or
-        discard what is in it. No commit applies it.
+        discard what is in it. No commit applies it. What its handlers publish outside of a transaction of their own
+        is left here, too.
 
     Raises
     ------
@@ -719,8 +808,8 @@ def in_doubt(using: str | None = None) -> MultiEventBus:
     -------
     MultiEventBus
         That of this thread's connection, which keeps it. There for nothing else: find out whether the transaction was
-        committed, on PostgreSQL with `commitbus.integrations.postgresql`, then apply the bus or discard what is in it.
-        No commit applies it.
+        committed, on PostgreSQL with `commitbus.integrations.postgresql`, then apply the bus or, with
+        ``apply_after_rollback``, drop what is in it. No commit applies it.
 
     Raises
     ------
@@ -830,6 +919,7 @@ class _Wrapped(OnCommitEventBus[T]):
         _check(event_bus)
         self._event_bus, self._orchestrator = event_bus, orchestrator
         self._using, self._robust, self._outside = orchestrator.using, orchestrator.robust, "apply"
+        self._on_leftovers = orchestrator.on_leftovers
         self._last = _Last()
 
     def _connection(self) -> Any:
@@ -837,8 +927,8 @@ class _Wrapped(OnCommitEventBus[T]):
 
 
 class _Orchestrator(EventBusOrchestrator):
-    def __init__(self, using: str | None, robust: bool) -> None:
-        self.using, self.robust = using, robust
+    def __init__(self, using: str | None, robust: bool, on_leftovers: Callable[[MultiEventBus], object] | None) -> None:
+        self.using, self.robust, self.on_leftovers = using, robust, on_leftovers
         self._connection, self._thread = connections[using or DEFAULT], get_ident()
 
     def connection(self) -> Any:
@@ -866,7 +956,12 @@ class _Orchestrator(EventBusOrchestrator):
         raise _messages.use_atomic(self)
 
 
-def orchestrator(using: str | None = None, *, robust: bool = False) -> EventBusOrchestrator:
+def orchestrator(
+    using: str | None = None,
+    *,
+    robust: bool = False,
+    on_leftovers: Callable[[MultiEventBus], object] | None = None,
+) -> EventBusOrchestrator:
     """Give an orchestrator whose buses Django applies when the outermost ``atomic`` block commits.
 
     Parameters
@@ -875,6 +970,8 @@ def orchestrator(using: str | None = None, *, robust: bool = False) -> EventBusO
         The alias of the database, as in `django.db.transaction.on_commit`.
     robust : bool, default False
         Try every event once, whatever the others raise.
+    on_leftovers : callable, optional
+        As in `OnCommitEventBus`: called with what a commit has left of the buses of this orchestrator.
 
     Returns
     -------
@@ -884,10 +981,13 @@ def orchestrator(using: str | None = None, *, robust: bool = False) -> EventBusO
 
     Raises
     ------
+    TypeError
+        When `on_leftovers` cannot be called, or is a coroutine function.
     django.utils.connection.ConnectionDoesNotExist
         When there is no database of that alias.
     """
-    return _Orchestrator(using, robust)
+    _check_on_leftovers(on_leftovers)
+    return _Orchestrator(using, robust, on_leftovers)
 
 
 _naming.see_bus_through(OnCommitEventBus, lambda bus: bus._event_bus)

@@ -761,10 +761,11 @@ class _Bound:
         left = self.leftovers() if function is None else Leftovers(self.buses._session)
         count = self.set_apart(left)
         where = "leftovers(session)"
+        cancelled: CancelledError | None = None
         if function is not None and count:
             where = "on_leftovers, which was given them"
             try:
-                self.hand_over(function, left)
+                cancelled = self.hand_over(function, left)
             except BaseException as second:
                 where = "leftovers(session), as on_leftovers has raised"
                 _after_rollback.give_back(left, self.leftovers())
@@ -776,15 +777,17 @@ class _Bound:
             _messages.note_committed(error, count, where)
         elif error is not None:
             _messages.note_not_applied_after_rollback(error, count, where)
+        if cancelled is not None:  # it came while they were handed over, and goes on
+            mark(cancelled, Outcome.COMMITTED)
+            raise cancelled from error
 
-    def hand_over(self, function: Callable[[AsyncMultiEventBus], object], left: Leftovers) -> None:
-        """Give what is left to the function for it, to the end where that is awaited."""
+    def hand_over(self, function: Callable[[AsyncMultiEventBus], object], left: Leftovers) -> CancelledError | None:
+        """Give what is left to the function for it; where that is awaited, to its end, and give what came meanwhile."""
         result = function(left)
         if isawaitable(result) and (in_greenlet() if self.awaited is None else self.awaited):
-            if (cancelled := await_only(to_the_end(_await(result, function)))) is not None:
-                raise cancelled
-        else:
-            _messages.refuse_coroutine(function, result)
+            return cast("CancelledError | None", await_only(to_the_end(_await(result, function))))
+        _messages.refuse_coroutine(function, result)
+        return None
 
     def end_savepoint(self, transaction: SessionTransaction) -> None:
         """Keep or drop what was published in a savepoint, as the database did."""
