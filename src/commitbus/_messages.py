@@ -888,6 +888,10 @@ def pair_has_no(name: str) -> AttributeError:
     )
 
 
+# Whether the tests run that have asked for all that is forgotten to be said.
+strict = False
+
+
 def unapplied(count: int, called: bool) -> str:
     """Say that a unit of work was left with events that nobody applied, or that were left by the apply."""
     was = _were(count)
@@ -903,6 +907,25 @@ def unapplied(count: int, called: bool) -> str:
     )
 
 
+APPLIED_BY_HAND = (
+    "the buses of this unit of work were applied by hand, and nothing was committed by it; call the function that "
+    "use_orchestrator_or_create_multi_event_bus() yielded instead: it commits, then applies"
+)
+BEFORE_THE_OUTER_COMMIT = (
+    "this unit of work has no commit_transaction, and {}: its side effects come before that commits, and if it is "
+    "rolled back all the same; pass {} as event_bus_orchestrator, or publish on a MultiEventBus of your own what has "
+    "nothing to do with it"
+)
+
+
+def session_not_committed(count: int) -> str:
+    """Say that a session was closed with events for a commit that has not come."""
+    return (
+        f"{_were(count)} dropped with the transaction of a session that was closed without a commit; call "
+        "session.commit() or, where that is meant, session.rollback()"
+    )
+
+
 def in_doubt(count: int) -> str:
     """Say that a unit of work was left with events of which nobody knows whether they were committed."""
     was = _were(count)
@@ -912,7 +935,7 @@ def in_doubt(count: int) -> str:
     )
 
 
-def warn(text: str, *inner: str) -> None:
+def warn(text: str, *inner: str, category: type[Warning] | None = None) -> None:
     """Warn of events that were not applied, each time: Python would show the first at each place, and no other.
 
     At the caller's line: the first that is neither commitbus's own nor of one of these packages.
@@ -923,7 +946,7 @@ def warn(text: str, *inner: str) -> None:
     while frame.f_globals.get("__name__", "").partition(".")[0] in {"commitbus", *inner} and frame.f_back is not None:
         frame = frame.f_back
     place = frame.f_code.co_filename, frame.f_lineno
-    warnings.warn_explicit(text, UnappliedEventsWarning, *place, frame.f_globals.get("__name__"), {})
+    warnings.warn_explicit(text, category or UnappliedEventsWarning, *place, frame.f_globals.get("__name__"), {})
 
 
 def note_unapplied(error: BaseException, events: list[object]) -> None:

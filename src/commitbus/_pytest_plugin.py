@@ -41,6 +41,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Make an error of the warning."""
     if config.getini("commitbus_strict"):
+        from commitbus import _messages
+
+        _messages.strict = True
         config.addinivalue_line("filterwarnings", "error::commitbus.UnappliedEventsWarning")
 
 

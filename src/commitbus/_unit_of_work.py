@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, cast
 
-from commitbus import _after_rollback, _lock, _messages
+from commitbus import _after_rollback, _lock, _messages, _outer
 from commitbus._awaited import hand_over
 from commitbus._context import committed
 from commitbus._interfaces import EventBusOrchestrator, NotCommittedError
@@ -368,6 +368,8 @@ class Rest:
         """See to what was not applied when the block is left, by an error or not."""
         if self.forks != _lock.forks:
             return  # the parent sees to it: a rollback would go over its line
+        if error is None and not self.called and self.buses._commitbus_was_applied():
+            _messages.warn(_messages.APPLIED_BY_HAND)
         if error is not None and not self.committed:
             self.roll_back(error)
             if self.rollback_transaction is None and self.doubted is None:
@@ -481,6 +483,8 @@ class Unit(Rest):
         plainly = self.buses._commitbus_is_plain(False)
         if not plainly:
             self.refuse()
+        if self.commit_transaction is None and self.commit and _outer.looks:
+            _outer.look(self.buses)
         self.called = True
         stored: list[Any] = []
         self.rolled_back = False

@@ -18,7 +18,7 @@ from inspect import isawaitable, iscoroutinefunction, ismethod
 from types import FunctionType, coroutine
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias, TypeVar, cast
 
-from commitbus import _after_rollback, _lock, _messages
+from commitbus import _after_rollback, _lock, _messages, _outer
 from commitbus._awaited import BEHIND, EVENT, GONE, SPARSE, hand_over, new_batch
 from commitbus._context import AsyncRun, SharedSideEffectContext, committed, gathering, gathering_of
 from commitbus._interfaces import EventBusOrchestrator, NotCommittedError, PartlyApplied
@@ -1225,6 +1225,8 @@ class _AsyncUnit(Unit):
             # Before the commit, which an apply that is refused after it would separate from its side effects.
             refuse_open(self.buses)
             self.refuse_without_rollback()
+        if self.commit_transaction is None and self.commit and _outer.looks:
+            _outer.look(self.buses)
         self.called = True
         self.rolled_back = False
         cancelled: asyncio.CancelledError | None = None
@@ -1405,6 +1407,8 @@ class _AsyncUnit(Unit):
         if error is not None and error is self.finished:
             await self.tell_async(error)  # of what handlers have published since: it belongs to what was committed
             return
+        if error is None and not self.called and self.buses._commitbus_was_applied():
+            _messages.warn(_messages.APPLIED_BY_HAND)
         if error is not None and not self.committed:
             await self.roll_back_async(error)
             if self.rollback_transaction is None and self.doubted is None:

@@ -6,6 +6,8 @@ cdef class MultiStore(EventStore):
     # The batch of buses that an apply has taken and not finished, or None; and those of other applies at once.
     cdef list running
     cdef list others
+    # Whether it was ever applied.
+    cdef bint applied
 
     cdef list gather(self, object commit, object robust, object rounds)
     cdef bint is_plain(self, bint awaited) except -1

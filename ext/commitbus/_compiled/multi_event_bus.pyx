@@ -23,7 +23,7 @@ from commitbus._compiled.event_bus cimport (
 
 from types import FunctionType
 
-from commitbus import _after_rollback, _lock, _messages
+from commitbus import _after_rollback, _lock, _messages, _outer
 from commitbus._compiled.delayed_event_bus import DelayedEventBus
 from commitbus._compiled.event_bus import EXTENSION_TYPES, AbstractEventBus, use_covers
 from commitbus._context import committed as _committed
@@ -167,6 +167,7 @@ cdef class MultiStore(EventStore):
         if self.running is not None:
             made = []
         with cython.critical_section(self):
+            self.applied = True
             if self.running is None:
                 self.running = batch
             else:
@@ -314,6 +315,10 @@ cdef class MultiStore(EventStore):
                 if not plain:
                     break
         return plain
+
+    def _commitbus_was_applied(self):
+        """Whether it was applied at least once."""
+        return self.applied
 
     # For `commitbus.aio`, whose loop is a coroutine.
 
@@ -703,6 +708,7 @@ class MultiEventBus(MultiStore, AbstractEventBus[DelayedEventBus], EventBusOrche
 cdef object MULTI = MultiEventBus
 cdef object COMMITTED = _committed
 cdef object FUNCTION = FunctionType
+cdef list LOOKS = _outer.looks
 # Give numbers, each larger than those before: of savepoints, and of where a unit of work began.
 cdef object NUMBERS = numbers
 
@@ -747,6 +753,8 @@ cdef class UnitStore:
         plainly = self.buses.is_plain(False)
         if not plainly:
             self.refuse()
+        if self.commit_transaction is None and self.commit and LOOKS:
+            _outer.look(self.buses)
         self.called = True
         self.rolled_back = False
         if self.commit and not self.committed:

@@ -98,7 +98,7 @@ class AbstractEventBus(Source, Shown, _state.Stateful, EventBus[T], Generic[T]):
 
     # _owner, _wrapper: once a multi bus let go of this bus, that multi bus and the delayed bus around this
     #     one, weakly, as nobody else could apply them: the next event registers the one with the other
-    # _batch: the one that an apply of a multi bus has taken and not finished
+    # _batch: of a multi bus, the one that an apply has taken and not finished; empty where none has any more
     # _claim: for `commitbus.integrations.sqlalchemy`, the buses of the session that has wrapped it, weakly
     __slots__ = ("__weakref__", "_commitbus_batch", "_commitbus_claim", "_commitbus_owner", "_commitbus_wrapper")
     _commitbus_batch: Batch | None

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 # The batches of buses that run while another apply of the same multi bus runs, within it or in another thread: not in
 # each bus, where a list of its own took a tenth of a request.
 OTHERS: dict[int, tuple[MultiEventBus, Batch]] = {}  # by the identity of the batch
+NONE_NOW: Batch = []  # in place of a batch: it was applied, and is not any more
 
 
 class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator):
@@ -388,11 +389,11 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
 
     def _commitbus_start(self, batch: Batch) -> None:
         # One line: no other apply comes between.
-        if self._commitbus_batch is None: self._commitbus_batch = batch; return  # fmt: skip  # noqa: E701, E702
+        if not self._commitbus_batch: self._commitbus_batch = batch; return  # fmt: skip  # noqa: E701, E702
         OTHERS[id(batch)] = (self, batch)
 
     def _commitbus_finish(self, batch: Batch) -> None:
-        if self._commitbus_batch is batch: self._commitbus_batch = None; return  # fmt: skip  # noqa: E701, E702
+        if self._commitbus_batch is batch: self._commitbus_batch = NONE_NOW; return  # fmt: skip  # noqa: E701, E702
         OTHERS.pop(id(batch), None)
 
     @staticmethod
@@ -427,6 +428,10 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
                 return False
         return True
 
+    def _commitbus_was_applied(self) -> bool:
+        """Whether it was applied at least once."""
+        return self._commitbus_batch is not None
+
     # For `commitbus.aio`, whose loop is a coroutine.
 
     def _commitbus_begin(self, buses: list[Any]) -> None:
@@ -434,6 +439,8 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
         batch = new_batch()
         batch[EVENTS] = buses
         OTHERS[id(buses)] = (self, batch)
+        if self._commitbus_batch is None:
+            self._commitbus_batch = NONE_NOW
 
     def _commitbus_end(self, buses: list[Any]) -> None:
         """Note that they have them no more."""
@@ -456,7 +463,7 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
     def _commitbus_running(self) -> list[list[Any]]:
         """Copy the batches of buses that applies have taken and not finished."""
         batches = [batch for multi, batch in list(OTHERS.values()) if multi is self]
-        if (running := self._commitbus_batch) is not None:
+        if running := self._commitbus_batch:
             batches.append(running)
         return [list(map(event_of, batch[EVENTS])) for batch in batches]
 

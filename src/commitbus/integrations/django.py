@@ -11,7 +11,7 @@ from inspect import iscoroutinefunction
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, TypeVar, cast
 
-from commitbus import _leftovers, _lock, _messages, _naming
+from commitbus import _leftovers, _lock, _messages, _naming, _outer
 from commitbus._after_rollback import give_back
 from commitbus._interfaces import EventBus, EventBusOrchestrator, NotCommittedError, iterate
 from commitbus._outcome import FAILED, Outcome, after, driver_of, has_ended, has_failed, mark, never
@@ -990,4 +990,16 @@ def orchestrator(
     return _Orchestrator(using, robust, on_leftovers)
 
 
+def _look() -> None:
+    """Refuse to apply before the commit of a transaction that is open here; not for that of a test."""
+    for connection in connections.all(initialized_only=True):
+        if any(not getattr(block, "_from_testcase", False) for block in connection.atomic_blocks):
+            name = "orchestrator()" if connection.alias == DEFAULT else f"orchestrator({connection.alias!r})"
+            within = f"is within transaction.atomic() of the database {connection.alias!r}"
+            raise RuntimeError(
+                _messages.BEFORE_THE_OUTER_COMMIT.format(within, f"commitbus.integrations.django.{name}")
+            )
+
+
+_outer.looks.append(_look)
 _naming.see_bus_through(OnCommitEventBus, lambda bus: bus._event_bus)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 import weakref
+from asyncio import _get_running_loop, current_task
 from contextlib import contextmanager, suppress
 from functools import partial, wraps
 from importlib.util import find_spec
 from inspect import isawaitable, iscoroutinefunction
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from threading import get_ident
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
-from commitbus import _after_rollback, _leftovers, _lock, _messages
+from commitbus import _after_rollback, _leftovers, _lock, _messages, _outer
 from commitbus._context import committed
 from commitbus._interfaces import NotCommittedError
 from commitbus._looking import events_to_apply
@@ -241,6 +243,7 @@ def _drop_of_freed(buses: list[weakref.ref[Any]], claim: weakref.ref[SessionBuse
 
 # Looked up once.
 _wrap, _ref = MultiEventBus.wrap, cast("Any", weakref.ref)
+_apply, _apply_async = AsyncMultiEventBus.apply, AsyncMultiEventBus.apply_async
 
 
 class SessionBuses(AsyncMultiEventBus):
@@ -283,6 +286,26 @@ class SessionBuses(AsyncMultiEventBus):
             if len(wrapped) > 64:
                 self._tidy()
         return delayed
+
+    # By hand, it would come before the commit, or after a rollback.
+
+    def apply(self, *_: object, **__: object) -> NoReturn:
+        raise _messages.applied_by_the_transaction(self)
+
+    def apply_and_get_applied_events(self, *_: object, **__: object) -> NoReturn:
+        raise _messages.applied_by_the_transaction(self)
+
+    def apply_after_rollback(self, *_: object, **__: object) -> NoReturn:
+        raise _messages.applied_by_the_transaction(self)
+
+    async def apply_async(self, *_: object, **__: object) -> NoReturn:
+        raise _messages.applied_by_the_transaction(self)
+
+    async def apply_and_get_applied_events_async(self, *_: object, **__: object) -> NoReturn:
+        raise _messages.applied_by_the_transaction(self)
+
+    async def apply_after_rollback_async(self, *_: object, **__: object) -> NoReturn:
+        raise _messages.applied_by_the_transaction(self)
 
     def _tidy(self) -> None:
         """Leave out the buses that are gone, from some number on."""
@@ -447,6 +470,8 @@ class _Bound:
     # `after_commit` from being noted, it was committed all the same.
     committing: SessionTransaction | None = None
 
+    place: tuple[int, int] = (0, 0)  # the thread, and the task, in which the transaction was begun
+
     def __init__(self, session: Session) -> None:
         self.buses = SessionBuses(session)
         self.forks = _lock.forks
@@ -459,6 +484,7 @@ class _Bound:
             if getattr(cast("Any", ending)._state, "name", None) == "COMMITTED":
                 self.committed.add(ending)  # bound within a listener: `after_commit` came already
             self.ending = session.get_transaction()
+            self.place = _place()
             if cast("Any", session)._trans_context_manager is not None:
                 self.see(self.ending)
         session.__class__ = _ending(type(session))
@@ -485,6 +511,10 @@ class _Bound:
         SQLAlchemy sends no event for the end of a transaction that has not begun.
         """
         begun = session.in_transaction()
+        forgotten = 0
+        # An exception of the caller's of an `AsyncSession` cannot be seen here.
+        if _messages.strict and name != "rollback" and not (self.applying or in_greenlet()) and sys.exception() is None:
+            forgotten = len(events_to_apply(self.buses))
         within, self.within_end = self.within_end, True
         # Not by super() of the session's class: another tool may have given it one of its own since.
         try:
@@ -509,6 +539,8 @@ class _Bound:
                     if (error := sys.exception()) is None or (first := error.__context__) is None:
                         raise
                     _messages.chain(first, warning)  # what a handler raised, say, is not to be replaced by it
+        if forgotten:
+            _messages.warn(_messages.session_not_committed(forgotten), "sqlalchemy")
         if self.late is not None and not within:
             late, self.late = self.late, None
             raise late
@@ -525,6 +557,7 @@ class _Bound:
             if self.ending is not None:
                 self.see_to_end(session, self.ending)
             self.ending = transaction
+            self.place = _place()
             self.settle()
             if not self.buses._commitbus_holds_any():
                 self.forks = _lock.forks
@@ -871,12 +904,12 @@ class _Bound:
             if not cast("Any", self.buses)._commitbus_is_plain(True):
                 _after_rollback.drop_at_commit(self.buses)
             if in_greenlet() if self.awaited is None else self.awaited:
-                await_only(self.buses.apply_async(True, robust=self.robust, rounds=self.rounds))
+                await_only(_apply_async(self.buses, True, robust=self.robust, rounds=self.rounds))
             # Published by a listener, after `before_commit` had looked.
             elif not self.is_plain() and (bus := self.asynchronous()) is not None:
                 raise _messages.not_awaited_in_commit(bus)
             else:
-                self.buses.apply(True, robust=self.robust, rounds=self.rounds)
+                _apply(self.buses, True, robust=self.robust, rounds=self.rounds)
             if self.buses._commitbus_holds_any() and events_to_apply(self.buses):
                 raise _messages.too_many_rounds(self.rounds)
         except BaseException as raised:
@@ -1073,6 +1106,28 @@ def _drop_what_ended(connection: object) -> None:
             _after_rollback.keep_due(bound.buses)
 
 
+def _place() -> tuple[int, int]:
+    """Give the thread, and the task if there is one, that runs."""
+    return get_ident(), 0 if _get_running_loop() is None else id(current_task())
+
+
+def _look() -> None:
+    """Warn where a session with buses has begun a transaction here, in this thread and task, and not ended it.
+
+    It is no error, as a session begins one by itself, to read for example.
+    """
+    here = _place()
+    for session in list(cast("Any", getattr(_orm_session, "_sessions", {})).values()):
+        bound: Any = vars(session).get("_commitbus_bound")
+        if bound is not None and bound.ending is not None and bound.place == here and session.in_transaction():
+            text = _messages.BEFORE_THE_OUTER_COMMIT.format(
+                "a session that has buses has begun a transaction here", "orchestrator(session)"
+            )
+            _messages.warn(text, category=RuntimeWarning)
+            return
+
+
+_outer.looks.append(_look)
 see_errors()
 tell_ended(_drop_what_ended)
 
