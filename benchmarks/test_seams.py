@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.candidates import CANDIDATES, OURS
 from benchmarks.test_buses import EVENTS, filled, run
-from commitbus import add_middleware
+from commitbus import add_middleware, testing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -70,3 +70,23 @@ def test_savepoint(benchmark: Any, name: str, buses: int, keep: bool) -> None:
 
     ends = "released" if keep else "rolled back"
     run(benchmark, f"a savepoint over {buses} buses, {ends}", name, 100, object, job)
+
+
+@pytest.mark.parametrize("buses", [0, 100])
+def test_strict_mode(benchmark: Any, buses: int) -> None:
+    """What strict mode adds to a test that leaves nothing: it looks twice, beside as many buses that have events."""
+    who = CANDIDATES["compiled" if "compiled" in CANDIDATES else "pure"]
+    kept = [who.bus() for _ in range(buses)]
+    for bus in kept:
+        bus.publish(None)
+
+    def job(_: object) -> None:
+        for _ in range(100):
+            testing.pending()
+            testing.pending()
+
+    testing.track()
+    try:
+        run(benchmark, f"strict mode, a test beside {buses} buses", who.name, 100, object, job)
+    finally:
+        testing.track(on=False)

@@ -48,6 +48,7 @@ from commitbus import (
 )
 from commitbus.aio import BasicAsyncEventBus
 from commitbus.integrations.django import OnCommitEventBus, leftovers, orchestrator
+from commitbus.testing import record
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -485,7 +486,9 @@ def test_a_copy_is_a_bus_of_its_own(make: Any) -> None:
         copied.publish(2)
         assert bus.pending_events() == (1,)
         assert copied.pending_events() == (2,)
-        assert "1 pending" in repr([hook for _, hook, _ in connections["default"].run_on_commit])
+        hooks = [hook for _, hook, _ in connections["default"].run_on_commit]
+        assert repr(hooks[0]) == "<hook of OnCommitEventBus of Plain: int>"
+        assert [hook.events for hook in hooks] == [(1,), (2,)]
         assert bus.discard_pending_events() == [1]
         assert copied.discard_pending_events() == [2]
 
@@ -624,6 +627,8 @@ def test_a_test_case(log: list[Any]) -> None:
                 bus.publish(1)
                 bus.publish(2)
             assert len(callbacks) == 2
+            assert [one.events for one in callbacks] == [(1,), (2,)]
+            assert repr(callbacks[1]) == "<hook of OnCommitEventBus of Bus: int>"
             assert log == []
             with self.captureOnCommitCallbacks(execute=True) as callbacks:
                 bus.publish(3)
@@ -638,6 +643,57 @@ def test_a_test_case(log: list[Any]) -> None:
             assert leftovers().discard_pending_events()
 
     run_case(Case)
+
+
+def test_a_forgotten_atomic_in_a_test_case() -> None:
+    """Production has no transaction there, and the test case's own does not hide it."""
+    bus = OnCommitEventBus(Plain(), outside="raise")
+
+    class Case(TestCase):
+        databases = {"default"}  # noqa: RUF012
+
+        def test_it(self) -> None:
+            with pytest.raises(transaction.TransactionManagementError, match="no transaction is open"):
+                bus.publish(1)
+            with atomic():
+                bus.publish(2)
+                assert bus.pending_events() == (2,)
+
+    run_case(Case)
+
+
+def test_what_was_applied_is_found_by_every_bus_around_it(log: list[Any]) -> None:
+    mine, other = Bus(log), Bus(log)
+    bus, another = OnCommitEventBus(mine), OnCommitEventBus(other)
+    wrapped = orchestrator().wrap(Plain())
+    with record(block=False) as recording, atomic():
+        bus.publish(1)
+        another.publish(2)
+        wrapped.publish(3)
+    assert recording.of(bus) == recording.of(mine) == [1]
+    assert recording.of(another) == recording.of(other) == [2]
+    assert recording.of(wrapped) == recording.of(Plain) == [3]
+    assert recording.of(OnCommitEventBus) == [1, 2, 3]
+    assert recording.of(Bus) == [1, 2]
+    assert recording.of(Bus(log)) == []
+
+
+def test_the_results_of_a_celery_bus_within() -> None:
+    celery = pytest.importorskip("celery", reason="Celery is not installed")
+    from commitbus.integrations.celery import CeleryEventBus
+
+    app = celery.Celery("shop")
+    app.conf.task_always_eager = True
+
+    @app.task(name="double")
+    def double(number: int) -> int:
+        return 2 * number
+
+    tasks = CeleryEventBus(app)
+    bus = OnCommitEventBus(tasks)
+    with atomic():
+        bus.publish_all([double.s(1), double.s(2)])
+    assert [one.get() for one in tasks.results] == [2, 4]
 
 
 def test_a_transaction_test_case(log: list[Any]) -> None:
@@ -731,15 +787,22 @@ def test_pytest_django(tmp_path: Any) -> None:
         "    with transaction.atomic():\n"
         "        bus.publish(lambda *, commit: log.append(2))\n"
         "    assert log[-1] == 2\n"
+        "from commitbus.integrations.django import orchestrator\n"
+        "wrapped = orchestrator()\n"
+        "@pytest.mark.django_db\n"
+        "def test_dropped_with_the_transaction_of_the_test():\n"
+        "    bus.publish(lambda *, commit: log.append(3))\n"
+        "    wrapped.wrap(BasicEventBus()).publish(lambda *, commit: log.append(3))\n"
     )
     (tmp_path / "mysettings.py").write_text(
         'DATABASES = {"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"}}\nSECRET_KEY = "x"\n'
     )
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--ds", "mysettings", str(tmp_path)]
+    (tmp_path / "pytest.ini").write_text("[pytest]\ncommitbus_strict = true\n")
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
     env.pop("PYTEST_DISABLE_PLUGIN_AUTOLOAD", None)
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert "2 passed" in done.stdout, done.stdout + done.stderr
+    assert "3 passed" in done.stdout, done.stdout + done.stderr
 
 
 def test_both_twins() -> None:

@@ -115,7 +115,8 @@ def test_a_unit_of_work_whose_buses_are_applied_by_hand(twin: Any, commit: bool)
     assert (committed, log) == ([], [commit])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(ZeroDivisionError), twin.use_orchestrator_or_create_multi_event_bus(None, True) as (buses, _):
+        unit_of_work = twin.use_orchestrator_or_create_multi_event_bus
+        with pytest.raises(ZeroDivisionError), unit_of_work(None, True) as (buses, _):
             buses.apply(True)
             raise ZeroDivisionError  # that says enough
         with twin.use_orchestrator_or_create_multi_event_bus(None, True) as (buses, execute):

@@ -5,7 +5,6 @@ It is loaded into every run of pytest where commitbus is installed, so `commitbu
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
@@ -14,7 +13,7 @@ import pytest
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-    from commitbus.testing import Pending, Recording
+    from commitbus.testing import Recording
 
 
 @pytest.fixture
@@ -41,13 +40,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Make an error of the warning."""
     if config.getini("commitbus_strict"):
-        from commitbus import _messages
+        from commitbus import _messages, testing
 
         _messages.strict = True
+        testing.track()
         config.addinivalue_line("filterwarnings", "error::commitbus.UnappliedEventsWarning")
 
 
-_LEFT: pytest.StashKey[list[Pending]] = pytest.StashKey()
+# Of each bus with more events than before the test: its identity, and the bus, weakly: one that only a fixture had is
+# gone when that has ended, and nobody has forgotten to apply it.
+_LEFT: pytest.StashKey[dict[int, ref[Any]]] = pytest.StashKey()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -59,15 +61,15 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
 
     from commitbus.testing import pending
 
-    # By bus and number: a constant that is published again is the same object. Weakly: no bus is kept alive by this.
-    before = {id(found.bus): (ref(found.bus), Counter(map(id, found.events))) for found in pending()}
+    before = {id(found.bus): (ref(found.bus), len(found.events)) for found in pending()}
 
-    def was(bus: Any) -> Counter[int]:
-        known, events = before.get(id(bus), (None, Counter[int]()))
-        return events if known is not None and known() is bus else Counter()
-
-    def new() -> list[Pending]:
-        return [found for found in pending() if Counter(map(id, found.events)) - was(found.bus)]
+    def new() -> dict[int, ref[Any]]:
+        left: dict[int, ref[Any]] = {}
+        for found in pending():
+            known, count = before.get(id(found.bus), (None, 0))
+            if len(found.events) > (count if known is not None and known() is found.bus else 0):
+                left[id(found.bus)] = ref(found.bus)
+        return left
 
     result = yield
     if new():
@@ -81,10 +83,15 @@ def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object
     """Fail if they are still there when the fixtures have ended, which may apply or discard them."""
     result = yield
     if left := item.stash.get(_LEFT, None):
+        import gc
+
         from commitbus.testing import describe_pending, pending
 
-        item.stash[_LEFT] = []
-        buses = {id(found.bus) for found in left}
-        if found := [found for found in pending() if id(found.bus) in buses]:
+        item.stash[_LEFT] = {}
+        # What the fixtures gave is over, and pytest lets go of it after this.
+        getattr(item, "funcargs", {}).clear()
+        gc.collect()
+        found = [one for one in pending() if (known := left.get(id(one.bus))) is not None and known() is one.bus]
+        if found:
             pytest.fail(describe_pending(found), pytrace=False)
     return result

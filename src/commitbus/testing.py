@@ -6,6 +6,7 @@ The fixtures of the pytest plugin that comes with commitbus are made of this.
 from __future__ import annotations
 
 import gc
+import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import ndiff
@@ -13,9 +14,10 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
 
 from commitbus import _lock, _messages
-from commitbus._interfaces import PartlyApplied
-from commitbus._looking import Shown, collected_in, holds_buses, holds_pairs, in_store
+from commitbus._interfaces import EventBus, PartlyApplied
+from commitbus._looking import Shown, holds_buses, holds_pairs, in_store
 from commitbus._naming import describe, describe_bus, is_delayed
+from commitbus._select import twin
 from commitbus.middleware import INNERMOST, OUTERMOST, add_at
 
 if TYPE_CHECKING:
@@ -66,7 +68,8 @@ class Recording:
         Parameters
         ----------
         bus : bus or class
-            The bus that they were published on, a `DelayedEventBus` around it, or the class of such buses.
+            The bus that they were published on, a `DelayedEventBus` around it, or the class of such buses. Of Django's
+            also the `OnCommitEventBus`, what an orchestrator has wrapped, or the bus within.
 
         Returns
         -------
@@ -79,11 +82,11 @@ class Recording:
             When `bus` is neither.
         """
         if isinstance(bus, type):
-            return [one.event for one in self.applied if one.commit and isinstance(one.bus, bus)]
-        if not isinstance(bus, Shown):
+            return [one.event for one in self.applied if one.commit and _is_a(one.bus, bus)]
+        if not isinstance(bus, EventBus):
             raise _messages.not_a_recorded_bus(bus)
-        actual = cast("Any", bus)._commitbus_parts()[0] if is_delayed(bus) else bus
-        return [one.event for one in self.applied if one.commit and one.bus is actual]
+        actual: Any = cast("Any", bus)._commitbus_parts()[0] if is_delayed(bus) else bus
+        return [one.event for one in self.applied if one.commit and actual in _Identities(one.bus)]
 
     def assert_applied(self, *events: Any) -> None:
         """Check that these events, and no others, were applied with a true `commit`, in this order.
@@ -114,6 +117,27 @@ class Recording:
         """
         __tracebackhide__ = True
         self.assert_applied()
+
+
+def _origin(bus: Any) -> Any:
+    """Give what has made a copy of a bus to apply its events, as Django's `OnCommitEventBus` does, or None."""
+    claim = getattr(bus, "_commitbus_claim", None)
+    return None if claim is None else claim()
+
+
+def _is_a(bus: Any, cls: type) -> bool:
+    return isinstance(bus, cls) or isinstance(_origin(bus), cls)
+
+
+class _Identities:
+    """A bus, and what it is a copy for: looked for by identity."""
+
+    def __init__(self, bus: Any) -> None:
+        origin = _origin(bus)
+        self.buses = (bus, origin, getattr(origin, "_event_bus", None))
+
+    def __contains__(self, bus: Any) -> bool:
+        return any(bus is one for one in self.buses)
 
 
 def _difference(events: tuple[Any, ...], applied: list[Any]) -> str:
@@ -239,6 +263,43 @@ class Pending(NamedTuple):
     events: tuple[Any, ...]
 
 
+# The buses that were made since `track` began, weakly, and by their identity: some are equal, or cannot be hashed.
+_tracked: dict[int, weakref.ref[Any]] | None = None
+
+
+def track(on: bool = True) -> None:
+    """Note each bus that is made, so that `pending` need not look at all objects each time: for strict mode."""
+    global _tracked
+    if not on:
+        twin.use_track(None)
+        _tracked = None
+    elif _tracked is None:
+        before = _all_buses()
+        _tracked = {}
+        twin.use_track(_note_bus)
+        for bus in before:
+            _note_bus(bus)
+
+
+def _note_bus(bus: Any) -> None:
+    known = cast("dict[int, weakref.ref[Any]]", _tracked)
+    key = id(bus)
+
+    def forget(_: object) -> None:
+        known.pop(key, None)
+
+    known[key] = weakref.ref(bus, forget)
+
+
+def _all_buses() -> list[Any]:
+    """List the buses that have events of their own, and the `side_effects_bus` of delayed ones."""
+    if _tracked is not None:
+        return [bus for reference in list(_tracked.values()) if (bus := reference()) is not None]
+    # By their classes, and not by isinstance(), which asks the object.
+    found = [thing for thing in gc.get_objects() if issubclass(cast("Any", type(thing)), Shown)]
+    return [bus for bus in cast("list[Any]", found) if not is_delayed(bus)]
+
+
 def pending() -> list[Pending]:
     """Find every bus in the process that has events that nobody applied.
 
@@ -251,7 +312,8 @@ def pending() -> list[Pending]:
 
     Notes
     -----
-    It looks at every object that the garbage collector knows of, which takes some milliseconds.
+    It looks at every object that the garbage collector knows of, which takes some milliseconds; in strict mode, at
+    the buses that there are.
 
     Examples
     --------
@@ -263,21 +325,17 @@ def pending() -> list[Pending]:
     [Pending(bus=<BasicEventBus: 1 pending>, events=(<built-in function print>,))]
     """
     found: list[Pending] = []
-    for thing in gc.get_objects():
-        if not issubclass(cast("Any", type(thing)), Shown):  # not isinstance, which asks the object
+    for store in _all_buses():
+        if holds_buses(store):
             continue
-        bus: Any = thing
-        events: list[Any] = []
-        if is_delayed(bus):
-            try:
-                if not holds_buses(bus._commitbus_parts()[0]):
-                    events = collected_in(bus)
-            except TypeError:  # one that wraps no bus
-                pass
-        elif not (holds_buses(bus) or holds_pairs(bus)):
-            events = in_store(bus)
-        if events:
-            found.append(Pending(bus, tuple(events)))
+        bus: Any = store
+        if holds_pairs(store):
+            collector = store._commitbus_collector
+            bus = None if collector is None else collector()
+            if bus is None or holds_buses(bus._commitbus_parts()[0]):
+                continue  # it was copied, say; or what is in these buses is found there
+        if events := in_store(store):
+            found.append(Pending(bus, tuple(event for event, _ in events) if holds_pairs(store) else tuple(events)))
     return found
 
 

@@ -53,8 +53,16 @@ cdef tuple EMPTY = ()
 cdef object MISSING = _messages.MISSING
 # The extension types below, and those of the modules that build on this one.
 EXTENSION_TYPES = set()
+# Is told of each bus that is made, while tests look for what was forgotten; or None.
+cdef object TRACK = None
 # Makes marks of what covers a bus: of `multi_event_bus`, which builds on this module.
 cdef object MAKE_MARKS = None
+
+
+def use_track(function):
+    """Have a function told of each bus that is made; None ends that."""
+    global TRACK
+    TRACK = function
 
 
 def use_covers(function):
@@ -209,6 +217,10 @@ cdef inline bint is_default(object collect_event, bint method):
 
 
 cdef class EventStore(Source):
+    def __cinit__(self):
+        if TRACK is not None:
+            TRACK(self)
+
     cdef int add(self, object event) except -1:
         """Check an event, and append it."""
         return self.append(event)

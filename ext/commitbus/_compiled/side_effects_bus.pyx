@@ -170,6 +170,10 @@ cdef class PairStore(EventStore):
         return self.wraps
 
     @property
+    def _commitbus_collector(self):
+        return self.collector
+
+    @property
     def _commitbus_mixed(self):
         return self.mixed
 

@@ -15,6 +15,7 @@ from commitbus._compiled.batch_event_bus import BatchEventBus
 from commitbus._compiled.delayed_event_bus import DelayedEventBus
 from commitbus._compiled.delayed_event_bus import KeptEventBus as KeptEventBus  # pickles name it
 from commitbus._compiled.event_bus import AbstractEventBus, BasicEventBus
+from commitbus._compiled.event_bus import use_track as use_track  # for the tests of others
 from commitbus._compiled.multi_event_bus import MultiEventBus, use_orchestrator_or_create_multi_event_bus
 from commitbus._compiled.shared_side_effects import SharedSideEffectsEventBus
 from commitbus._compiled.side_effects_bus import SideEffectsBus as SideEffectsBus  # pickles name it

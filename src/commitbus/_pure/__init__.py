@@ -13,6 +13,7 @@ from commitbus._pure.batch_event_bus import BatchEventBus
 from commitbus._pure.delayed_event_bus import DelayedEventBus
 from commitbus._pure.delayed_event_bus import KeptEventBus as KeptEventBus  # pickles name it
 from commitbus._pure.event_bus import AbstractEventBus, BasicEventBus
+from commitbus._pure.event_bus import use_track as use_track  # for the tests of others
 from commitbus._pure.multi_event_bus import MultiEventBus, use_orchestrator_or_create_multi_event_bus
 from commitbus._pure.shared_side_effects import SharedSideEffectsEventBus
 from commitbus._pure.side_effects import SideEffectCall, if_committed

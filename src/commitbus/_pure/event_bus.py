@@ -53,6 +53,15 @@ if TYPE_CHECKING:
         def __call__(self, *, commit: bool) -> Coroutine[Any, Any, Any]: ...
 
 
+track: Callable[[Any], None] | None = None  # told of each bus that is made, while tests look for what was forgotten
+
+
+def use_track(function: Callable[[Any], None] | None) -> None:
+    """Have a function told of each bus that is made; None ends that."""
+    global track
+    track = function
+
+
 Pair: TypeAlias = tuple[T, CommittableFunction]
 
 
@@ -129,6 +138,8 @@ class AbstractEventBus(Source, Shown, _state.Stateful, EventBus[T], Generic[T]):
         self._commitbus_pending = []
         self._commitbus_left = self._commitbus_marks = self._commitbus_batch = None
         self._commitbus_owner = self._commitbus_wrapper = self._commitbus_claim = None
+        if track is not None:
+            track(self)
         return self
 
     def publish(self, event: T) -> None:

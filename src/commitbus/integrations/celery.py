@@ -113,7 +113,7 @@ class CeleryEventBus(BatchEventBus[Any]):
         super().publish(event)
 
     def _apply_events(self, events: list[Any], commit: bool) -> None:
-        self.results = []
+        self.results.clear()  # and not another list: copies fill it, as those that Django's commit applies
         if not commit:
             return
         if self._app.conf.task_always_eager:
@@ -121,7 +121,7 @@ class CeleryEventBus(BatchEventBus[Any]):
             sent.send(events)
         else:
             sent = self._send(events)
-        self.results = [sent.results[at] for at in sorted(sent.results) if at not in sent.errors]
+        self.results += [sent.results[at] for at in sorted(sent.results) if at not in sent.errors]
         if sent.errors:
             raise PartlyApplied(sent.errors)
 

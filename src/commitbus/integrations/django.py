@@ -102,6 +102,7 @@ class OnCommitEventBus(EventBus[T], Generic[T]):
         connections[using or DEFAULT]
         self._event_bus, self._using, self._robust, self._outside = event_bus, using, robust, outside
         self._on_leftovers = on_leftovers
+        self._reference = weakref.ref(self)
         # The run of events of each thread, by a weak reference, as Django may drop it; its connection is the thread's.
         # To look that up for each event would take longer than all the rest.
         self._last: _LastOfThread | _Last = _LastOfThread()
@@ -187,11 +188,11 @@ class OnCommitEventBus(EventBus[T], Generic[T]):
 
     def __getstate__(self) -> dict[str, Any]:
         """Give what a copy takes over: not what is pending, which is the connection's."""
-        return {name: value for name, value in vars(self).items() if name != "_last"}
+        return {name: value for name, value in vars(self).items() if name not in {"_last", "_reference"}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over what a copy has."""
-        vars(self).update(state, _last=_LastOfThread())
+        vars(self).update(state, _last=_LastOfThread(), _reference=weakref.ref(self))
 
     def __repr__(self) -> str:
         """Name the bus, and say how many events the open transaction has."""
@@ -203,10 +204,11 @@ class OnCommitEventBus(EventBus[T], Generic[T]):
     def _begin(self, event: T) -> None:
         """Begin a run of events: a hook of its own."""
         connection = self._connection()
-        if not connection.in_atomic_block and self._outside == "raise":
+        if self._outside == "raise" and not _is_in_atomic(connection):
             raise transaction.TransactionManagementError(_messages.outside_a_transaction(self._event_bus))
         bus: Any = self._event_bus
         bus = bus._commitbus_like()
+        bus._commitbus_claim = self._reference  # what it is a copy for: `commitbus.testing` looks
         bus.publish(event)
         state = _state(connection)
         if state.committed:
@@ -230,6 +232,13 @@ class OnCommitEventBus(EventBus[T], Generic[T]):
         if type(bus).applies_after_rollback and connection.in_atomic_block:
             state.watch_end(connection, run)
         connection.on_commit(run)
+
+
+def _is_in_atomic(connection: Any) -> bool:
+    """Whether a block of ``atomic`` is open that is not a test case's own: production would not have that."""
+    return bool(connection.in_atomic_block) and not all(
+        getattr(block, "_from_testcase", False) for block in connection.atomic_blocks
+    )
 
 
 def _check(bus: Any) -> None:
@@ -280,9 +289,16 @@ class _Run:
         # Whether it ends with a test, whose transaction says nothing of what production would do.
         self.of_test = False
 
+    @property
+    def events(self) -> tuple[Any, ...]:
+        """What the hook would apply now: for tests that capture hooks."""
+        return cast("tuple[Any, ...]", self.bus.pending_events())
+
     def __repr__(self) -> str:
-        """Say what the hook applies: tools list hooks."""
-        return f"<hook of {self.owner!r}>"
+        """Say what the hook applies, by its name alone: tools list hooks, and tests capture them."""
+        names = [_naming.describe(event) for event in self.events]
+        named = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        return f"<hook of {type(self.owner).__name__} of {type(self.bus).__name__}: {named or 'nothing'}>"
 
     def goes_on(self) -> bool:
         """Whether nothing came between, in the very same savepoints."""
@@ -919,7 +935,7 @@ class _Wrapped(OnCommitEventBus[T]):
         _check(event_bus)
         self._event_bus, self._orchestrator = event_bus, orchestrator
         self._using, self._robust, self._outside = orchestrator.using, orchestrator.robust, "apply"
-        self._on_leftovers = orchestrator.on_leftovers
+        self._on_leftovers, self._reference = orchestrator.on_leftovers, weakref.ref(self)
         self._last = _Last()
 
     def _connection(self) -> Any:
@@ -993,7 +1009,7 @@ def orchestrator(
 def _look() -> None:
     """Refuse to apply before the commit of a transaction that is open here; not for that of a test."""
     for connection in connections.all(initialized_only=True):
-        if any(not getattr(block, "_from_testcase", False) for block in connection.atomic_blocks):
+        if _is_in_atomic(connection):
             name = "orchestrator()" if connection.alias == DEFAULT else f"orchestrator({connection.alias!r})"
             within = f"is within transaction.atomic() of the database {connection.alias!r}"
             raise RuntimeError(
