@@ -33,9 +33,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
+try:
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
+except ModuleNotFoundError:
+    sys.exit("this example shows what it does with rich, which is not installed: pip install rich")
 
 from commitbus import AbstractEventBus, use_orchestrator_or_create_multi_event_bus
 

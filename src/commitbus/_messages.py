@@ -125,7 +125,7 @@ class Failures:
     A multi bus hands its own list of errors to each bus that it applies, so that they all end in one group.
     """
 
-    __slots__ = ("again", "begin", "buses", "count", "errors", "positions", "rounds", "total")
+    __slots__ = ("again", "begin", "buses", "count", "errors", "known", "positions", "rounds", "total")
 
     def __init__(self, errors: list[Exception] | None = None, rounds: Rounds | None = None) -> None:
         self.errors: list[Exception] = [] if errors is None else errors
@@ -135,6 +135,7 @@ class Failures:
         self.count = 0  # how many events it has
         self.total = 0  # how many there were in all rounds
         self.buses = False  # whether the events are buses
+        self.known: set[int] = set()  # which these are, by identity: one may have a turn in each round
         self.rounds = rounds  # None where there is one only
 
     def inner(self) -> Failures:
@@ -155,7 +156,11 @@ class Failures:
                 self.positions.append(position)
             if not self.buses:
                 self.rounds.tried += self.count - len(self.positions)
-        self.total += self.count - len(self.positions)
+        if self.buses:
+            self.known.update(map(id, batch[begin:]))
+            self.total = len(self.known)
+        else:
+            self.total += self.count - len(self.positions)
         return len(self.positions)
 
     def set_aside(self, bus: object, batch: list[object]) -> None:
@@ -677,15 +682,16 @@ def applied_by_the_transaction(bus: object) -> TypeError:
     )
 
 
-def note_kept_nowhere(error: BaseException) -> None:
+def note_kept_nowhere(error: BaseException, bus: object, robust: bool) -> None:
     """Mend the note that an event stays pending, where it was published outside of a transaction."""
     with suppress(Exception):
-        several: tuple[BaseException, ...] = getattr(error, "exceptions", (error,))
+        # Those of a group that a handler has raised are of another bus: they keep what they say.
+        several: tuple[BaseException, ...] = getattr(error, "exceptions", ()) if robust else (error,)
         for one in several:
             # The last is that of this bus: another that a handler applied keeps what it says.
             note = one.__notes__[-1]
             said, separator, _ = note.rpartition("; ")
-            if separator and note.startswith("commitbus: event"):
+            if separator and note.startswith("commitbus: event") and f"failed in {describe_bus(bus)}" in said:
                 where = "it was published outside of a transaction, and is kept nowhere: publish it again"
                 one.__notes__[-1] = f"{said}; {where}"
 
@@ -706,6 +712,12 @@ def failed_after_rollback(count: int) -> str:
 def failed_on_commit(count: int) -> str:
     """Say that events failed in the hooks of a commit."""
     return f"{count} {'event' if count == 1 else 'events'} failed after the commit"
+
+
+DEAF = (
+    "somebody has removed the listeners of commitbus from sqlalchemy.orm.Session, of all sessions, so that it does not "
+    "hear what becomes of a transaction; remove your own ones alone, with sqlalchemy.event.remove()"
+)
 
 
 def not_awaited_in_commit(bus: object) -> TypeError:

@@ -895,42 +895,6 @@ async def _work_at_once(work: Callable[[], Coroutine[Any, Any, None]], workers: 
     raise BaseExceptionGroup(_messages.failed_at_once(len(errors)), errors)
 
 
-async def apply_batch(
-    bus: AsyncEventBus[T], function: Callable[[list[T], bool], Awaitable[None]], commit: bool
-) -> list[T]:
-    """Apply all that is pending in one call, as one batch: it is done when `function` returns."""
-    store: Any = bus
-    refuse_open(store)
-    items: list[Any] = []
-    batch: Any = new_batch(items, iter(items))
-    left: Any = None
-    try:
-        try:
-            store._commitbus_take_into(items)
-            if items:
-                await _surround(added() or (), bus, list(items), partial(function, list(items), commit), commit)
-            batch = None
-            return items
-        except BaseException:
-            # As in `run`.
-            # fmt: off
-            left = batch; batch[BEHIND], store._commitbus_left, batch = store._commitbus_left, left, None  # noqa: E702
-            # fmt: on
-            raise
-    except BaseException as error:
-        if items:
-            with suppress(Exception):
-                _messages.note_stopped(error, bus, items[0], 0, len(items), 1, len(items), 0)
-        items = []  # the traceback keeps this frame, and must keep no event
-        # fmt: off
-        try: _see_to(store, bus, left, error, None)  # noqa: E701, SIM105
-        # fmt: on
-        except Exception:  # noqa: S110
-            pass
-        left = None
-        raise error
-
-
 def _uncollect(delayed: Any) -> None:
     """Move what a delayed bus has collected back to the bus that it wraps, before what is pending there."""
     actual, store = delayed._commitbus_parts()

@@ -325,7 +325,7 @@ class _Run:
         except BaseException as error:
             _messages.drop_own_frames(error)
             if self.state.errors is None and not self.connection.in_atomic_block:
-                _messages.note_kept_nowhere(error)
+                _messages.note_kept_nowhere(error, self.bus, self.owner._robust)
                 raise error  # published outside of a transaction: as Django does, the publisher has it
             self.state.keep(self)
             if self.state.errors is None:

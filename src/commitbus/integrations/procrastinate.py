@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from commitbus import _messages
 from commitbus._context import committed
-from commitbus.aio import AsyncEventBus, apply_batch
+from commitbus.aio import AsyncBatchEventBus
 from commitbus.batch_event_bus import BatchEventBus
 from commitbus.event_bus import AbstractEventBus
 
@@ -164,11 +165,13 @@ class ProcrastinateEventBus(BatchEventBus[Job], _Outbox):  # in this order: the 
     connection : psycopg.Connection, or callable that returns one, or None
         That of the transaction; a callable is called when the jobs are stored. None for the app of procrastinate's
         Django integration, which has Django's. A reference is kept.
+    skip_enqueued : bool, default False
+        Leave out a job whose queueing lock another one has, which waits already, and store the others.
 
     Raises
     ------
     TypeError
-        When one of them is anything else.
+        When one of the first two is anything else.
 
     Notes
     -----
@@ -192,9 +195,15 @@ class ProcrastinateEventBus(BatchEventBus[Job], _Outbox):  # in this order: the 
     ...         jobs.apply(commit=True)
     """
 
-    def __init__(self, app: App, connection: psycopg.Connection[Any] | Callable[[], Any] | None) -> None:
+    def __init__(
+        self,
+        app: App,
+        connection: psycopg.Connection[Any] | Callable[[], Any] | None,
+        *,
+        skip_enqueued: bool = False,
+    ) -> None:
         self._manager = _manager(self, app, connection, SyncPsycopgConnector)
-        self._app, self._connection = app, connection
+        self._app, self._connection, self._skip_enqueued = app, connection, skip_enqueued
 
     def apply(self, commit: bool, *, robust: bool = False, rounds: int = 1) -> list[Job]:
         """Store the jobs that are pending, in the transaction that is open.
@@ -237,8 +246,12 @@ class ProcrastinateEventBus(BatchEventBus[Job], _Outbox):  # in this order: the 
             else:
                 self._manager.batch_defer_jobs(events, connection)
         except _AlreadyEnqueued as error:
-            _messages.note_enqueued(error, len(events))
-            raise
+            if not self._skip_enqueued:
+                _messages.note_enqueued(error, len(events))
+                raise
+            for job in events:
+                with suppress(_AlreadyEnqueued), self._savepoint(connection):
+                    self._manager.batch_defer_jobs([job], connection)
 
     def _savepoint(self, connection: Any) -> Any:
         if connection is None:
@@ -250,7 +263,7 @@ class ProcrastinateEventBus(BatchEventBus[Job], _Outbox):  # in this order: the 
         return connection.transaction()
 
 
-class AsyncProcrastinateEventBus(AsyncEventBus[Job], _Outbox):
+class AsyncProcrastinateEventBus(AsyncBatchEventBus[Job], _Outbox):
     """The same, for a connection of psycopg that is asynchronous: applied with ``await bus.apply_async(commit)``.
 
     Parameters
@@ -259,23 +272,31 @@ class AsyncProcrastinateEventBus(AsyncEventBus[Job], _Outbox):
         Its connector need not be open: the connection is used instead. A reference is kept.
     connection : psycopg.AsyncConnection, or callable that returns one
         That of the transaction; a callable is called when the jobs are stored. A reference is kept.
+    skip_enqueued : bool, default False
+        Leave out a job whose queueing lock another one has, which waits already, and store the others.
 
     Raises
     ------
     TypeError
-        When one of them is anything else.
+        When one of the first two is anything else.
     """
 
-    def __init__(self, app: App, connection: psycopg.AsyncConnection[Any] | Callable[[], Any]) -> None:
+    def __init__(
+        self,
+        app: App,
+        connection: psycopg.AsyncConnection[Any] | Callable[[], Any],
+        *,
+        skip_enqueued: bool = False,
+    ) -> None:
         self._manager = _manager(self, app, connection, PsycopgConnector)
-        self._app, self._connection = app, connection
+        self._app, self._connection, self._skip_enqueued = app, connection, skip_enqueued
 
     async def apply_async(
         self,
         commit: bool,
         *,
-        robust: bool = False,  # noqa: ARG002
-        rounds: int = 1,  # noqa: ARG002
+        robust: bool = False,
+        rounds: int = 1,
         concurrency: int = 1,  # noqa: ARG002
     ) -> list[Job]:
         """Store the jobs that are pending, in one statement.
@@ -285,11 +306,11 @@ class AsyncProcrastinateEventBus(AsyncEventBus[Job], _Outbox):
         commit : bool
             Whether to store them.
         robust : bool, default False
-            Not looked at: all jobs are stored, or none.
+            As on any bus.
         rounds : int, default 1
-            Not looked at.
+            As on any bus.
         concurrency : int, default 1
-            Not looked at.
+            Not looked at: there is one connection.
 
         Returns
         -------
@@ -305,14 +326,11 @@ class AsyncProcrastinateEventBus(AsyncEventBus[Job], _Outbox):
         """
         token = committed.set(False)  # by hand, whoever calls it answers for the transaction
         try:
-            return await apply_batch(self, self._apply_events, commit)
+            return await super().apply_async(commit, robust=robust, rounds=rounds)
         finally:
             committed.reset(token)
 
-    async def _apply_event_async(self, event: Job, commit: bool) -> None:
-        await self._apply_events([event], commit)
-
-    async def _apply_events(self, events: list[Job], commit: bool) -> None:
+    async def _apply_events_async(self, events: list[Job], commit: bool) -> None:
         if not commit:
             return
         connection = _checked(self, self._app, self._connection, _psycopg.AsyncConnection)
@@ -325,5 +343,10 @@ class AsyncProcrastinateEventBus(AsyncEventBus[Job], _Outbox):
             else:
                 await self._manager.batch_defer_jobs_async(events, connection)
         except _AlreadyEnqueued as error:
-            _messages.note_enqueued(error, len(events))
-            raise
+            if not self._skip_enqueued:
+                _messages.note_enqueued(error, len(events))
+                raise
+            for job in events:
+                with suppress(_AlreadyEnqueued):
+                    async with connection.transaction():
+                        await self._manager.batch_defer_jobs_async([job], connection)

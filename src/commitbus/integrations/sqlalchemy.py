@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from asyncio import _get_running_loop, current_task
+from asyncio import _get_running_loop, current_task, get_running_loop
 from contextlib import contextmanager, suppress
 from functools import partial, wraps
 from importlib.util import find_spec
@@ -536,9 +536,13 @@ class _Bound:
                 try:
                     _messages.warn(_messages.session_left(*count), "sqlalchemy")
                 except Warning as warning:  # that is an error, in tests
-                    if (error := sys.exception()) is None or (first := error.__context__) is None:
+                    # What a handler raised, say, is not to be replaced by it.
+                    if in_greenlet():  # where that would be in the caller's task
+                        self.report(warning)
+                    elif (error := sys.exception()) is None or (first := error.__context__) is None:
                         raise
-                    _messages.chain(first, warning)  # what a handler raised, say, is not to be replaced by it
+                    else:
+                        _messages.chain(first, warning)
         if forgotten:
             _messages.warn(_messages.session_not_committed(forgotten), "sqlalchemy")
         if self.late is not None and not within:
@@ -664,6 +668,20 @@ class _Bound:
                 self.committing = self.ending = None
                 self.roll_back(session)
             self.committing = self.ending = None
+
+    def check_heard(self) -> None:
+        """Keep what a commit has not applied, which was not heard, and say why; nothing where it was."""
+        if not _hears():
+            self.committed.clear()
+            error = RuntimeError(_messages.DEAF)
+            self.keep_left(error)
+            mark(error, Outcome.COMMITTED)
+            raise error
+
+    def refuse_deaf(self) -> None:
+        """Refuse to begin a transaction whose end would not be heard."""
+        if not _hears():
+            raise RuntimeError(_messages.DEAF)
 
     # The commit of the outermost transaction
 
@@ -870,9 +888,8 @@ class _Bound:
 
     def report(self, error: Exception) -> None:
         """Report what cannot be raised as asyncio does."""
-        from asyncio import get_running_loop
-
-        get_running_loop().call_exception_handler({"message": _messages.FAILED_AFTER_ROLLBACK, "exception": error})
+        message = str(error) if isinstance(error, Warning) else _messages.FAILED_AFTER_ROLLBACK
+        get_running_loop().call_exception_handler({"message": message, "exception": error})
 
     @contextmanager
     def handlers_run(self, session: Any) -> Generator[None]:
@@ -1017,6 +1034,8 @@ def _commit_methods(cls: type[Session]) -> dict[str, Any]:
                 bound.commit_to_the_end(self, partial(commit_of, self, *args, **kwargs))
             else:
                 commit_of(self, *args, **kwargs)
+            if bound.buses._commitbus_holds_any():
+                bound.check_heard()
         except BaseException as error:
             bound.fail(self, error)
             raise
@@ -1027,8 +1046,11 @@ def _commit_methods(cls: type[Session]) -> dict[str, Any]:
     def begin(self: Session, *args: Any, **kwargs: Any) -> SessionTransaction:
         transaction = begin_of(self, *args, **kwargs)
         bound: Any = vars(self).get("_commitbus_bound")
-        if bound is not None and transaction is bound.ending:
-            bound.see(transaction)
+        if bound is not None:
+            if transaction is bound.ending:
+                bound.see(transaction)
+            elif not (transaction.nested or bound.applying):
+                bound.refuse_deaf()
         return transaction
 
     return {"commit": commit, "begin": begin}
@@ -1075,6 +1097,14 @@ def _open_savepoints(session: Session) -> list[SessionTransaction]:
     return found
 
 
+_listeners: list[tuple[str, Callable[..., None]]] = []
+
+
+def _hears() -> bool:
+    """Whether nobody has removed our listeners."""
+    return all(event.contains(Session, name, listener) for name, listener in _listeners)
+
+
 def _listen(name: str) -> None:
     """Listen to all sessions, for those that have buses.
 
@@ -1090,6 +1120,7 @@ def _listen(name: str) -> None:
             method(bound, session, *args)
 
     event.listen(Session, name, listener, insert=True)
+    _listeners.append((name, listener))
 
 
 def _drop_what_ended(connection: object) -> None:
