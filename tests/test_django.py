@@ -866,3 +866,9 @@ def test_the_note_of_an_inner_bus_stays_as_it_is(log: list[Any]) -> None:
     first, second = notes(caught.value)
     assert first.endswith("it stays pending")
     assert second.endswith("is kept nowhere: publish it again")
+    # Nor those of a group that the handler has raised.
+    with pytest.raises(ExceptionGroup) as several:
+        bus.publish(lambda *, commit: inner.apply(True, robust=True))
+    (inner_note,) = [note for note in notes(several.value.exceptions[0]) if "robust" not in note][-1:]
+    assert inner_note.endswith("it stays pending")
+    assert notes(several.value)[-1].endswith("is kept nowhere: publish it again")

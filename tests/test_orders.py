@@ -66,6 +66,15 @@ def test_with_an_outbox_nothing_is_lost(name: str) -> None:
         assert mails >= committed
 
 
+def test_without_rich(tmp_path: Path) -> None:
+    (tmp_path / "rich.py").write_text("raise ModuleNotFoundError\n")
+    command = [sys.executable, str(Path(__file__).parent.parent / "examples/orders.py")]
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "pip install rich" in done.stderr
+
+
 @pytest.mark.parametrize(
     "arguments", [["--orders", "0"], ["--kills", "3"], ["--chaos", "x"], ["--plot", "/no/such/folder/orders.svg"]]
 )

@@ -183,6 +183,32 @@ def test_a_queueing_lock_that_is_taken_leaves_the_transaction_usable(dsn: str, c
     assert stored(dsn) == [("send", {"address": "first"}), 1]
 
 
+@needs_server
+def test_a_queueing_lock_that_is_taken_and_the_rest_of_the_order(dsn: str, connection: Any) -> None:
+    bus: Any = ProcrastinateEventBus(app, connection, skip_enqueued=True)
+    locked_send = send.configure(queueing_lock="one at a time")
+    for number in range(2):
+        insert(connection, number)
+        bus.defer(locked_send, address=f"{number}")
+        bus.defer(locked_send, address="twice in one batch")
+        bus.defer(count, number=number)
+        assert len(bus.apply(True)) == 3
+        connection.commit()
+    expected = [("send", {"address": "0"}), ("count", {"number": 0}), ("count", {"number": 1})]
+    assert stored(dsn)[:-1] == expected
+
+    async def main() -> None:
+        async with await psycopg.AsyncConnection.connect(dsn) as one:
+            jobs: Any = AsyncProcrastinateEventBus(app, one, skip_enqueued=True)
+            jobs.defer(locked_send, address="taken")
+            jobs.defer(count, number=2)
+            assert len(await jobs.apply_async(True)) == 2
+            await one.commit()
+
+    asyncio.run(main())
+    assert stored(dsn)[:-1] == [*expected, ("count", {"number": 2})]
+
+
 def unit(connection: Any, commit: bool = True, **options: Any) -> Any:
     return use_orchestrator_or_create_multi_event_bus(
         None, commit, commit_transaction=connection.commit, rollback_transaction=connection.rollback, **options

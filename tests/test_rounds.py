@@ -272,3 +272,14 @@ def test_rule_8b_nothing_is_kept_after_rounds(twin: Any, make: Any, log: Log) ->
     log.calls.clear()
     gc.collect()
     assert found() is None, caught
+
+
+def test_rule_4d_how_many_buses_there_are_and_not_how_many_turns(twin: Any, make: Any, log: Log) -> None:
+    buses = twin.MultiEventBus()
+    bus = buses.wrap(make())
+    log.on("again", lambda: bus.publish("again" if len(log.events) < 3 else "bad"))
+    log.on("bad", Boom())
+    bus.publish("again")
+    with pytest.raises(ExceptionGroup) as caught:
+        buses.apply(True, robust=True, rounds=9)
+    assert str(caught.value).startswith("1 of 1 bus failed in ")

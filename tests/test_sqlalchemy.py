@@ -1236,3 +1236,49 @@ def test_the_warning_of_a_session_never_replaces_what_a_handler_raised() -> None
         with pytest.raises(LookupError, match="handler"), Session(create_engine("sqlite://")) as session:
             orchestrator(session).wrap(BasicEventBus()).publish(fail)
             session.commit()
+
+
+def test_a_session_whose_listeners_somebody_has_removed(session: Session, bus: Any, log: list[Any]) -> None:
+    """It was deaf: nothing was applied, and nobody told."""
+    ours: Any = importlib.import_module("commitbus.integrations.sqlalchemy")
+    add(session, "a")
+    bus.publish(1)
+    for name, listener in ours._listeners:
+        event.remove(Session, name, listener)
+    try:
+        with pytest.raises(RuntimeError, match="somebody has removed the listeners of commitbus") as caught:
+            session.commit()
+        assert "the transaction was committed: do not run it again; 1 event was not" in notes(caught.value)[-1]
+        assert leftovers(session).events_to_apply() == [1]
+        with pytest.raises(RuntimeError, match="somebody has removed"), session.begin():
+            raise AssertionError
+        session.rollback()
+    finally:
+        for name, listener in ours._listeners:
+            event.listen(Session, name, listener, insert=True)
+    leftovers(session).apply(True)
+    bus.publish(2)
+    add(session, "b")
+    session.commit()
+    assert log == [1, 2]
+
+
+def test_the_warning_of_an_awaited_session_does_not_replace_the_error(log: list[Any]) -> None:
+    reported: list[Any] = []
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context))
+        engine = create_async_engine("sqlite+aiosqlite://")
+        try:
+            async with AsyncSession(engine) as session:
+                orchestrator(session).wrap(Bus(log)).publish(Boom())
+                await session.connection()
+                await session.commit()
+        finally:
+            await engine.dispose()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(Boom):
+            asyncio.run(main())
+    assert "1 event was not applied after a commit of this session" in reported[0]["message"]

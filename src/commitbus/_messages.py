@@ -493,7 +493,9 @@ def too_late_to_store(bus: object) -> RuntimeError:
 def note_enqueued(error: BaseException, count: int) -> None:
     """Say what became of the jobs when one has a queueing lock that is taken."""
     none = "it was not stored" if count == 1 else f"none of the {count} jobs was stored"
-    _add_note(error, f"{none}, and the transaction can go on; discard the job that has the lock, or wait for the other")
+    _add_note(
+        error, f"{none}, and the transaction can go on; discard the job that has the lock, or pass skip_enqueued=True"
+    )
 
 
 def not_confirmed(error: Exception | None) -> ConnectionError:
