@@ -81,6 +81,8 @@ NEEDS = {
     "sqlalchemy.md": ["sqlalchemy", "aiosqlite", "greenlet"],
     "sqlalchemy-events.md": ["sqlalchemy"],
     "django.md": ["django"],
+    "on-commit.md": ["django"],
+    "recipes.md": ["sqlalchemy", "aiosqlite", "greenlet"],
     "fastapi.md": ["fastapi", "httpx2", "sqlalchemy", "aiosqlite", "greenlet"],
     "background-tasks.md": ["fastapi"],
     "opentelemetry.md": ["opentelemetry.sdk"],
