@@ -181,11 +181,13 @@ def failing_commits(who: Candidate, size: int) -> Any:
 
     session = Session(create_engine("sqlite://"))
 
-    class Bus(who.module.AbstractEventBus):  # type: ignore[misc,name-defined]
+    module: Any = who.module
+
+    class Bus(module.AbstractEventBus):
         def _apply_event(self, event: int, commit: bool) -> None:
             raise Boom
 
-    bus = orchestrator(session).wrap(Bus())
+    bus: Any = orchestrator(session).wrap(Bus())
 
     def use() -> None:
         for number in range(size):

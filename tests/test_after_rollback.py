@@ -125,7 +125,7 @@ SESSION_ENDINGS = [ending for ending in ENDINGS if "dry" not in ending]
 @pytest.mark.parametrize("ending", UNIT_ENDINGS)
 @pytest.mark.parametrize("with_rollback", [True, False])
 def test_rule_25_a_unit_of_work(twin: Any, ending: str, with_rollback: bool) -> None:
-    class Mail(twin.AbstractEventBus):  # type: ignore[misc,name-defined]
+    class Mail(twin.AbstractEventBus):
         __init__, _apply_event = Log.__init__, Log._apply_event
 
     class UndoHere(Mail):
@@ -521,7 +521,7 @@ def test_rule_25_django(kind: str) -> None:
 
 
 def test_rule_25_what_a_handler_raises_never_hides_the_error(twin: Any) -> None:
-    class UndoHere(twin.AbstractEventBus):  # type: ignore[misc,name-defined]
+    class UndoHere(twin.AbstractEventBus):
         applies_after_rollback = True
         __init__, _apply_event = Log.__init__, Log._apply_event
 
@@ -680,7 +680,7 @@ def test_rule_25_the_server_has_ended_the_transaction(database: tuple[str, Any])
 def test_rule_25_a_batch_stays_one_and_nested_buses_are_found(twin: Any) -> None:
     log: list[Any] = []
 
-    class Batch(twin.BatchEventBus):  # type: ignore[misc,name-defined]
+    class Batch(twin.BatchEventBus):
         applies_after_rollback = True
 
         def _apply_events(self, events: list[Any], commit: bool) -> None:
@@ -707,7 +707,7 @@ def test_rule_25_a_batch_stays_one_and_nested_buses_are_found(twin: Any) -> None
 
 
 def test_rule_25_savepoints_within_savepoints(twin: Any) -> None:
-    class UndoHere(twin.AbstractEventBus):  # type: ignore[misc,name-defined]
+    class UndoHere(twin.AbstractEventBus):
         applies_after_rollback = True
         __init__, _apply_event = Log.__init__, Log._apply_event
 
@@ -734,7 +734,7 @@ def test_rule_25_savepoints_within_savepoints(twin: Any) -> None:
 
 
 def test_rule_25_what_is_published_when_there_is_no_transaction_any_more(twin: Any) -> None:
-    class UndoHere(twin.AbstractEventBus):  # type: ignore[misc,name-defined]
+    class UndoHere(twin.AbstractEventBus):
         applies_after_rollback = True
         __init__, _apply_event = Log.__init__, Log._apply_event
 
@@ -758,7 +758,7 @@ def test_rule_25_what_is_refused(twin: Any) -> None:
     with pytest.raises(TypeError, match="holds buses; set it on the classes"):
         type("Multi", (twin.MultiEventBus,), {"applies_after_rollback": True})
 
-    class UndoHere(twin.BasicEventBus):  # type: ignore[misc,name-defined]
+    class UndoHere(twin.BasicEventBus):
         applies_after_rollback = True
 
     for bus in (UndoHere(), twin.DelayedEventBus(UndoHere())):

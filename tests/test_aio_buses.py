@@ -6,7 +6,7 @@ import asyncio
 import copy
 import pickle
 from contextlib import asynccontextmanager, contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 from conftest import notes, run_over_the_other_twin
@@ -31,7 +31,7 @@ from commitbus.aio import (
 from commitbus.testing import record
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
+    from collections.abc import AsyncGenerator, Callable, Generator
     from typing import Self
 
 current = SharedSideEffectContext.current
@@ -87,10 +87,12 @@ def wrapped(bus: Any, how: str) -> tuple[Any, Any]:
         multi.wrap(inner)
         vars(multi)["inner"] = inner  # else nobody would have it, once it was applied
     if how == "collected":
-        return delayed, lambda commit, **options: (
-            delayed.apply(commit),
-            multi.apply_and_get_applied_events_async(commit, **options),
-        )[1]
+
+        def apply(commit: bool, **options: Any) -> Any:
+            cast("Any", delayed).apply(commit)
+            return multi.apply_and_get_applied_events_async(commit, **options)
+
+        return delayed, apply
     return delayed, multi.apply_and_get_applied_events_async
 
 
@@ -112,7 +114,8 @@ def test_rule_23_batches_in_order(how: str, size: int | None) -> None:
     assert bus.log == [list(range(at, min(at + width, 5))) for at in range(0, 5, width)]
     assert run(apply(True)) == []
     with pytest.raises(TypeError, match="apply_async"):
-        publish.publish(1), bus.apply(True)
+        publish.publish(1)
+        bus.apply(True)
     assert publish.pending_events() == (1,)
 
 
@@ -202,7 +205,7 @@ def test_rule_23_one_by_one_where_somebody_has_overridden_that() -> None:
     collected.publish(Boom())
     ((_, function),) = collected.collect(True)
     with pytest.raises(ExceptionGroup):
-        run(function(commit=True))  # type: ignore[arg-type]
+        run(function(commit=True))
 
 
 @pytest.mark.parametrize(("size", "kind"), [(0, ValueError), ("2", TypeError), (-1, ValueError)])
@@ -223,7 +226,7 @@ def test_rule_24_a_batch_is_one_call() -> None:
         seen.append((bus, event))
         await call()
 
-    remove = add_middleware(around)
+    remove = add_middleware(cast("Any", around))
     try:
         bus = Batch()
         bus.publish_all([1, 2, 3])
@@ -282,7 +285,7 @@ def cancelled_at(number: int, how: str, concurrency: int, kind: str) -> bool:
             done.extend(events)
 
     @asynccontextmanager
-    async def resource() -> AsyncIterator[str]:
+    async def resource() -> AsyncGenerator[str]:
         await asyncio.sleep(0)
         opened.append("open")
         try:
@@ -403,7 +406,7 @@ def test_rule_21_what_is_kept_and_what_is_forgotten() -> None:
         return {}
 
     @contextmanager
-    def plain() -> Iterator[str]:
+    def plain() -> Generator[str]:
         yield "plain"
         log.append("left")
 
@@ -496,22 +499,23 @@ def test_rule_21_where_it_cannot_be_used() -> None:
     bus = SharedSideEffectsEventBus()
 
     def plain(*, commit: bool) -> Any:
-        return current().enter_async_context(Client([])).send(None)  # type: ignore[attr-defined]
+        return current().enter_async_context(Client([])).send(None)
 
     call = SideEffectCall(plain)
     bus.publish(call)
     with pytest.raises(TypeError, match=r"enter_async_context\(\) is for .* use enter_context\(\)"):
         bus.apply(True)
     assert bus.pending_events() == (call,)
-    shared = AsyncSharedSideEffectsEventBus()
+    shared: Any = AsyncSharedSideEffectsEventBus()
     with pytest.raises(LookupError, match="not applying here"):
         run(shared.context.enter_async_context(Client([])))
     with pytest.raises(LookupError):
-        run(shared.context.get_or_create_async("key", Client))  # type: ignore[arg-type,type-var]
+        run(shared.context.get_or_create_async("key", Client))
     with pytest.raises(TypeError, match="SideEffectCall"):
-        shared.publish(print)  # type: ignore[arg-type]
+        shared.publish(print)
+    shared.publish(call)
     with pytest.raises(TypeError, match="apply_async"):
-        shared.publish(call), shared.apply(True)
+        shared.apply(True)
     assert shared.pending_events() == (call,)
     # A call that collect gave is an apply of its own.
     log: list[Any] = []
@@ -523,7 +527,7 @@ def test_rule_21_where_it_cannot_be_used() -> None:
     shared.discard_pending_events()
     shared.publish(SideEffectCall(use))
     ((_, function),) = shared.collect(True)
-    run(function(commit=False))  # type: ignore[arg-type]
+    run(function(commit=False))
     assert log == ["open", False, "close"]
 
 

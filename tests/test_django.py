@@ -685,9 +685,10 @@ def test_the_results_of_a_celery_bus_within() -> None:
     app = celery.Celery("shop")
     app.conf.task_always_eager = True
 
-    @app.task(name="double")
-    def double(number: int) -> int:
+    def twice(number: int) -> int:
         return 2 * number
+
+    double = app.task(name="double")(twice)
 
     tasks = CeleryEventBus(app)
     bus = OnCommitEventBus(tasks)

@@ -105,7 +105,12 @@ def test_they_are_applied_by_their_own_buses(session: Session, log: list[Any]) -
     ]
     batch.publish(3)  # for the next commit
     seen: list[Any] = []
-    remove = add_middleware(lambda call, bus, event, commit: (seen.append((bus, event)), call())[1])
+
+    def see(call: Any, bus: Any, event: Any, commit: bool) -> None:
+        seen.append((bus, event))
+        call()
+
+    remove = add_middleware(see)
     try:
         with record(block=False) as recording, pytest.raises(ExceptionGroup) as caught:
             left.apply(True, robust=True)

@@ -512,12 +512,15 @@ def test_what_strict_mode_looks_at(monkeypatch: pytest.MonkeyPatch) -> None:
         def __eq__(self, other: object) -> bool:
             raise AssertionError
 
-    before = BasicEventBus()
+    before: Any = BasicEventBus()
     before.publish(print)
     testing.track()
     try:
         monkeypatch.setattr(gc, "get_objects", pytest.fail)
-        bus, odd, delayed, multi = BasicEventBus(), Odd(), DelayedEventBus(BasicEventBus()), MultiEventBus()
+        bus: Any = BasicEventBus()
+        odd: Any = Odd()
+        delayed: Any = DelayedEventBus(BasicEventBus())
+        multi: Any = MultiEventBus()
         odd.publish(print)
         delayed.publish_all([print, repr])
         delayed.apply(True)

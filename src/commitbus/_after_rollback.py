@@ -6,7 +6,7 @@ A bus says by its class that it is for that. What was published on it in a savep
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from commitbus import _messages
 from commitbus._context import committed
@@ -40,7 +40,8 @@ def _walk_one(multi: Any, delayed: Any, seen: tuple[Any, ...]) -> Iterator[tuple
 
 def is_for_rollback(delayed: Any) -> bool:
     """Whether a commit does not apply what is in a delayed bus, or any end of the transaction does."""
-    return delayed._commitbus_always or type(delayed._commitbus_parts()[0]).applies_after_rollback
+    cls = cast("Any", type(delayed._commitbus_parts()[0]))
+    return bool(delayed._commitbus_always or cls.applies_after_rollback)
 
 
 def passes_by(delayed: Any, actual: Any, commit: object) -> bool:
@@ -51,7 +52,7 @@ def passes_by(delayed: Any, actual: Any, commit: object) -> bool:
     RuntimeError
         When its events belong to a transaction that was committed, and nobody has stored them: they stay.
     """
-    cls: Any = type(actual)
+    cls = cast("Any", type(actual))
     if cls.applies_before_commit and committed.get() and events_to_apply_in(delayed):
         raise _messages.too_late_to_store(actual)
     return bool(cls.applies_after_rollback and commit and not delayed._commitbus_always)

@@ -41,6 +41,7 @@ def hand_over(
     """
     items: list[Any] = []
     batch: Any = new_batch(items, iter(items))
+    back: Any = None
     try:
         source._commitbus_take_into(items)
         chosen = choose(items)
@@ -58,6 +59,6 @@ def hand_over(
             batch[BEHIND], source._commitbus_left = source._commitbus_left, batch
             source._commitbus_settle(batch)
         raise
-    if again:
+    if back is not None:
         source._commitbus_settle(back)
     target._commitbus_settle(left)

@@ -99,7 +99,7 @@ class AsyncEventBus(AbstractEventBus[T]):
     """
 
     __slots__ = ()
-    _commitbus_awaited = True
+    _commitbus_awaited = 1
 
     @abstractmethod
     async def _apply_event_async(self, event: T, commit: bool) -> None:
@@ -150,12 +150,12 @@ class AsyncEventBus(AbstractEventBus[T]):
         RuntimeError
             When a savepoint that covers this bus is open.
         """
-        if not robust and rounds is ONE and concurrency is ONE and not _surrounded and not self._commitbus_grouped:
+        if not robust and rounds is ONE and concurrency is ONE and not _surrounded and self._commitbus_awaited == 1:
             return await run(self, self, commit)
         _check_concurrency(concurrency)
 
         async def apply_once(failures: _messages.Failures | None) -> list[Any]:
-            if failures is None and concurrency == 1 and not _surrounded and not self._commitbus_grouped:
+            if failures is None and concurrency == 1 and not _surrounded and self._commitbus_awaited == 1:
                 return await run(self, self, commit)
             works = self._commitbus_works()
             return await _carry_out(
@@ -287,7 +287,7 @@ class AsyncBatchEventBus(AsyncEventBus[T]):
 
     __slots__ = ()
     batch_size: ClassVar[int | None] = None
-    _commitbus_grouped = True
+    _commitbus_awaited = 2
 
     @abstractmethod
     async def _apply_events_async(self, events: list[T], commit: bool) -> None:
@@ -364,7 +364,7 @@ class AsyncSharedSideEffectsEventBus(AsyncEventBus[SideEffectCall]):
 
     __slots__ = ("_commitbus_context",)
     _commitbus_context: SharedSideEffectContext
-    _commitbus_grouped = True
+    _commitbus_awaited = 2
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Make an empty bus with a context; a subclass's ``__init__`` takes the arguments."""
@@ -788,7 +788,8 @@ async def _carry_out(
                         if failures is None or not isinstance(raised, Exception):
                             stopped = True
                             _note_stopped(raised, bus, one, width, count, concurrency)
-                            event = events = handler = one = None  # the traceback keeps this frame: no event in it
+                            # The traceback keeps this frame, and must keep no event.
+                            event = events = handler = one = cast("Any", None)
                             if raised is error:
                                 raise
                             raise raised from None
@@ -800,7 +801,7 @@ async def _carry_out(
                         if items[start] is not GONE:
                             cast("Any", failures).positions.append(start)
                             cast("Any", failures).again.add(start)
-                    event = events = handler = one = None
+                    event = events = handler = one = cast("Any", None)
 
             if concurrency == 1 or len(works) == 1:
                 await work()

@@ -107,7 +107,8 @@ class Savepoint:
     def __init__(self, bus: Any) -> None:
         if not isinstance(bus, Shown):
             raise _messages.not_for_savepoints(bus)
-        of: Any = cast("Any", bus)._commitbus_parts()[0] if is_delayed(bus) else bus
+        # As Shown buses, they have these.
+        of: Any = bus if not cast("Any", bus)._commitbus_delayed else cast("Any", bus)._commitbus_parts()[0]
         if type(of).applies_after_rollback:
             raise _messages.savepoint_after_rollback(of)
         self._opened = Opened(bus, weakref.ref(self))
@@ -210,7 +211,7 @@ class Opened:
         self._begun = self._entered = False
         self._covered: Any = None
         self._dropped: set[int] = set()
-        self._due: dict[int, Any] = {}
+        self._due: dict[int, Any] | None = None
         self._number = next(numbers)  # in the order in which they were opened
         self._thread: int | None = None
         self._stores: list[Any] = []
@@ -435,7 +436,7 @@ class Opened:
                 open_marks(store)
         self._stores.clear()
         self._delayed.clear()
-        self._due.clear()
+        self._due = None
         self._registered.clear()
         self._covered = None
 
@@ -455,7 +456,7 @@ class Opened:
 
     def _drop_delayed(self, delayed: Any, done: set[int], multi: Any) -> list[Any]:
         actual, _ = delayed._commitbus_parts()
-        due = type(actual).applies_after_rollback
+        due = bool(cast("Any", type(actual)).applies_after_rollback)
         pairs: list[Any] = []
         dropped: list[Any] = []
         with _lock.lock:  # a thread that collects moves events, and the marks with them
@@ -517,6 +518,8 @@ class Opened:
         _, collected = delayed._commitbus_parts()
         own = pairs if collected is not None and collected._commitbus_mixed else []
         items = [*(event for event, _ in pairs), *events]
+        if self._due is None:
+            self._due = {}
         self._due[id(delayed)] = keep_again(self._due.get(id(delayed)), delayed, multi, items, dict(enumerate(own)))
 
     def _let_go(self, delayed: Any, multi: Any) -> list[Any]:

@@ -51,6 +51,8 @@ class Recording:
     """
 
     applied: list[Applied] = field(default_factory=list[Applied])
+    # What has made a copy of a bus to apply its events, as Django's does, by the identity of that.
+    _origins: dict[int, Any] = field(default_factory=dict[int, Any], repr=False, compare=False)
 
     @property
     def events(self) -> list[Any]:
@@ -82,11 +84,19 @@ class Recording:
             When `bus` is neither.
         """
         if isinstance(bus, type):
-            return [one.event for one in self.applied if one.commit and _is_a(one.bus, bus)]
+            return [one.event for one in self.applied if one.commit and self._is_a(one.bus, bus)]
         if not isinstance(bus, EventBus):
             raise _messages.not_a_recorded_bus(bus)
-        actual: Any = cast("Any", bus)._commitbus_parts()[0] if is_delayed(bus) else bus
-        return [one.event for one in self.applied if one.commit and actual in _Identities(one.bus)]
+        known = cast("Any", bus)
+        actual: Any = known._commitbus_parts()[0] if is_delayed(known) else known
+        return [one.event for one in self.applied if one.commit and self._is_of(one.bus, actual)]
+
+    def _is_a(self, bus: Any, cls: type) -> bool:
+        return isinstance(bus, cls) or isinstance(self._origins.get(id(bus)), cls)
+
+    def _is_of(self, bus: Any, wanted: Any) -> bool:
+        origin = self._origins.get(id(bus))
+        return bus is wanted or (origin is not None and (origin is wanted or origin._event_bus is wanted))
 
     def assert_applied(self, *events: Any) -> None:
         """Check that these events, and no others, were applied with a true `commit`, in this order.
@@ -117,27 +127,6 @@ class Recording:
         """
         __tracebackhide__ = True
         self.assert_applied()
-
-
-def _origin(bus: Any) -> Any:
-    """Give what has made a copy of a bus to apply its events, as Django's `OnCommitEventBus` does, or None."""
-    claim = getattr(bus, "_commitbus_claim", None)
-    return None if claim is None else claim()
-
-
-def _is_a(bus: Any, cls: type) -> bool:
-    return isinstance(bus, cls) or isinstance(_origin(bus), cls)
-
-
-class _Identities:
-    """A bus, and what it is a copy for: looked for by identity."""
-
-    def __init__(self, bus: Any) -> None:
-        origin = _origin(bus)
-        self.buses = (bus, origin, getattr(origin, "_event_bus", None))
-
-    def __contains__(self, bus: Any) -> bool:
-        return any(bus is one for one in self.buses)
 
 
 def _difference(events: tuple[Any, ...], applied: list[Any]) -> str:
@@ -185,12 +174,16 @@ class _Noting:
 
     def note(self, failed: PartlyApplied | None) -> None:
         """Note what was applied."""
+        claim = getattr(self.bus, "_commitbus_claim", None)
+        origin = getattr(None if claim is None else claim(), "owner", None)
         errors = {} if failed is None else failed.errors
         if errors and max(errors) >= len(self.events):
             return  # positions that are not in the batch, of which all has failed
         done = [Applied(self.bus, one, self.commit) for at, one in enumerate(self.events) if at not in errors]
         for recording in self.recordings:
             recording.applied.extend(done)
+            if origin is not None:
+                recording._origins[id(self.bus)] = origin
 
     async def call_awaited(self, call: Callable[[], Any]) -> None:
         """Call an asynchronous handler, and note what it has applied."""
@@ -297,7 +290,7 @@ def _all_buses() -> list[Any]:
         return [bus for reference in list(_tracked.values()) if (bus := reference()) is not None]
     # By their classes, and not by isinstance(), which asks the object.
     found = [thing for thing in gc.get_objects() if issubclass(cast("Any", type(thing)), Shown)]
-    return [bus for bus in cast("list[Any]", found) if not is_delayed(bus)]
+    return [bus for bus in found if not is_delayed(bus)]
 
 
 def pending() -> list[Pending]:

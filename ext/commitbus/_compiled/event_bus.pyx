@@ -126,7 +126,7 @@ cdef int look_up_class_flags(object cls, size_t first) except -1:
         flags |= IS_PLAIN
     if cls._commitbus_awaited:
         flags |= IS_AWAITED
-    if cls._commitbus_grouped:
+    if cls._commitbus_awaited == 2:
         flags |= IS_GROUPED
     if WITH_GIL:
         for place in range(first, first + PLACES):
@@ -628,8 +628,7 @@ class AbstractEventBus(EventStore, Shown, _state.Stateful, EventBus[T]):
     __slots__ = ()
     applies_before_commit = False
     applies_after_rollback = False
-    _commitbus_awaited = False
-    _commitbus_grouped = False
+    _commitbus_awaited = 0
     _commitbus_delayed = False
     _commitbus_multi = False
 

@@ -127,8 +127,8 @@ async def run_buses(root: Any, multi: Any, commit: bool, out: list[Any]) -> list
             for delayed in iterator:
                 actual, _ = delayed._commitbus_parts()
                 cls = cast("Any", type(actual))
-                plain = not (cls.applies_before_commit or cls.applies_after_rollback or cls._commitbus_grouped)
-                if plain and cls._commitbus_awaited and type(delayed) is DelayedEventBus:
+                plain = not (cls.applies_before_commit or cls.applies_after_rollback)
+                if plain and cls._commitbus_awaited == 1 and type(delayed) is DelayedEventBus:
                     out += await run(delayed, actual, commit, owner)
                 else:
                     await root._take_turn(multi, delayed, commit, out)

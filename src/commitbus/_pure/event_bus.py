@@ -117,8 +117,7 @@ class AbstractEventBus(Source, Shown, _state.Stateful, EventBus[T], Generic[T]):
     applies_before_commit: ClassVar[bool] = False
     applies_after_rollback: ClassVar[bool] = False
     _commitbus_plain = ATOMIC  # whether apply needs neither a lock nor a context nor middleware
-    _commitbus_awaited = False  # whether its handlers are awaited
-    _commitbus_grouped = False  # whether they are not, one event after another
+    _commitbus_awaited = 0  # 1 where its handlers are awaited, 2 where that is not done one event after another
     _commitbus_delayed = False
     _commitbus_multi = False  # isinstance() takes a detour through `abc`
     _commitbus_keeps_events = True  # whether what is pending are the events themselves

@@ -102,7 +102,6 @@ class OnCommitEventBus(EventBus[T], Generic[T]):
         connections[using or DEFAULT]
         self._event_bus, self._using, self._robust, self._outside = event_bus, using, robust, outside
         self._on_leftovers = on_leftovers
-        self._reference = weakref.ref(self)
         # The run of events of each thread, by a weak reference, as Django may drop it; its connection is the thread's.
         # To look that up for each event would take longer than all the rest.
         self._last: _LastOfThread | _Last = _LastOfThread()
@@ -188,11 +187,11 @@ class OnCommitEventBus(EventBus[T], Generic[T]):
 
     def __getstate__(self) -> dict[str, Any]:
         """Give what a copy takes over: not what is pending, which is the connection's."""
-        return {name: value for name, value in vars(self).items() if name not in {"_last", "_reference"}}
+        return {name: value for name, value in vars(self).items() if name != "_last"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over what a copy has."""
-        vars(self).update(state, _last=_LastOfThread(), _reference=weakref.ref(self))
+        vars(self).update(state, _last=_LastOfThread())
 
     def __repr__(self) -> str:
         """Name the bus, and say how many events the open transaction has."""
@@ -208,7 +207,6 @@ class OnCommitEventBus(EventBus[T], Generic[T]):
             raise transaction.TransactionManagementError(_messages.outside_a_transaction(self._event_bus))
         bus: Any = self._event_bus
         bus = bus._commitbus_like()
-        bus._commitbus_claim = self._reference  # what it is a copy for: `commitbus.testing` looks
         bus.publish(event)
         state = _state(connection)
         if state.committed:
@@ -216,7 +214,7 @@ class OnCommitEventBus(EventBus[T], Generic[T]):
         if state.errors is not None and not connection.in_atomic_block:
             # The hooks of a commit run: Django would call this one in the middle of the handler that publishes.
             run = _Run(self, bus, state, True, connection)
-            self._last.run = weakref.ref(run)
+            self._last.run = bus._commitbus_claim = weakref.ref(run)
             state.later.append(run)
             return
         # Tests capture hooks by their number: there, each event has its own.
@@ -225,9 +223,9 @@ class OnCommitEventBus(EventBus[T], Generic[T]):
             if getattr(block, "_from_testcase", False):
                 merges = False
         run = _Run(self, bus, state, merges, connection)
-        run.of_test = not merges
+        bus._commitbus_claim = weakref.ref(run)  # what it is a copy for: `commitbus.testing` looks
         if merges:
-            self._last.run = weakref.ref(run)
+            self._last.run = bus._commitbus_claim
         state.watch(connection)
         if type(bus).applies_after_rollback and connection.in_atomic_block:
             state.watch_end(connection, run)
@@ -287,7 +285,7 @@ class _Run:
         self.thread, self.forks = get_ident(), _lock.forks
         self.kept = False  # whether what it has not applied is among the leftovers
         # Whether it ends with a test, whose transaction says nothing of what production would do.
-        self.of_test = False
+        self.of_test = not merges
 
     @property
     def events(self) -> tuple[Any, ...]:
@@ -935,7 +933,7 @@ class _Wrapped(OnCommitEventBus[T]):
         _check(event_bus)
         self._event_bus, self._orchestrator = event_bus, orchestrator
         self._using, self._robust, self._outside = orchestrator.using, orchestrator.robust, "apply"
-        self._on_leftovers, self._reference = orchestrator.on_leftovers, weakref.ref(self)
+        self._on_leftovers = orchestrator.on_leftovers
         self._last = _Last()
 
     def _connection(self) -> Any:

@@ -836,7 +836,7 @@ class _Bound:
         """Give what is left to the function for it; where that is awaited, to its end, and give what came meanwhile."""
         result = function(left)
         if isawaitable(result) and (in_greenlet() if self.awaited is None else self.awaited):
-            return cast("CancelledError | None", await_only(to_the_end(_await(result, function))))
+            return await_only(to_the_end(_await(result, function)))
         _messages.refuse_coroutine(function, result)
         return None
 
@@ -1148,7 +1148,8 @@ def _look() -> None:
     It is no error, as a session begins one by itself, to read for example.
     """
     here = _place()
-    for session in list(cast("Any", getattr(_orm_session, "_sessions", {})).values()):
+    sessions: Any = getattr(_orm_session, "_sessions", {})  # private, as above
+    for session in cast("list[Session]", list(sessions.values())):
         bound: Any = vars(session).get("_commitbus_bound")
         if bound is not None and bound.ending is not None and bound.place == here and session.in_transaction():
             text = _messages.BEFORE_THE_OUTER_COMMIT.format(
