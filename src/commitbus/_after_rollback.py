@@ -6,36 +6,36 @@ A bus says by its class that it is for that. What was published on it in a savep
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from commitbus import _messages
 from commitbus._context import committed
 from commitbus._looking import collected_in, flatten, holds_buses
 from commitbus._naming import is_delayed
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 ROUNDS = 100  # how often to go on with what their handlers publish for a rollback
 
 
-def walk(multi: Any, seen: tuple[Any, ...] = ()) -> Iterator[tuple[Any, Any]]:
-    """Give the delayed buses of a multi bus, and of those in it, each with the one that it is registered with."""
-    if any(multi is one for one in seen):  # a multi bus that is registered within itself
-        return
+def walk(multi: Any, seen: tuple[Any, ...] = ()) -> list[tuple[Any, Any]]:
+    """List the delayed buses of a multi bus, and of those in it, each with the one that it is registered with."""
+    if [one for one in seen if multi is one]:  # a multi bus that is registered within itself
+        return []
+    found: list[tuple[Any, Any]] = []
     for delayed in multi._commitbus_get():
-        yield from _walk_one(multi, delayed, seen)
+        found += _walk_one(multi, delayed, seen)
+    return found
 
 
-def _walk_one(multi: Any, delayed: Any, seen: tuple[Any, ...]) -> Iterator[tuple[Any, Any]]:
+def _walk_one(multi: Any, delayed: Any, seen: tuple[Any, ...]) -> list[tuple[Any, Any]]:
     if not is_delayed(delayed):
-        return
-    yield multi, delayed
+        return []
+    found = [(multi, delayed)]
     actual, _ = delayed._commitbus_parts()
     if holds_buses(actual):
         for one in collected_in(delayed):
-            yield from _walk_one(actual, one, (*seen, multi))
-        yield from walk(actual, (*seen, multi))
+            found += _walk_one(actual, one, (*seen, multi))
+        found += walk(actual, (*seen, multi))
+    return found
 
 
 def is_for_rollback(delayed: Any) -> bool:
@@ -65,7 +65,7 @@ def events_to_apply_in(delayed: Any) -> list[Any]:
 
 def drop_at_commit(buses: Any) -> None:
     """Drop what is for a rollback: the transaction was committed."""
-    for multi, delayed in list(walk(buses)):
+    for multi, delayed in walk(buses):
         if is_for_rollback(delayed) and not delayed._commitbus_always:
             multi._commitbus_discard(delayed)
             multi._commitbus_unregister({id(delayed)})
@@ -73,8 +73,8 @@ def drop_at_commit(buses: Any) -> None:
 
 def drop_others(buses: Any) -> None:
     """Drop what is not for a rollback: the transaction was rolled back."""
-    found = list(walk(buses))
-    if not any(is_for_rollback(delayed) for _, delayed in found):
+    found = walk(buses)
+    if not [delayed for _, delayed in found if is_for_rollback(delayed)]:  # a generator would swallow an interrupt
         buses.discard_pending_events()
         return
     for multi, delayed in found:
@@ -88,7 +88,7 @@ def take(buses: Any, taken: Any) -> None:
     """Move what is for a rollback to another multi bus, which nothing else is published on."""
     from commitbus._leftovers import keep
 
-    for multi, delayed in list(walk(buses)):
+    for multi, delayed in walk(buses):
         if not is_for_rollback(delayed) or not events_to_apply_in(delayed):
             continue
         if delayed._commitbus_kept:
@@ -169,6 +169,6 @@ def keep_due(buses: Any) -> None:
     """Keep what is for a rollback for the end of the transaction: the server has rolled back what it is about."""
     from commitbus._leftovers import keep
 
-    for multi, delayed in list(walk(buses)):
+    for multi, delayed in walk(buses):
         if is_for_rollback(delayed) and not delayed._commitbus_always and events_to_apply_in(delayed):
             keep(delayed, multi, True)

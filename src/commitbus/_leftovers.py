@@ -106,22 +106,38 @@ def keep(delayed: Any, kept_in: Any, always: bool, choose: Callable[[Any], bool]
     return len(collected_in(made))
 
 
-def keep_again(made: Any, delayed: Any, kept_in: Any, events: list[Any], pairs: dict[int, Any]) -> Any:
-    """Keep events of a delayed bus, some of which may have callables of their own, for any end of the transaction.
+class Due:
+    """What was published on a bus that is for a rollback, in a savepoint that is rolled back: kept for any end."""
 
-    `made` is what this has given before, or None: it has nothing else then.
-    """
-    actual = delayed._commitbus_parts()[0]
-    if made is None:
-        if not events:
-            return None
-        made = delayed._commitbus_keeper(True)
-        kept_in.publish(made)
-    store = made.side_effects_bus
-    if len(store._commitbus_events()) != len(events):
-        store._commitbus_take_into([])
-        store._commitbus_set((actual, events, pairs))
-    return made
+    __slots__ = ("count", "delayed", "filled", "made", "multi")
+
+    def __init__(self, delayed: Any, multi: Any) -> None:
+        self.delayed, self.multi = delayed, multi
+        self.made: Any = delayed._commitbus_keeper(True)
+        self.filled = False
+        self.count = 0  # how many of these events were pending
+
+    def fill(self, pairs: list[Any], events: list[Any]) -> None:
+        """Keep a copy of what is about to be cut: what was collected, and what was pending."""
+        if not (pairs or events):
+            self.filled = True
+            return
+        if not [one for one in self.multi._commitbus_get() if one is self.made]:
+            self.multi.publish(self.made)
+        actual, collected = self.delayed._commitbus_parts()
+        own = pairs if collected is not None and collected._commitbus_mixed else []
+        store = self.made.side_effects_bus
+        store._commitbus_take_into([])  # of an attempt that an interrupt has stopped
+        store._commitbus_set((actual, [*(event for event, _ in pairs), *events], dict(enumerate(own))))
+        self.count = len(events)
+        self.filled = True
+
+    def add(self, events: list[Any]) -> None:
+        """Keep more."""
+        actual = self.delayed._commitbus_parts()[0]
+        if not [one for one in self.multi._commitbus_get() if one is self.made]:
+            self.multi.publish(self.made)
+        self.made.side_effects_bus.publish_all([(event, actual._collect_event(event, True)) for event in events])
 
 
 def count(leftovers: Any) -> int:

@@ -306,7 +306,7 @@ class Rest:
             _after_rollback.drop_others(self.buses)
             return
         kept = {id(store): events for store, events in self.kept}
-        for _, delayed in list(_after_rollback.walk(self.buses)):
+        for _, delayed in _after_rollback.walk(self.buses):
             if not _after_rollback.is_for_rollback(delayed):
                 for store in delayed._commitbus_parts():
                     if store is not None and not holds_buses(store):

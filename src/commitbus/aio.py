@@ -691,25 +691,22 @@ async def _within(
         return await apply_once(failures)
     before = 0 if failures is None else len(failures.errors)
     applied: list[Any] = []
+    leaving = False
     try:
-        try:
-            scope.enter()
-            applied = await apply_once(failures)
-        except BaseException as error:
-            if await scope.leave_async(error):
-                return scope.done
-            raise
+        scope.enter()
+        applied = await apply_once(failures)
         failed = failures is not None and len(failures.errors) > before
-        try:
-            swallowed = await scope.leave_async(cast("Any", failures).group(bus) if failed else None)
-        except BaseException as error:
-            _messages.note_left(error, bus)
-            raise
-        if swallowed and failures is not None:
-            del failures.errors[before:]
+        group = cast("Any", failures).group(bus) if failed else None
+        leaving = True
+        if await scope.leave_async(group) and failed:
+            del cast("Any", failures).errors[before:]
         return applied
-    except BaseException:
+    except BaseException as error:
         applied = []  # the traceback keeps this frame, and must keep no event
+        if not scope.over and await scope.leave_async(error):
+            return scope.done
+        if leaving:
+            _messages.note_left(error, bus)
         scope.done = []
         raise
     finally:

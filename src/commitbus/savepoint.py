@@ -456,7 +456,7 @@ class Opened:
 
     def _drop_delayed(self, delayed: Any, done: set[int], multi: Any) -> list[Any]:
         actual, _ = delayed._commitbus_parts()
-        due = bool(cast("Any", type(actual)).applies_after_rollback)
+        for_rollback, due = bool(cast("Any", type(actual)).applies_after_rollback), None
         pairs: list[Any] = []
         dropped: list[Any] = []
         with _lock.lock:  # a thread that collects moves events, and the marks with them
@@ -465,9 +465,8 @@ class Opened:
             (mark,) = (one for one in marks if one.savepoint is self and one.delayed is delayed)
             newer: list[Any] = []
             if id(delayed) not in self._dropped:  # else before an interrupt
-                if due:  # before it is cut, as an interrupt may come
-                    before = _newer(collected, mark.collected, mark.kept)
-                    self._keep_due(delayed, multi, before, _newer(actual, mark.start))
+                if for_rollback:
+                    due = self._keep_due(delayed, multi, mark)
                 if collected is not None:
                     pairs = collected._commitbus_cut(mark.collected, mark.kept)
                     # What older savepoints keep of it has moved to the front.
@@ -476,9 +475,10 @@ class Opened:
                     )
                 if not holds_buses(actual):
                     newer = actual._commitbus_cut(mark.start, ())
+                if due is not None and len(newer) > due.count:
+                    due.add(newer[due.count :])  # another thread has published it meanwhile
                 self._dropped.add(id(delayed))
-        if due:
-            self._keep_due(delayed, multi, pairs, newer)  # with what another thread has published meanwhile
+        if for_rollback:
             return []
         for event, _ in pairs:
             dropped += self._let_go(event, actual) if is_delayed(event) else [event]
@@ -511,16 +511,22 @@ class Opened:
                 multi.publish(delayed)  # another thread has published on it meanwhile
         return dropped
 
-    def _keep_due(self, delayed: Any, multi: Any, pairs: list[Any], events: list[Any]) -> None:
-        """Keep what is dropped of a bus that is for a rollback, where it is applied at the end of the transaction."""
-        from commitbus._leftovers import keep_again
+    def _keep_due(self, delayed: Any, multi: Any, mark: Mark) -> Any:
+        """Keep what was published since on a bus that is for a rollback, before it is cut; give what keeps it.
 
-        _, collected = delayed._commitbus_parts()
-        own = pairs if collected is not None and collected._commitbus_mixed else []
-        items = [*(event for event, _ in pairs), *events]
+        Once: an interrupt may come here, or later, and the rollback begin anew.
+        """
+        from commitbus._leftovers import Due
+
         if self._due is None:
             self._due = {}
-        self._due[id(delayed)] = keep_again(self._due.get(id(delayed)), delayed, multi, items, dict(enumerate(own)))
+        if id(delayed) not in self._due:
+            self._due[id(delayed)] = Due(delayed, multi)
+        due = self._due[id(delayed)]
+        actual, collected = delayed._commitbus_parts()
+        if not due.filled:
+            due.fill(_newer(collected, mark.collected, mark.kept), _newer(actual, mark.start))
+        return due
 
     def _let_go(self, delayed: Any, multi: Any) -> list[Any]:
         """Let go of a bus that was registered since, and drop all that is in it."""

@@ -683,19 +683,18 @@ class _State:
     def hand_over(self, error: BaseException | None) -> str:
         """Give what is left to who wants it, and say where it is; what that raises never hides an error."""
         where = self.where("leftovers")
-        handed, self.handed = self.handed, []
-        while handed:
-            function, buses = handed[0]
+        while self.handed:
+            function, buses = self.handed[0]
             try:
                 _messages.refuse_coroutine(function, function(buses))
                 where = "on_leftovers, which was given them"
             except BaseException as second:
-                for _, rest in handed if not isinstance(second, Exception) else handed[:1]:
-                    give_back(rest, self.left)
+                give_back(buses, self.left)
                 if error is None or not isinstance(second, Exception):
                     raise
                 _messages.chain(error, second)
-            del handed[0]
+            finally:
+                self.handed = [one for one in self.handed if one[1] is not buses]
         return where
 
     def where(self, function: str) -> str:

@@ -362,6 +362,10 @@ class Leftovers(AsyncMultiEventBus):
         if self._number is not None:
             self._number += count
 
+    def recount(self) -> None:
+        """Count anew, when it is asked for next."""
+        self._number = None
+
     def count(self) -> int:
         """Count the events that are here."""
         if self._number is None:
@@ -808,19 +812,20 @@ class _Bound:
 
     def keep_left(self, error: BaseException | None, committed: bool = True) -> None:
         """Keep what was not applied after the end of a transaction, or hand it over; `error` says where it is."""
-        function = self.on_leftovers
-        left = self.leftovers() if function is None else Leftovers(self.buses._session)
-        count = self.set_apart(left)
-        where = "leftovers(session)"
+        function, count, where = self.on_leftovers, 0, "leftovers(session)"
         cancelled: CancelledError | None = None
-        if function is not None and count:
-            where = "on_leftovers, which was given them"
+        if function is None:
+            count = self.set_apart(self.leftovers())
+        else:
+            left = Leftovers(self.buses._session)
             try:
-                cancelled = self.hand_over(function, left)
+                if count := self.set_apart(left):
+                    where = "on_leftovers, which was given them"
+                    cancelled = self.hand_over(function, left)
             except BaseException as second:
                 where = "leftovers(session), as on_leftovers has raised"
                 _after_rollback.give_back(left, self.leftovers())
-                self.leftovers().add(_leftovers.count(self.leftovers()))
+                self.leftovers().recount()
                 if error is None or not isinstance(second, Exception):
                     raise
                 _messages.chain(error, second)
