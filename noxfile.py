@@ -80,7 +80,8 @@ def sqlalchemy20(session: nox.Session) -> None:
     """Run the tests of sessions on SQLAlchemy 2.0, which is supported as well as the newest."""
     install(session, "test", "integrations")
     session.install("sqlalchemy[asyncio]<2.1")
-    tests = ["tests/test_sqlalchemy.py", "tests/test_outcome.py", "tests/test_lost_answers.py"]
+    names = ("sqlalchemy", "outcome", "lost_answers", "after_rollback", "leftovers", "outer")
+    tests = [f"tests/test_{name}.py" for name in names]
     # Over the twin that was built: what SQLAlchemy does is the same for both.
     session.run("python", "-m", "pytest", "-q", "-k", "not both_twins", *tests, *session.posargs)
 

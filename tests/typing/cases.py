@@ -21,6 +21,7 @@ from commitbus import (
     if_committed,
     use_orchestrator_or_create_multi_event_bus,
 )
+from commitbus.aio import AsyncBatchEventBus, AsyncMultiEventBus, AsyncSharedSideEffectsEventBus
 from shared.event_bus.event_bus import AbstractEventBus as SharedAbstractEventBus
 
 
@@ -110,3 +111,36 @@ dropped_in: SharedAbstractEventBus[Order] = orders
 
 # SideEffectCall is final.
 class Call(SideEffectCall): ...  # type: ignore[misc]  # pyright: ignore[reportGeneralTypeIssues]
+
+
+class Undo(AbstractEventBus[Order]):
+    applies_after_rollback = True
+
+    def _apply_event(self, event: Order, commit: bool) -> None: ...
+
+
+assert_type(buses.apply_after_rollback(True), list[Any])
+
+
+class Posts(AsyncBatchEventBus[Order]):
+    batch_size = 10
+
+    async def _apply_events_async(self, events: list[Order], commit: bool) -> None: ...
+
+
+class WrongPosts(AsyncBatchEventBus[Order]):
+    async def _apply_events_async(self, events: Order, commit: bool) -> None: ...  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]
+
+
+async def awaited(context: SharedSideEffectContext) -> None:
+    posts = Posts()
+    posts.publish(Order())
+    assert_type(await posts.apply_async(True, concurrency=2), list[Order])
+    requests = AsyncSharedSideEffectsEventBus()
+    requests.publish(send)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    assert_type(await context.get_or_create_async("k", awaited_factory), int)
+    assert_type(await AsyncMultiEventBus().apply_after_rollback_async(True), list[Any])
+
+
+async def awaited_factory() -> int:
+    return 1
