@@ -674,6 +674,20 @@ def test_rule_25_the_server_has_ended_the_transaction(database: tuple[str, Any])
         one.rollback()
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_rule_26_a_forked_child_does_nothing_of_its_parent_s(database: tuple[str, Any]) -> None:
+    log: list[Any] = []
+    with Session(database[1]) as session:
+        orchestrator(session).wrap(Undo(log)).publish("x")
+        if (child := os.fork()) == 0:
+            session.rollback()
+            os._exit(len(log))
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        session.rollback()
+    assert log == [("x", True)]
+
+
 # What it is published on
 
 

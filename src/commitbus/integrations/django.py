@@ -87,6 +87,8 @@ class OnCommitEventBus(EventBus[T], Generic[T]):
     the bus, or one that was pickled, is a bus of its own.
     """
 
+    _on_leftovers: Callable[[MultiEventBus], object] | None = None  # of a pickle that is older than it
+
     def __init__(
         self,
         event_bus: AbstractEventBus[T],
@@ -387,6 +389,7 @@ class _State:
             return
         self.keep_due(self.for_rollback)
         left, doubted = _leftovers.count(self.left), _leftovers.count(self.doubt)
+        left += sum(_leftovers.count(buses) for _, buses in self.handed)
         if left or doubted:
             _messages.warn(_messages.connection_left(left, doubted, self.where("leftovers"), self.where("in_doubt")))
 
@@ -515,7 +518,8 @@ class _State:
             else:
                 kept["set_autocommit"] = self.patched_end
         error = sys.exception()
-        runs, self.for_rollback = self.for_rollback, []
+        # Those of the process of which this one is a fork are that one's.
+        runs, self.for_rollback = [run for run in self.for_rollback if run.forks == _lock.forks], []
         raised: list[Exception] = []
         left = list(runs)
         try:

@@ -863,6 +863,8 @@ class _Bound:
     def roll_back(self, session: Any) -> None:
         """Drop what was published in a transaction that is not to be, and apply what is for that."""
         plain = self.is_plain()
+        if self.forks != _lock.forks:  # what was published before belongs to the parent
+            self.buses.discard_pending_events()
         self.drop()
         if plain or not _after_rollback.has_any(self.buses):
             return
