@@ -864,6 +864,7 @@ class _Bound:
         """Drop what was published in a transaction that is not to be, and apply what is for that."""
         plain = self.is_plain()
         if self.forks != _lock.forks:  # what was published before belongs to the parent
+            roll_back_in(self.buses, -1)
             self.buses.discard_pending_events()
         self.drop()
         if plain or not _after_rollback.has_any(self.buses):
