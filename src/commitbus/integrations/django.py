@@ -98,7 +98,8 @@ class OnCommitEventBus(EventBus[T], Generic[T]):
         on_leftovers: Callable[[MultiEventBus], object] | None = None,
     ) -> None:
         _check(event_bus)
-        _check_on_leftovers(on_leftovers)
+        if on_leftovers is not None:
+            _check_on_leftovers(on_leftovers)
         if outside not in {"apply", "raise"}:
             raise _messages.not_an_outside(outside)
         connections[using or DEFAULT]
@@ -252,7 +253,7 @@ def _check(bus: Any) -> None:
 
 def _check_on_leftovers(function: object) -> None:
     """Refuse what cannot be called, or what nothing would await."""
-    if function is not None and not callable(function):
+    if not callable(function):
         raise _messages.not_a_callback("on_leftovers", function)
     if iscoroutinefunction(function):
         raise _messages.not_awaited_by_django(function)
@@ -1003,7 +1004,8 @@ def orchestrator(
     django.utils.connection.ConnectionDoesNotExist
         When there is no database of that alias.
     """
-    _check_on_leftovers(on_leftovers)
+    if on_leftovers is not None:
+        _check_on_leftovers(on_leftovers)
     return _Orchestrator(using, robust, on_leftovers)
 
 
