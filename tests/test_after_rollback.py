@@ -28,7 +28,7 @@ from commitbus import (
     tree,
     use_orchestrator_or_create_multi_event_bus,
 )
-from commitbus.aio import AsyncEventBus
+from commitbus.aio import AsyncEventBus, AsyncMultiEventBus
 from commitbus.integrations.sqlalchemy import in_doubt, leftovers, orchestrator
 
 if TYPE_CHECKING:
@@ -404,7 +404,7 @@ log = []
 class Boom(Exception): pass
 class Mail(AbstractEventBus):
     def _apply_event(self, event, commit):
-        if isinstance(event, Exception): raise event
+        if isinstance(event, BaseException): raise event
         log.append(event)
 class Undo(Mail):
     applies_after_rollback = True
@@ -455,7 +455,7 @@ try:
         raise Boom
 except Boom as error:
     assert isinstance(error.__context__, ExceptionGroup), error.__context__
-    assert "for that case 1 event was not applied: see leftovers()" in notes(error.__context__)
+    assert "for that case 1 event was not applied: see leftovers()" in notes(error)
 assert log == ["b"], log
 assert len(leftovers().events_to_apply()) == 1
 leftovers().discard_pending_events()
@@ -467,6 +467,59 @@ except ExceptionGroup as error:
     assert "see leftovers()" in notes(error)
 leftovers().discard_pending_events()
 log.clear()
+# What handlers publish then: for a rollback it is applied, for a commit it is dropped.
+class Publishing(AbstractEventBus):
+    applies_after_rollback = True
+    def _apply_event(self, event, commit):
+        undos.publish("by a handler"); other.publish("on another"); mails.publish("never")
+        with transaction.atomic():
+            mails.publish("of its own transaction")
+other, mails, publishing = orchestrator().wrap(Undo()), OnCommitEventBus(Mail()), OnCommitEventBus(Publishing())
+with suppress(Boom), transaction.atomic():
+    publishing.publish("x")
+    raise Boom
+assert sorted(log) == ["by a handler", "of its own transaction", "on another"], log
+assert leftovers().events_to_apply() == []
+log.clear()
+try:
+    leftovers().apply_after_rollback(True)
+except TypeError as error:
+    assert "what is left is to be applied" in str(error)
+# An interrupt of a handler: handed over, and each time only what is new.
+got = []
+def take(buses):
+    got.append(len(buses.events_to_apply()))
+    if len(got) < 3:
+        with suppress(Boom), transaction.atomic():
+            handed.publish(KeyError("of on_leftovers"))
+            raise Boom
+handed = OnCommitEventBus(Undo(), on_leftovers=take)
+with suppress(KeyboardInterrupt), transaction.atomic():
+    handed.publish(KeyboardInterrupt()); handed.publish("rest")
+    raise Boom
+assert got == [2, 1, 1], got
+assert leftovers().events_to_apply() == []
+# Of a savepoint that was rolled back, where the outer commit is in doubt: applied whichever way that was.
+state = vars(connections["default"])["_commitbus_state"]
+def cut(): raise ConnectionError("cut")
+with suppress(Exception), transaction.atomic():
+    with suppress(Boom), transaction.atomic():
+        undos.publish("skipped")
+        raise Boom
+    mails.publish("mail")
+    state.patched_commit = cut
+state.patched_commit = None
+in_doubt().apply(True)
+assert sorted(log) == ["mail", "skipped"], log
+assert in_doubt().events_to_apply() == []
+log.clear()
+connection.close()
+# In manual transactions there may be several outermost blocks.
+transaction.set_autocommit(False)
+with transaction.atomic(): undos.publish(1)
+with transaction.atomic(): undos.publish(2)
+transaction.commit(); transaction.set_autocommit(True)
+assert (log, leftovers().events_to_apply()) == ([], []), log
 if kind == "sqlite3":  # closing one in memory does nothing
     sys.exit()
 # A connection that was closed within the transaction tells nobody of its end.
@@ -565,7 +618,8 @@ def test_rule_25_a_session_whose_handler_raises(database: tuple[str, Any]) -> No
             raise error
         assert caught.value is error
         assert isinstance(error.__context__, ExceptionGroup)
-        assert "for that case 1 event was not applied: see leftovers(session)" in notes(error.__context__)[-1]
+        assert "for that case 1 event was not applied: see leftovers(session)" in notes(error)[-1]
+        assert str(error.__context__).startswith("1 event failed after the rollback")
         assert log == [("first", True)]
         assert len(leftovers(session).discard_pending_events()) == 1
         # By hand, without an error: it comes out of the call that rolled back, which has ended by then.
@@ -631,6 +685,27 @@ def test_rule_25_an_asynchronous_bus_where_nothing_awaits(database: tuple[str, A
     assert log == [("x", True)]
 
 
+def test_rule_25_what_a_session_s_handlers_publish(database: tuple[str, Any]) -> None:
+    log: list[Any] = []
+    with Session(database[1]) as session:
+        buses = orchestrator(session)
+        undos, others, mails = buses.wrap(Undo(log)), buses.wrap(Undo(log)), buses.wrap(Log(log))
+
+        def publish() -> None:
+            undos.publish("by a handler")
+            others.publish("on another")
+            mails.publish("never")
+
+        undos.publish(publish)
+        session.begin()
+        session.rollback()
+        assert [event for event, _ in log] == [publish, "by a handler", "on another"]
+        with pytest.raises(TypeError, match="what is left is to be applied"):
+            leftovers(session).apply_after_rollback(True)
+        with pytest.raises(TypeError, match="pass an instance"):
+            orchestrator(session).wrap(Undo)  # type: ignore[arg-type]
+
+
 def test_rule_25_a_session_that_is_gone(database: tuple[str, Any]) -> None:
     session = Session(database[1])
     bus = Undo([])
@@ -688,6 +763,201 @@ def test_rule_26_a_forked_child_does_nothing_of_its_parent_s(database: tuple[str
     assert log == [("x", True)]
 
 
+# What an attack found
+
+
+def test_rule_25_what_was_in_doubt_and_was_rolled_back(twin: Any) -> None:
+    class UndoHere(twin.AbstractEventBus):
+        applies_after_rollback = True
+        __init__, _apply_event = Log.__init__, Log._apply_event
+
+    for end in ("apply_after_rollback", "apply"):
+        for with_rollback in (True, False):
+            log: list[Any] = []
+            told: list[Any] = []
+
+            def cut() -> None:
+                raise ConnectionError
+
+            with (
+                pytest.raises(ConnectionError),
+                twin.use_orchestrator_or_create_multi_event_bus(
+                    None,
+                    True,
+                    commit_transaction=cut,
+                    rollback_transaction=(lambda: None) if with_rollback else None,
+                    on_unapplied=told.append,
+                ) as (buses, execute),
+            ):
+                buses.wrap(UndoHere(log)).publish("x")
+                execute()
+            assert len(told) == 1
+            getattr(told[0], end)(True)
+            assert log == ([("x", True)] if end == "apply_after_rollback" else [])
+            assert told[0].events_to_apply() == []
+
+
+def test_rule_25_a_handler_that_commits_the_session(database: tuple[str, Any]) -> None:
+    for second in ("rollback", "commit"):
+        log: list[Any] = []
+        with Session(database[1]) as session:
+            buses = orchestrator(session)
+            undos, mails = buses.wrap(Undo(log)), buses.wrap(Log(log))
+
+            def audit(name: str = second, session: Session = session) -> None:
+                session.add(Row(name=name))
+                session.commit()
+
+            session.begin()
+            undos.publish(audit)
+            session.rollback()
+            log.clear()
+            mails.publish("mail")
+            undos.publish("undo")
+            session.connection()
+            getattr(session, second)()
+            assert [event for event, _ in log] == ["undo" if second == "rollback" else "mail"]
+            assert leftovers(session).events_to_apply() == []
+
+
+def test_rule_25_it_is_dropped_where_a_commit_has_committed_and_raised(database: tuple[str, Any]) -> None:
+    log: list[Any] = []
+    told: list[Any] = []
+    with Session(database[1]) as session:
+        session.connection()
+        orchestrator(session).wrap(Log([])).publish(KeyError("the session's own handler"))
+        with (
+            pytest.raises(KeyError) as caught,
+            use_orchestrator_or_create_multi_event_bus(
+                None,
+                True,
+                commit_transaction=session.commit,
+                rollback_transaction=session.rollback,
+                on_unapplied=told.append,
+            ) as (buses, execute),
+        ):
+            buses.wrap(Undo(log)).publish("x")
+            execute()
+        leftovers(session).discard_pending_events()
+    assert (told, log) == ([], [])
+    assert not any("events were not applied" in note for note in notes(caught.value))
+
+
+@pytest.mark.parametrize("refused", [True, False])
+def test_rule_25_what_comes_after_an_attempt_that_was_rolled_back(twin: Any, refused: bool) -> None:
+    class UndoHere(twin.AbstractEventBus):
+        applies_after_rollback = True
+        __init__, _apply_event = Log.__init__, Log._apply_event
+
+    log: list[Any] = []
+
+    def refuse() -> None:
+        raise NotCommittedError("no")
+
+    with (
+        pytest.raises(LookupError),
+        twin.use_orchestrator_or_create_multi_event_bus(
+            None, refused, commit_transaction=refuse, rollback_transaction=lambda: log.append("rolled back")
+        ) as (buses, execute),
+    ):
+        undos = buses.wrap(UndoHere(log))
+        undos.publish(1)
+        try:
+            execute()
+        except NotCommittedError:
+            pass
+        undos.publish(2)
+        raise LookupError
+    assert log == ["rolled back", (1, refused), "rolled back", (2, refused)]
+
+
+def test_rule_25_what_handlers_have_published_before_it_ended(database: tuple[str, Any]) -> None:
+    log: list[Any] = []
+    with Session(database[1]) as session:
+        undos = orchestrator(session).wrap(Undo(log))
+
+        def again() -> None:
+            if len(log) < 102:
+                undos.publish(again)
+
+        session.begin()
+        undos.publish(again)
+        with pytest.raises(RuntimeError, match="rounds"):
+            session.rollback()
+        applied = len(log)
+        assert leftovers(session).events_to_apply() == [again]
+        leftovers(session).apply(True)
+        assert len(log) == applied + 1
+        leftovers(session).discard_pending_events()
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, ValueError])
+def test_rule_25_an_interrupt_of_a_handler_is_told(twin: Any, kind: type[BaseException]) -> None:
+    class UndoHere(twin.AbstractEventBus):
+        applies_after_rollback = True
+        __init__, _apply_event = Log.__init__, Log._apply_event
+
+    told: list[Any] = []
+    with (
+        pytest.raises((KeyboardInterrupt, LookupError)),
+        twin.use_orchestrator_or_create_multi_event_bus(
+            None, True, rollback_transaction=lambda: None, on_unapplied=told.append
+        ) as (buses, _),
+    ):
+        bus = buses.wrap(UndoHere([]))
+        bus.publish_all([kind(), 2] if kind is KeyboardInterrupt else [kind()])
+        raise LookupError
+    assert [len(buses.events_to_apply()) for buses in told] == [2 if kind is KeyboardInterrupt else 1]
+
+
+def test_rule_25_a_timeout_of_an_awaited_handler_is_told() -> None:
+    told: list[Any] = []
+
+    async def sleep_zero() -> None:
+        await asyncio.sleep(0)
+
+    class Slow(AsyncUndo):
+        async def _apply_event_async(self, event: Any, commit: bool) -> None:
+            await asyncio.sleep(10)
+
+    async def main() -> None:
+        async with aio.use_orchestrator_or_create_multi_event_bus(
+            None, True, on_unapplied=told.append, rollback_transaction=sleep_zero
+        ) as (buses, _):
+            buses.wrap(Slow([])).publish_all([1, 2])
+            raise LookupError
+
+    async def run() -> None:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(main(), 0.05)
+
+    asyncio.run(run())
+    assert [buses.events_to_apply() for buses in told] == [[1, 2]]
+
+
+def test_rule_18f_a_handler_after_a_rollback_does_not_commit(twin: Any) -> None:
+    class UndoHere(twin.AbstractEventBus):
+        applies_after_rollback = True
+        __init__, _apply_event = Log.__init__, Log._apply_event
+
+    calls: list[str] = []
+    error = LookupError()
+    with (
+        pytest.raises(LookupError),
+        twin.use_orchestrator_or_create_multi_event_bus(
+            None,
+            True,
+            commit_transaction=lambda: calls.append("commit"),
+            rollback_transaction=lambda: calls.append("rollback"),
+        ) as (buses, execute),
+    ):
+        buses.wrap(UndoHere([])).publish(execute)
+        raise error
+    assert calls == ["rollback"]
+    assert isinstance(error.__context__, ExceptionGroup)
+    assert isinstance(error.__context__.exceptions[0], RuntimeError)
+
+
 # What it is published on
 
 
@@ -740,7 +1010,9 @@ def test_rule_25_savepoints_within_savepoints(twin: Any) -> None:
     undos.publish("released")
     released.release()
     assert outer.rollback() == []
-    assert "left" in tree(buses)
+    assert "Undo" in tree(buses)
+    assert " left" in tree(buses)
+    assert "pending, for a rollback" in tree(buses)
     undos.publish("dropped, too")
     assert sorted(buses.apply_and_get_applied_events(True)) == ["inner", "inner, not collected", "outer", "released"]
     assert len(log) == 4
@@ -775,6 +1047,11 @@ def test_rule_25_what_is_refused(twin: Any) -> None:
     class UndoHere(twin.BasicEventBus):
         applies_after_rollback = True
 
+    awaited = AsyncMultiEventBus()
+    awaited.wrap(AsyncUndo([])).publish("x")
+    with pytest.raises(TypeError, match="await buses.apply_after_rollback_async"):
+        awaited.apply_after_rollback(True)
+    assert awaited.events_to_apply() == ["x"]
     for bus in (UndoHere(), twin.DelayedEventBus(UndoHere())):
         with pytest.raises(TypeError, match="its savepoint is that of the orchestrator"):
             bus.savepoint()

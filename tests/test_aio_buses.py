@@ -513,6 +513,19 @@ def test_rule_21_where_it_cannot_be_used() -> None:
         run(shared.context.get_or_create_async("key", Client))
     with pytest.raises(TypeError, match="SideEffectCall"):
         shared.publish(print)
+
+    async def wrong(*, commit: bool) -> None:
+        await current().get_or_create_async("key", cast("Any", lambda: 5))
+
+    def forgotten(*, commit: bool) -> None:
+        _ = current().get_or_create("key", lambda: cast("Any", current().enter_async_context(Client([]))))
+
+    said_of = ((wrong, "gave int; use get_or_create"), (forgotten, "use await context.get_or_create_async"))
+    for function, said in said_of:
+        shared.publish(SideEffectCall(function))
+        with pytest.raises(TypeError, match=said):
+            run(shared.apply_async(True))
+        shared.discard_pending_events()
     shared.publish(call)
     with pytest.raises(TypeError, match="apply_async"):
         shared.apply(True)

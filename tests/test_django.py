@@ -636,6 +636,7 @@ def test_a_test_case(log: list[Any]) -> None:
                     bus.publish("dropped")
                     raise Boom
             assert len(callbacks) == 1
+            assert callbacks[0].events == (3,)
             assert log == [3]
             with pytest.raises(Boom), self.captureOnCommitCallbacks(execute=True):
                 bus.publish(error)

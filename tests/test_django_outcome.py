@@ -308,7 +308,7 @@ with warnings.catch_warnings(record=True) as caught:
     gc.collect()
 (said,) = [str(one.message) for one in caught if one.category is UnappliedEventsWarning]
 assert said == (
-    "1 event was not applied after a commit of this connection, which is gone now, with them; "
+    "1 event was not applied after a transaction of this connection, which is gone now, with them; "
     "apply or discard what is in leftovers() in its thread"
 ), said
 """

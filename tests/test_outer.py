@@ -164,6 +164,14 @@ def test_a_forgotten_commit_in_strict_mode(pytester: pytest.Pytester) -> None:
                 publish(session)
                 session.rollback()
 
+        def test_for_a_rollback():
+            class Undo(BasicEventBus):
+                applies_after_rollback = True
+
+            with Session(create_engine("sqlite://")) as session:
+                session.connection()
+                orchestrator(session).wrap(Undo()).publish(if_committed(print))
+
         def test_committed():
             with Session(create_engine("sqlite://")) as session:
                 publish(session)
@@ -176,7 +184,7 @@ def test_a_forgotten_commit_in_strict_mode(pytester: pytest.Pytester) -> None:
         """
     )
     result = pytester.runpytest_subprocess()
-    result.assert_outcomes(passed=3, failed=2)
+    result.assert_outcomes(passed=4, failed=2)
     result.stdout.fnmatch_lines(["*1 event was dropped with the transaction of a session that was closed without a*"])
 
 

@@ -571,7 +571,7 @@ def test_a_session_that_is_closed_with_leftovers_warns(engine: Any, log: list[An
     orchestrator(session).wrap(Bus(log)).publish(Boom())
     with pytest.raises(Boom):
         session.commit()
-    with pytest.warns(UnappliedEventsWarning, match="1 event was not applied after a commit") as caught:
+    with pytest.warns(UnappliedEventsWarning, match="1 event was not applied after a transaction") as caught:
         session.close()
     assert caught[0].filename == __file__
     with pytest.warns(UnappliedEventsWarning) as caught, session:
@@ -1281,4 +1281,4 @@ def test_the_warning_of_an_awaited_session_does_not_replace_the_error(log: list[
         warnings.simplefilter("error")
         with pytest.raises(Boom):
             asyncio.run(main())
-    assert "1 event was not applied after a commit of this session" in reported[0]["message"]
+    assert "1 event was not applied after a transaction of this session" in reported[0]["message"]

@@ -92,6 +92,7 @@ def take(buses: Any, taken: Any) -> None:
         if not is_for_rollback(delayed) or not events_to_apply_in(delayed):
             continue
         if delayed._commitbus_kept:
+            delayed._commitbus_always = True  # of a transaction that was in doubt: it was rolled back
             taken.publish(delayed)
             multi._commitbus_unregister({id(delayed)})
         else:
@@ -127,12 +128,20 @@ def apply(buses: Any, commit: bool) -> list[Any]:
             if not taken._commitbus_holds_any():
                 return applied
             applied += taken.apply_and_get_applied_events(commit, robust=True)
+        except ExceptionGroup as group:
+            applied = []
+            raise _failed(group) from None
         except BaseException:
             applied = []  # the traceback keeps this frame, and must keep no event
             raise
         finally:
             give_back(taken, buses)
     raise _messages.too_many_rounds(ROUNDS)
+
+
+def _failed(group: ExceptionGroup[Any]) -> ExceptionGroup[Any]:
+    """Make the same group of what has failed, that does not name a bus of ours."""
+    return ExceptionGroup(_messages.failed_after_rollback(len(group.exceptions)), group.exceptions)
 
 
 async def apply_async(buses: Any, commit: bool) -> list[Any]:
@@ -147,12 +156,23 @@ async def apply_async(buses: Any, commit: bool) -> list[Any]:
             if not taken._commitbus_holds_any():
                 return applied
             applied += await taken.apply_and_get_applied_events_async(commit, robust=True)
+        except ExceptionGroup as group:
+            applied = []
+            raise _failed(group) from None
         except BaseException:
             applied = []
             raise
         finally:
             give_back(taken, buses)
     raise _messages.too_many_rounds(ROUNDS)
+
+
+def refuse_asynchronous(buses: Any) -> None:
+    """Refuse a bus whose handlers nothing would await, before anything is dropped or applied."""
+    for _, delayed in walk(buses):
+        actual = delayed._commitbus_parts()[0]
+        if actual._commitbus_awaited and is_for_rollback(delayed) and events_to_apply_in(delayed):
+            raise _messages.not_awaited_after_rollback(actual)
 
 
 def left_in(buses: Any) -> list[Any]:

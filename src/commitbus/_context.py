@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, AsyncExitStack, ExitStack
 from contextvars import ContextVar
+from inspect import isawaitable
 from threading import get_ident
+from types import CoroutineType as Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from commitbus import _messages
@@ -259,6 +261,8 @@ class SharedSideEffectContext:
                 before.append((one, one.depth))
                 one = None if one is run else live(one.outer)
         value = factory()
+        if isinstance(cast("Any", value), Coroutine):
+            _messages.refuse_coroutine(factory, value, "use await context.get_or_create_async(key, factory)")
         for one, depth in before:
             if one.depth > depth:
                 if one.outermost is not run:
@@ -341,7 +345,10 @@ class SharedSideEffectContext:
             this = Making()
             token = making.set(this)
             try:
-                value = await factory()
+                awaitable = factory()
+                if not isawaitable(awaitable):
+                    raise _messages.not_awaited_value(factory, awaitable)
+                value = await awaitable
             finally:
                 making.reset(token)
             kept = run.values if this.entered else self._values

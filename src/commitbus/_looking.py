@@ -107,7 +107,8 @@ def headline(bus: Any) -> str:
         if bus._commitbus_kept:
             return f"{_title(bus)}: {len(collected_in(bus))} left"
         collected, pending = len(collected_in(bus)), len(in_store(actual))
-        return f"{_title(bus)}: {f'{collected} collected, ' if collected else ''}{pending} pending"
+        purpose = ", for a rollback" if cast("Any", type(actual)).applies_after_rollback else ""
+        return f"{_title(bus)}: {f'{collected} collected, ' if collected else ''}{pending} pending{purpose}"
     if holds_buses(bus):
         buses, events = in_store(bus), flatten((bus,))
         return f"{_title(bus)}: {_count(len(buses), 'bus', 'buses')}, {_count(len(events), 'event', 'events')}"

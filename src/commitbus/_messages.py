@@ -434,6 +434,14 @@ def not_an_async_context(function: str) -> TypeError:
     )
 
 
+def not_awaited_value(factory: object, value: object) -> TypeError:
+    """Refuse what a factory gives, and nothing can await."""
+    return TypeError(
+        f"get_or_create_async() takes a factory whose result is awaited, and {describe(factory)} gave "
+        f"{type_name(type(value))}; use get_or_create(), or make it a coroutine function"
+    )
+
+
 def needs_asyncio() -> RuntimeError:
     """Refuse to run where asyncio does not."""
     return RuntimeError(
@@ -596,7 +604,7 @@ def connection_left(left: int, doubted: int, leftovers: str, in_doubt: str) -> s
 def _left(what: str, left: int, doubted: int, leftovers: str, in_doubt: str) -> tuple[str, str]:
     said: list[str] = []
     if left:
-        said.append(f"{_were(left)} not applied after a commit of this {what}")
+        said.append(f"{_were(left)} not applied after a transaction of this {what}")
     if doubted:
         said.append(
             f"{_were(doubted)} not applied after a commit, of which nobody knows whether it was one, of this {what}"
@@ -707,8 +715,24 @@ def connection_closed(count: int, where: str) -> str:
 
 
 def failed_after_rollback(count: int) -> str:
-    """Say that buses failed after a rollback."""
-    return f"{count} {'bus' if count == 1 else 'buses'} failed after the rollback"
+    """Say that events failed after a rollback."""
+    return f"{count} {'event' if count == 1 else 'events'} failed after the rollback"
+
+
+def not_awaited_after_rollback(bus: object) -> TypeError:
+    """Refuse to apply an asynchronous bus without awaiting it."""
+    return TypeError(
+        f"{describe_bus(bus)} is applied with 'await buses.apply_after_rollback_async(commit)', not with "
+        "apply_after_rollback(); that is a method of an AsyncMultiEventBus"
+    )
+
+
+def left_is_applied(function: str) -> TypeError:
+    """Refuse to drop what is known to be committed."""
+    return TypeError(
+        f"{function} is for what nobody knows to be committed; what is left is to be applied: call apply(True), or "
+        "discard_pending_events()"
+    )
 
 
 def failed_on_commit(count: int) -> str:
@@ -861,7 +885,7 @@ def partly_applied(
         events_of_it = "1 event, at 0" if count == 1 else f"{count} events, from 0 to {count - 1}"
         raise ValueError(
             f"PartlyApplied has {found}, but the batch has {events_of_it}; "
-            "pass positions in the list that _apply_events() was given"
+            "pass positions in the list that the method was given"
         ) from error
     for position in failed:
         what = f"event {position + 1} of a batch of {count}, {describe(events[position])},"

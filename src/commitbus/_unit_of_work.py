@@ -106,6 +106,7 @@ class Rest:
     robust: bool
     rounds: int
     called: bool
+    applying: bool
     committed: bool  # and not all applied since
     rolled_back: bool  # and not called again since
     failed: bool  # whether a commit has failed, and there is nothing that ends its transaction
@@ -116,6 +117,8 @@ class Rest:
     doubted: Any
     # A multi bus that has what is for a rollback, while a dry run applies the rest; or None.
     aside: Any
+    undone: bool  # whether something that is for a rollback was not applied after it
+    ended_by: BaseException | None  # for which the transaction was rolled back last: when it leaves the block, it was
     begun: int  # savepoints with a larger number were opened within it
 
     def refuse_call(self) -> None:
@@ -182,6 +185,7 @@ class Rest:
         """Note what became of the transaction; where that is not known, say so, and keep what was published apart."""
         if outcome is Outcome.COMMITTED:
             self.committed = True  # a listener or a handler of the commit's own has failed
+            _after_rollback.drop_at_commit(self.buses)
         elif outcome is Outcome.UNKNOWN:
             self.failed = self.rollback_transaction is None
             mark(error, outcome)
@@ -270,7 +274,7 @@ class Rest:
     def end_unknown(self, error: BaseException) -> None:
         """End a transaction that was committed, or may have been, and drop nothing."""
         if self.rollback_transaction is not None and not self.rolled_back:
-            self.rolled_back = True
+            self.rolled_back, self.ended_by = True, error
             try:
                 self.end_transaction()
             except Exception as second:
@@ -281,9 +285,9 @@ class Rest:
 
         `error`, if there is one, stays the first.
         """
-        if self.rollback_transaction is None or self.rolled_back:
+        if self.rollback_transaction is None or (self.rolled_back and (error is None or error is self.ended_by)):
             return []
-        self.rolled_back = True
+        self.rolled_back, self.ended_by = True, error
         first = error
         try:
             self.drop()
@@ -296,6 +300,7 @@ class Rest:
                 first = chained(first, raised)
         applied = self.apply_after_rollback(first)
         if error is None and first is not None:
+            self.ended_by = first
             raise first
         return applied
 
@@ -334,14 +339,20 @@ class Rest:
         """Apply what is for a rollback, which has come; what that raises never hides `error`."""
         if not self.begin_rollback():
             return []
+        outer, self.applying = self.applying, True  # a call by one of them would be none of theirs
         try:
             return _after_rollback.apply(self.buses, self.commit)
         except Exception as second:
+            self.undone = True
             if error is None:
                 raise
             _messages.chain(error, second)
             return []
+        except BaseException:
+            self.undone = True
+            raise
         finally:
+            self.applying = outer
             self.end_rollback(error)
 
     def end_rollback(self, error: BaseException | None) -> None:
@@ -353,7 +364,8 @@ class Rest:
 
     def left_of_rollback(self) -> Any:
         """Take what is for a rollback and was not applied, to hand it over; None where that is nothing."""
-        if self.on_unapplied is None or not _after_rollback.has_any(self.buses):
+        undone, self.undone, self.ended_by = self.undone, False, None
+        if not undone or self.on_unapplied is None or not _after_rollback.has_any(self.buses):
             return None
         left = _leftovers().new_multi(self.buses)
         _after_rollback.take(self.buses, left)
@@ -370,6 +382,15 @@ class Rest:
             return  # the parent sees to it: a rollback would go over its line
         if error is None and not self.called and self.buses._commitbus_was_applied():
             _messages.warn(_messages.APPLIED_BY_HAND)
+        try:
+            self.end_block(error)
+        finally:
+            error = error or sys.exception()
+            if (left := self.left_of_rollback()) is not None and error is not None:
+                self.call_on_unapplied(left, error)
+
+    def end_block(self, error: BaseException | None) -> None:
+        """Roll back what is to be rolled back, and tell of what was not applied."""
         if error is not None and not self.committed:
             self.roll_back(error)
             if self.rollback_transaction is None and self.doubted is None:
@@ -382,15 +403,13 @@ class Rest:
                 self.begin_to_tell()
                 self.tell(error)
         finally:
-            try:
-                if not self.called:
-                    self.roll_back(error)  # nobody has committed: the next commit would keep what was written here
-            finally:
-                if (error := error or sys.exception()) is not None and (left := self.left_of_rollback()) is not None:
-                    self.call_on_unapplied(left, error)
+            if not self.called:
+                self.roll_back(error)  # nobody has committed: the next commit would keep what was written here
 
     def begin_to_tell(self) -> None:
-        """Set apart what is for the rollback that comes next: it is applied, and not told."""
+        """Set apart what is for the rollback that comes next: it is applied, and not told. After a commit, drop it."""
+        if self.committed:
+            _after_rollback.drop_at_commit(self.buses)
         if not self.called and self.rollback_transaction is not None and _after_rollback.has_any(self.buses):
             self.aside = _leftovers().new_multi(self.buses)
             _after_rollback.take(self.buses, self.aside)
@@ -421,6 +440,7 @@ class Unit(Rest):
         "commit_transaction",
         "committed",
         "doubted",
+        "ended_by",
         "failed",
         "forks",
         "kept",
@@ -429,6 +449,7 @@ class Unit(Rest):
         "rollback_transaction",
         "rolled_back",
         "rounds",
+        "undone",
     )
 
     def __init__(
@@ -445,7 +466,8 @@ class Unit(Rest):
         self.commit_transaction, self.rollback_transaction = commit_transaction, rollback_transaction
         self.on_unapplied = on_unapplied
         self.called = self.applying = False
-        self.committed = self.rolled_back = self.failed = False
+        self.committed = self.rolled_back = self.failed = self.undone = False
+        self.ended_by = None
         self.forks = _lock.forks
         self.kept = ()
         self.doubted = self.aside = None

@@ -1300,9 +1300,9 @@ class _AsyncUnit(Unit):
 
     async def roll_back_async(self, error: BaseException | None) -> list[Any]:
         """Do the same as `roll_back`, awaited."""
-        if self.rollback_transaction is None or self.rolled_back:
+        if self.rollback_transaction is None or (self.rolled_back and (error is None or error is self.ended_by)):
             return []
-        self.rolled_back = True
+        self.rolled_back, self.ended_by = True, error
         first = error
         cancelled: asyncio.CancelledError | None = None
         try:
@@ -1319,8 +1319,10 @@ class _AsyncUnit(Unit):
             first = chained(first, raised)
         applied = await self.apply_after_rollback_async(first if cancelled is None else cancelled)
         if cancelled is not None:
+            self.ended_by = cancelled
             raise cancelled from first  # it came while this one was seen to, and goes on
         if error is None and first is not None:
+            self.ended_by = first
             raise first
         return applied
 
@@ -1333,23 +1335,29 @@ class _AsyncUnit(Unit):
         async def apply() -> None:
             applied.extend(await _after_rollback.apply_async(self.buses, self.commit))
 
+        outer, self.applying = self.applying, True
         try:
             if isinstance(error, asyncio.CancelledError):
                 await to_the_end(apply(), never, error)
             else:
                 await apply()
         except Exception as second:
+            self.undone = True
             if error is None:
                 raise
             _messages.chain(error, second)
+        except BaseException:
+            self.undone = True
+            raise
         finally:
+            self.applying = outer
             self.end_rollback(error)
         return applied
 
     async def _end_committed(self, error: BaseException) -> None:
         """End a transaction that was committed, though its commit has raised, and drop nothing."""
         if self.rollback_transaction is not None and not self.rolled_back:
-            self.rolled_back = True
+            self.rolled_back, self.ended_by = True, error
             try:
                 await to_the_end(self._roll_back(_of_this_task(self.rollback_transaction)))
             except Exception as second:
@@ -1371,6 +1379,15 @@ class _AsyncUnit(Unit):
             return
         if error is None and not self.called and self.buses._commitbus_was_applied():
             _messages.warn(_messages.APPLIED_BY_HAND)
+        try:
+            await self.end_block_async(error)
+        finally:
+            error = error or sys.exception()
+            if (left := self.left_of_rollback()) is not None and error is not None:
+                await self.call_on_unapplied_async(left, error)
+
+    async def end_block_async(self, error: BaseException | None) -> None:
+        """Do the same as `end_block`, awaited."""
         if error is not None and not self.committed:
             await self.roll_back_async(error)
             if self.rollback_transaction is None and self.doubted is None:
@@ -1383,12 +1400,8 @@ class _AsyncUnit(Unit):
                 self.begin_to_tell()
                 await self.tell_async(error)
         finally:
-            try:
-                if not self.called:
-                    await self.roll_back_async(error)
-            finally:
-                if (error := error or sys.exception()) is not None and (left := self.left_of_rollback()) is not None:
-                    await self.call_on_unapplied_async(left, error)
+            if not self.called:
+                await self.roll_back_async(error)
 
     async def tell_doubted_async(self, error: BaseException | None) -> None:
         """Do the same as `tell_doubted`, awaited."""

@@ -368,6 +368,7 @@ cdef class MultiStore(EventStore):
     def apply_after_rollback(self, commit):
         """Apply what is for the case that the transaction was rolled back, and drop the rest."""
         refuse_open(self)
+        _after_rollback.refuse_asynchronous(self)
         _after_rollback.drop_others(self)
         return _after_rollback.apply(self, commit)
 
@@ -722,8 +723,8 @@ cdef class UnitStore:
     # As in `commitbus._unit_of_work`.
     cdef public MultiStore buses
     cdef public object commit, commit_transaction, rollback_transaction, on_unapplied, robust, rounds
-    cdef public object begun, kept, doubted, aside
-    cdef public bint called, committed, rolled_back, failed, applying
+    cdef public object begun, kept, doubted, aside, ended_by
+    cdef public bint called, committed, rolled_back, failed, applying, undone
     cdef public object forks
 
     def __enter__(self):

@@ -243,6 +243,8 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
             When handlers raised an `Exception`: every error, after every event was tried once. What failed stays.
         RuntimeError
             When a savepoint of this bus is open, or handlers publish again and again.
+        TypeError
+            When one of these buses is asynchronous: see `commitbus.aio.AsyncMultiEventBus`. Nothing is dropped.
 
         Examples
         --------
@@ -258,6 +260,7 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
         ['portrait.png']
         """
         refuse_open(self)
+        _after_rollback.refuse_asynchronous(self)
         _after_rollback.drop_others(self)
         return _after_rollback.apply(self, commit)
 
@@ -554,7 +557,8 @@ def use_orchestrator_or_create_multi_event_bus(
         Called without arguments where the transaction must not stay open: when an exception leaves the
         block before the commit succeeded, when `commit_transaction` raises, after a dry run, and when the
         block ends without a call of ``commit_and_execute_side_effects``. What was
-        published in the block and not applied is dropped, with the data. What it raises itself becomes
+        published in the block and not applied is dropped, with the data; on buses whose class has
+        ``applies_after_rollback = True`` it is applied then, and dropped by a commit. What it raises itself becomes
         the last in the chain of the error that was there before. Not called with an orchestrator.
     robust : bool, default False
         Try every event once, whatever the others raise.
@@ -563,7 +567,8 @@ def use_orchestrator_or_create_multi_event_bus(
     on_unapplied : callable, optional
         Called with a `MultiEventBus` when the block is left, after the commit or without an exception,
         with events that were never applied: to log, store or enqueue them. Instead of the warning or the
-        note below. Also, beside the note, with those of which nobody knows whether they were committed.
+        note below. Also, beside the note, with those of which nobody knows whether they were committed, and
+        with those that are for a rollback and were not applied after it.
 
     Returns
     -------

@@ -206,12 +206,14 @@ class OnCommitEventBus(EventBus[T], Generic[T]):
     def _begin(self, event: T) -> None:
         """Begin a run of events: a hook of its own."""
         connection = self._connection()
+        if (state := _state(connection)).rolling is not None and not connection.in_atomic_block:
+            state.publish_after_rollback(self, event, connection)
+            return
         if self._outside == "raise" and not _is_in_atomic(connection):
             raise transaction.TransactionManagementError(_messages.outside_a_transaction(self._event_bus))
         bus: Any = self._event_bus
         bus = bus._commitbus_like()
         bus.publish(event)
-        state = _state(connection)
         if state.committed:
             state.settle()
         if state.errors is not None and not connection.in_atomic_block:
@@ -281,23 +283,36 @@ class _Last:
 class _Run:
     """A hook: a run of events that were published on one bus, with nothing in between."""
 
-    __slots__ = ("__weakref__", "bus", "connection", "forks", "kept", "of_test", "open", "owner", "state", "thread")
+    __slots__ = (
+        "__weakref__",
+        "applied",
+        "bus",
+        "connection",
+        "forks",
+        "kept",
+        "of_test",
+        "open",
+        "owner",
+        "state",
+        "thread",
+    )
 
     def __init__(self, owner: OnCommitEventBus[Any], bus: Any, state: _State, merges: bool, connection: Any) -> None:
         self.owner, self.bus, self.state, self.open, self.connection = owner, bus, state, merges, connection
         self.thread, self.forks = get_ident(), _lock.forks
+        self.applied: Any = ()
         self.kept = False  # whether what it has not applied is among the leftovers
         # Whether it ends with a test, whose transaction says nothing of what production would do.
         self.of_test = not merges
 
     @property
     def events(self) -> tuple[Any, ...]:
-        """What the hook would apply now: for tests that capture hooks."""
-        return cast("tuple[Any, ...]", self.bus.pending_events())
+        """What the hook would apply, or has applied: for tests that capture hooks."""
+        return (*self.applied, *self.bus.pending_events())
 
     def __repr__(self) -> str:
         """Say what the hook applies, by its name alone: tools list hooks, and tests capture them."""
-        names = [_naming.describe(event) for event in self.events]
+        names = [_naming.describe(event) for event in self.bus.pending_events()]
         named = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
         return f"<hook of {type(self.owner).__name__} of {type(self.bus).__name__}: {named or 'nothing'}>"
 
@@ -320,7 +335,7 @@ class _Run:
             self.bus.discard_pending_events()  # the transaction was committed
             return
         try:
-            self.bus.apply(True, robust=self.owner._robust, rounds=ROUNDS)
+            self.applied = self.bus.apply(True, robust=self.owner._robust, rounds=ROUNDS)
             if self.bus._commitbus_holds_any() and self.bus.pending_events():
                 raise _messages.too_many_rounds(ROUNDS)
         except BaseException as error:
@@ -353,7 +368,7 @@ class _State:
 
     def __init__(self, connection: Any) -> None:
         self.left = _Leftovers(self)
-        self.doubt = _Leftovers(self)  # of what nobody knows to be committed
+        self.doubt = _Leftovers(self, in_doubt=True)  # of what nobody knows to be committed
         # What was left of the commit that is under way: how many events that is, and what is to be handed over.
         self.kept = 0
         self.handed: list[tuple[Any, MultiEventBus]] = []
@@ -369,6 +384,7 @@ class _State:
         # What is for a rollback, published in the transaction that is open, until its end: where it is not among what
         # is committed then, it was rolled back, or its savepoint was.
         self.for_rollback: list[_Run] = []
+        self.rolling: list[_Run] | None = None  # while that is applied, what its handlers publish for a rollback
         self.block_of_rollback: Callable[[], Any] = _no_run  # its outermost block of atomic, weakly
         self.patched_end: Any = None
         self.block: Any = None  # the outermost block of atomic, weakly, in which these were wrapped
@@ -438,9 +454,13 @@ class _State:
 
     def doubt_of(self, runs: list[_Run], error: BaseException) -> None:
         """Keep apart what nobody knows to be committed."""
-        runs = [*runs, *(run for run in self.for_rollback if run not in runs)]
+        # Of a savepoint that was rolled back: that is applied whichever way the transaction has ended.
+        due = [run for run in self.for_rollback if run not in runs]
         self.for_rollback = []
-        events = [event for run in runs for event in run.bus.pending_events()]
+        events = [event for run in (*runs, *due) for event in run.bus.pending_events()]
+        for run in due:
+            if run.bus.pending_events():
+                _leftovers.keep(DelayedEventBus(run.bus), self.doubt, True)
         for run in runs:
             self.keep_in(self.doubt, run)
         self.forget(runs)
@@ -486,7 +506,8 @@ class _State:
     def watch_end(self, connection: Any, run: _Run) -> None:
         """See when the transaction has ended in which something was published that is for a rollback."""
         block = connection.atomic_blocks[0]
-        if self.for_rollback and self.block_of_rollback() is not block:
+        # In what Django calls manual transactions, one may have several outermost blocks.
+        if self.for_rollback and self.block_of_rollback() is not block and connection.commit_on_exit:
             # Of a transaction whose connection was closed within it: Django tells nobody of its end.
             before, self.for_rollback = self.for_rollback, []
             if count := self.keep_due(before):
@@ -522,29 +543,50 @@ class _State:
         # Those of the process of which this one is a fork are that one's.
         runs, self.for_rollback = [run for run in self.for_rollback if run.forks == _lock.forks], []
         raised: list[Exception] = []
-        left = list(runs)
+        left: list[_Run] = []
+        outer = self.rolling
         try:
-            for run in runs:
-                run.open = False
-                if not run.of_test:
+            for _ in range(ROUNDS):
+                left, self.rolling = [*left, *runs], []
+                for run in runs:
+                    run.open = False
                     try:
-                        run.bus.apply(True, robust=True, rounds=ROUNDS)
-                    except Exception as second:
-                        raised.append(second)
-                        continue
-                left.remove(run)
-        finally:
+                        if not run.of_test:
+                            run.bus.apply(True, robust=True, rounds=ROUNDS)
+                        left.remove(run)
+                    except ExceptionGroup as several:
+                        raised += several.exceptions
+                runs = self.rolling
+                if not runs:
+                    break
+            else:
+                left += runs
+                raised.append(_messages.too_many_rounds(ROUNDS))
+        except BaseException as interrupt:
+            left += [run for run in self.rolling or () if run not in left]
             count = self.keep_due(left)
+            _messages.note_not_applied_after_rollback(interrupt, count, self.hand_over(interrupt))
+            raise
+        finally:
+            self.rolling = outer
+        count = self.keep_due(left)
         if not raised:
             return
-        group = raised[0] if len(raised) == 1 else ExceptionGroup(_messages.failed_after_rollback(len(raised)), raised)
-        _messages.note_not_applied_after_rollback(group, count, self.hand_over(group))
+        group = ExceptionGroup(_messages.failed_after_rollback(len(raised)), raised)
+        _messages.note_not_applied_after_rollback(error or group, count, self.hand_over(group))
         if error is not None:
             _messages.chain(error, group)
         elif self.block_of_rollback() is not None:
             raise group
         else:  # a new connection, in the place of one that was closed within its transaction
             _messages.warn(_messages.connection_closed(count, self.where("leftovers")), "django")
+
+    def publish_after_rollback(self, owner: OnCommitEventBus[Any], event: Any, connection: Any) -> None:
+        """Take what a handler publishes after a rollback, for one; for a commit it is dropped, as none comes."""
+        bus: Any = owner._event_bus._commitbus_like()  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
+        bus.publish(event)  # which may refuse it
+        if type(bus).applies_after_rollback:
+            cast("list[_Run]", self.rolling).append(_Run(owner, bus, self, True, connection))
 
     def unwatch(self, connection: Any) -> None:
         """Give the connection its own method back, until something is published."""
@@ -691,6 +733,7 @@ class _State:
         while self.handed:
             function, buses = self.handed[0]
             try:
+                self.handed = self.handed[1:]  # it may come here again, with what a transaction of its own has left
                 _messages.refuse_coroutine(function, function(buses))
                 where = "on_leftovers, which was given them"
             except BaseException as second:
@@ -698,8 +741,6 @@ class _State:
                 if error is None or not isinstance(second, Exception):
                     raise
                 _messages.chain(error, second)
-            finally:
-                self.handed = [one for one in self.handed if one[1] is not buses]
         return where
 
     def where(self, function: str) -> str:
@@ -716,8 +757,8 @@ class _State:
 class _Leftovers(MultiEventBus):
     """What a commit has left, or what nobody knows to be committed: what its handlers publish is left here, too."""
 
-    def __init__(self, state: _State) -> None:
-        self._state = weakref.ref(state)
+    def __init__(self, state: _State, in_doubt: bool = False) -> None:
+        self._state, self._in_doubt = weakref.ref(state), in_doubt
 
     @contextmanager
     def _applying(self) -> Generator[None]:
@@ -742,6 +783,8 @@ class _Leftovers(MultiEventBus):
             return super().apply(commit, robust=robust, rounds=rounds)
 
     def apply_after_rollback(self, commit: bool) -> list[Any]:
+        if not self._in_doubt:
+            raise _messages.left_is_applied("apply_after_rollback()")
         with self._applying():
             return super().apply_after_rollback(commit)
 
@@ -789,7 +832,7 @@ def _state(connection: Any) -> _State:
 
 
 def leftovers(using: str | None = None) -> MultiEventBus:
-    """Give the bus of what was not applied after a commit, since a handler or somebody else's hook raised.
+    """Give the bus of what was not applied after a commit, or a rollback, since a handler or another's hook raised.
 
     Parameters
     ----------

@@ -153,7 +153,7 @@ def orchestrator(
 
 
 def leftovers(session: Session | AsyncSession | scoped_session[Any] | async_scoped_session[Any]) -> AsyncMultiEventBus:
-    """Give the bus of what was not applied after a commit of a session, since a handler raised.
+    """Give the bus of what was not applied after a commit of a session, or after a rollback, since a handler raised.
 
     Parameters
     ----------
@@ -315,6 +315,8 @@ class SessionBuses(AsyncMultiEventBus):
 
     def _takes_over(self, event_bus: AbstractEventBus[Any], claim: Any) -> bool:
         """Whether a bus was that of another session, which has ended; refuse it where that one goes on."""
+        if isinstance(cast("object", event_bus), type):  # a class, whose slot that is: `wrap` says what to pass
+            return False
         other = claim()
         if other is None or other._session() is None:
             return False
@@ -353,8 +355,8 @@ async def _run_plainly(function: Callable[[], None]) -> None:
 class Leftovers(AsyncMultiEventBus):
     """What a commit of a session has left, or what nobody knows to be committed: what its handlers publish is, too."""
 
-    def __init__(self, session: weakref.ref[Session]) -> None:
-        self._session = session
+    def __init__(self, session: weakref.ref[Session], in_doubt: bool = False) -> None:
+        self._session, self._in_doubt = session, in_doubt
         self._number: int | None = 0  # how many events there are, if nobody has applied or discarded any
 
     def add(self, count: int) -> None:
@@ -413,10 +415,14 @@ class Leftovers(AsyncMultiEventBus):
             )
 
     def apply_after_rollback(self, commit: bool) -> list[Any]:
+        if not self._in_doubt:
+            raise _messages.left_is_applied("apply_after_rollback()")
         with self._applying():
             return super().apply_after_rollback(commit)
 
     async def apply_after_rollback_async(self, commit: bool) -> list[Any]:
+        if not self._in_doubt:
+            raise _messages.left_is_applied("apply_after_rollback_async()")
         with self._applying():
             return await super().apply_after_rollback_async(commit)
 
@@ -502,7 +508,7 @@ class _Bound:
     def doubted(self) -> Leftovers:
         """Give the bus of what nobody knows to be committed: made when it is needed."""
         if self.doubt is None:
-            self.doubt = Leftovers(self.buses._session)
+            self.doubt = Leftovers(self.buses._session, in_doubt=True)
         return self.doubt
 
     def is_plain(self) -> bool:
@@ -518,7 +524,7 @@ class _Bound:
         forgotten = 0
         # An exception of the caller's of an `AsyncSession` cannot be seen here.
         if _messages.strict and name != "rollback" and not (self.applying or in_greenlet()) and sys.exception() is None:
-            forgotten = len(events_to_apply(self.buses))
+            forgotten = len(events_to_apply(self.buses)) - len(_after_rollback.left_in(self.buses))
         within, self.within_end = self.within_end, True
         # Not by super() of the session's class: another tool may have given it one of its own since.
         try:
@@ -649,7 +655,8 @@ class _Bound:
     def after_commit(self, session: Session) -> None:
         # Sent for a savepoint, too; and the session may not be used here: wait for the end of the transaction.
         ending = (session.get_nested_transaction() if self.savepoints else None) or session.get_transaction()
-        if ending is not None:
+        # That of a handler decides on nothing, but for its savepoints.
+        if ending is not None and (ending.nested or not self.applying):
             self.committed.add(ending)
 
     def after_transaction_end(self, session: Session, transaction: SessionTransaction) -> None:
@@ -810,8 +817,10 @@ class _Bound:
         kept.add(count)
         return count
 
-    def keep_left(self, error: BaseException | None, committed: bool = True) -> None:
-        """Keep what was not applied after the end of a transaction, or hand it over; `error` says where it is."""
+    def keep_left(
+        self, error: BaseException | None, committed: bool = True, noted: BaseException | None = None
+    ) -> None:
+        """Keep what was not applied after a transaction, or hand it over; `error`, or `noted`, says where."""
         function, count, where = self.on_leftovers, 0, "leftovers(session)"
         cancelled: CancelledError | None = None
         if function is None:
@@ -832,7 +841,7 @@ class _Bound:
         if error is not None and committed:
             _messages.note_committed(error, count, where)
         elif error is not None:
-            _messages.note_not_applied_after_rollback(error, count, where)
+            _messages.note_not_applied_after_rollback(noted or error, count, where)
         if cancelled is not None:  # it came while they were handed over, and goes on
             mark(cancelled, Outcome.COMMITTED)
             raise cancelled from error
@@ -880,7 +889,8 @@ class _Bound:
         except BaseException as raised:
             _messages.drop_own_frames(raised)
             _after_rollback.drop_others(self.buses)
-            self.keep_left(raised, committed=False)
+            _after_rollback.keep_due(self.buses)  # what handlers have published: whichever way it is applied now
+            self.keep_left(raised, committed=False, noted=error if isinstance(raised, Exception) else None)
             if not isinstance(raised, Exception):
                 raise
             if error is not None:
