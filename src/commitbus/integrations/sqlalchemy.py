@@ -878,8 +878,7 @@ class _Bound:
         self.drop()
         if plain or not _after_rollback.has_any(self.buses):
             return
-        error = sys.exception()
-        awaited = in_greenlet() if self.awaited is None else self.awaited
+        error, awaited = sys.exception(), in_greenlet()
         try:
             with self.handlers_run(session):
                 if awaited:
