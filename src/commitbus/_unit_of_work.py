@@ -263,10 +263,11 @@ class Rest:
 
     def end_commit(self) -> None:
         """Note that all was applied, and what of it handlers have published since: that belongs to this commit."""
-        if self.commit and self.buses._commitbus_holds_any():
+        holds_any = self.commit and self.buses._commitbus_holds_any()
+        if holds_any:
             _after_rollback.drop_at_commit(self.buses)
         self.committed = False
-        if self.commit and (self.kept or self.buses._commitbus_holds_any()):
+        if holds_any or (self.commit and self.kept):
             stores = [store for store in stores_in(self.buses) if not holds_buses(store)]
             kept = [(store, bare(store, in_store(store))) for store in stores]
             self.kept = [(store, events) for store, events in kept if events]
