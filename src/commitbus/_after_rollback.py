@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from commitbus import _messages
 from commitbus._context import committed
-from commitbus._looking import collected_in, flatten, holds_buses
+from commitbus._looking import collected_in, events_to_apply, holds_buses
 from commitbus._naming import is_delayed
 
 ROUNDS = 100  # how often to go on with what their handlers publish for a rollback
@@ -53,14 +53,9 @@ def passes_by(delayed: Any, actual: Any, commit: object) -> bool:
         When its events belong to a transaction that was committed, and nobody has stored them: they stay.
     """
     cls = cast("Any", type(actual))
-    if cls.applies_before_commit and committed.get() and events_to_apply_in(delayed):
+    if cls.applies_before_commit and committed.get() and events_to_apply(delayed):
         raise _messages.too_late_to_store(actual)
     return bool(cls.applies_after_rollback and commit and not delayed._commitbus_always)
-
-
-def events_to_apply_in(delayed: Any) -> list[Any]:
-    """List what a delayed bus would apply."""
-    return flatten((delayed,))
 
 
 def drop_at_commit(buses: Any) -> None:
@@ -89,7 +84,7 @@ def take(buses: Any, taken: Any) -> None:
     from commitbus._leftovers import keep
 
     for multi, delayed in walk(buses):
-        if not is_for_rollback(delayed) or not events_to_apply_in(delayed):
+        if not is_for_rollback(delayed) or not events_to_apply(delayed):
             continue
         if delayed._commitbus_kept:
             delayed._commitbus_always = True  # of a transaction that was in doubt: it was rolled back
@@ -171,13 +166,13 @@ def refuse_asynchronous(buses: Any) -> None:
     """Refuse a bus whose handlers nothing would await, before anything is dropped or applied."""
     for _, delayed in walk(buses):
         actual = delayed._commitbus_parts()[0]
-        if actual._commitbus_awaited and is_for_rollback(delayed) and events_to_apply_in(delayed):
+        if actual._commitbus_awaited and is_for_rollback(delayed) and events_to_apply(delayed):
             raise _messages.not_awaited_after_rollback(actual)
 
 
 def left_in(buses: Any) -> list[Any]:
     """List what is for a rollback, and was not applied."""
-    return [event for _, delayed in walk(buses) if is_for_rollback(delayed) for event in events_to_apply_in(delayed)]
+    return [event for _, delayed in walk(buses) if is_for_rollback(delayed) for event in events_to_apply(delayed)]
 
 
 def has_any(buses: Any) -> bool:
@@ -190,5 +185,5 @@ def keep_due(buses: Any) -> None:
     from commitbus._leftovers import keep
 
     for multi, delayed in walk(buses):
-        if is_for_rollback(delayed) and not delayed._commitbus_always and events_to_apply_in(delayed):
+        if is_for_rollback(delayed) and not delayed._commitbus_always and events_to_apply(delayed):
             keep(delayed, multi, True)

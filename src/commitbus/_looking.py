@@ -161,7 +161,7 @@ def _branches(bus: Any, most: int, seen: set[int]) -> Iterator[str]:
 
 
 def events_to_apply(buses: Any) -> list[Any]:
-    """List what a multi bus would apply, in that order; what is in a bus that is wrapped twice, once."""
+    """List what a bus would apply, in that order; what is in one that is wrapped twice, once."""
     return flatten((buses,))
 
 

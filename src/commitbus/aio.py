@@ -1028,7 +1028,7 @@ async def _in_rounds(
 def _note_stopped(error: BaseException, bus: Any, work: _Work, width: int, count: int, concurrency: int) -> None:
     with suppress(Exception):
         span = len(work.events)
-        event = work.event if span == 1 and work.event is not work.events else work.events[0]
+        event = work.events[0]
         done = work.start + span - width
         if concurrency == 1:
             _messages.note_stopped(error, bus, event, done, width, span, count, 0)
