@@ -18,7 +18,7 @@ from conftest import notes, run_over_the_other_twin
 
 import commitbus
 from commitbus import AbstractEventBus, BasicEventBus, DelayedEventBus, MultiEventBus, UnappliedEventsWarning, aio
-from commitbus.aio import AsyncEventBus, AsyncMultiEventBus, BasicAsyncEventBus
+from commitbus.aio import AsyncEventBus, AsyncMultiEventBus, BasicAsyncEventBus, _tasks
 from commitbus.testing import InjectedFailure, every_failure, record
 
 if TYPE_CHECKING:
@@ -1474,7 +1474,7 @@ def test_a_loop_that_ends_before_the_commit_has_begun() -> None:
         raise AssertionError("it has begun")
 
     async def main() -> None:
-        work = asyncio.ensure_future(cast("Any", aio).to_the_end(commit()))
+        work = asyncio.ensure_future(_tasks.to_the_end(commit()))
         await asyncio.sleep(0)
         (inner,) = asyncio.all_tasks() - {work, asyncio.current_task()}
         inner.cancel()

@@ -230,7 +230,6 @@ class Shared(Scene):
 
 
 LOCK: Any = importlib.import_module("commitbus._lock")
-BATCH: Any = importlib.import_module("commitbus._pure.batch")
 
 
 @pytest.fixture(autouse=True)
@@ -238,10 +237,10 @@ def no_gc() -> Iterator[None]:
     gc.disable()
     yield
     gc.enable()
-    held = LOCK.lock._is_owned() or BATCH.lock._is_owned()
+    held = LOCK.lock._is_owned()
     while LOCK.lock._is_owned():
         LOCK.lock.release()
-    BATCH.renew_lock()
+    LOCK.renew()
     assert not held, "a lock was not released"
 
 

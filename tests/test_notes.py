@@ -11,6 +11,7 @@ import pytest
 from conftest import CPYTHON, Log, notes
 
 from commitbus import _messages, _naming
+from commitbus._failures import Failures
 
 
 class Boom(Exception):
@@ -151,7 +152,7 @@ def test_rule_4_texts_count() -> None:
     error = ValueError()
     _messages.note_interrupted(error, object(), 2, 3)
     assert notes(error) == ["commitbus: stopped after event 2 of 3 in object; the others stay pending"]
-    failures = _messages.Failures()
+    failures = Failures()
     failures.errors.append(error)
     failures.positions.append(0)
     failures.total = 1

@@ -12,7 +12,7 @@ import test_threads
 from conftest import load
 
 PURE: Any = load("pure")
-BATCH: Any = importlib.import_module("commitbus._pure.batch")
+LOCK: Any = importlib.import_module("commitbus._lock")
 
 
 def without_atomic_lines(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +63,7 @@ def test_rule_8_a_forked_child_has_a_lock_of_its_own(locked: Any) -> None:
     held, done = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with BATCH.lock:
+        with LOCK.lock:
             held.set()
             done.wait()
 
@@ -99,6 +99,6 @@ def test_rule_4_none_is_an_event_like_any_other(twin: Any) -> None:
 
 
 def test_rule_8_the_lock_is_renewed() -> None:
-    before = BATCH.lock
-    BATCH.renew_lock()
-    assert BATCH.lock is not before
+    before = LOCK.lock
+    LOCK.renew()
+    assert LOCK.lock is not before

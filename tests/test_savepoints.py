@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from conftest import Log
 
 
-BATCH: Any = importlib.import_module("commitbus._pure.batch")
 LOCK: Any = importlib.import_module("commitbus._lock")
 
 
@@ -872,9 +871,7 @@ def test_rule_22_an_interrupt_at_every_line(twin: Any, make: Any, log: Log) -> N
             for mark in (open_marks(multi) or ())[:1]:
                 if not mark.savepoint._begun:  # else the next apply goes on with it
                     mark.savepoint.rollback()
-        while BATCH.lock._is_owned():  # left by one that raised where a `with lock` ends
-            BATCH.lock.release()
-        while LOCK.lock._is_owned():
+        while LOCK.lock._is_owned():  # left by one that raised where a `with lock` ends
             LOCK.lock.release()
         multi.apply(True)
         if new is not None:

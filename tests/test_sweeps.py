@@ -17,7 +17,7 @@ from conftest import CPYTHON
 
 import commitbus
 
-BATCH: Any = importlib.import_module("commitbus._pure.batch")
+LOCK: Any = importlib.import_module("commitbus._lock")
 PACKAGE = str(Path(commitbus.__file__).parent)
 KINDS = ["abstract", "functions", "calls", "shared", "delayed", "collected", "collect", "multi", "nested"]
 MORE = [*KINDS, "batch", "around", "rounds", "hooked", "hooked within"]  # those that need memory on their way
@@ -167,15 +167,15 @@ def no_gc() -> Any:
     free: list[bool] = []
 
     def acquire() -> None:
-        if BATCH.lock.acquire(timeout=5):
-            BATCH.lock.release()
+        if LOCK.lock.acquire(timeout=5):
+            LOCK.lock.release()
             free.append(True)
 
     thread = threading.Thread(target=acquire)
     thread.start()
     thread.join()
     if not free:
-        BATCH.renew_lock()
+        LOCK.renew()
         pytest.fail("the lock was not released")
 
 
@@ -207,8 +207,8 @@ def points(scene: Scene, number: int, install: Any, events: set[str], act: Any) 
             pass
         finally:
             install(None)
-            while BATCH.lock._is_owned():  # left by one that raised where a `with lock` ends: see above
-                BATCH.lock.release()
+            while LOCK.lock._is_owned():  # left by one that raised where a `with lock` ends: see above
+                LOCK.lock.release()
         scene.check(where)
 
     contextvars.Context().run(go)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from commitbus._awaited import hand_over
 from commitbus._looking import collected_in, events_to_apply, holds_buses, pending_in
+from commitbus._moving import hand_over
 from commitbus._naming import is_delayed
 from commitbus.multi_event_bus import MultiEventBus
 

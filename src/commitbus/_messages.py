@@ -10,7 +10,7 @@ import warnings
 from collections.abc import AsyncGenerator, Coroutine, Generator, Mapping
 from contextlib import _AsyncGeneratorContextManager, _GeneratorContextManager, suppress
 from types import BuiltinFunctionType, FunctionType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from commitbus._naming import describe, describe_bus, is_delayed, name_of, type_name
 
@@ -36,30 +36,38 @@ def _were(count: int) -> str:
 # Notes on errors that pass through a bus
 
 
-def _add_note(error: BaseException, text: str) -> None:
+def add_note(error: BaseException, text: str) -> None:
     with suppress(Exception):  # an exception whose __notes__ are no list, or raise
         BaseException.add_note(error, f"commitbus: {text}")
 
 
-def note_stopped(
-    error: BaseException, bus: object, event: object, done: int, width: int, span: int, count: int, earlier: int
-) -> None:
+class Place(NamedTuple):
+    """Where in a batch events were tried together."""
+
+    done: int  # how many are finished before them
+    width: int  # how many have failed, or were tried
+    span: int  # how many these were at first
+    total: int  # how many events the batch has
+
+
+def note_stopped(error: BaseException, bus: object, event: object, place: Place, earlier: int = 0) -> None:
     """Say which event stopped an apply, or which ones that were tried together, and what stays pending."""
+    done, width, _, count = place
     left = count - done - width
     if is_delayed(event):
         if count > 1:  # else the note of the bus itself has said it all
             rest = f"it and the {left} after it stay" if left else "it stays"
-            _add_note(error, f"that was bus {done + 1} of {count} in {describe_bus(bus)}; {rest} registered")
+            add_note(error, f"that was bus {done + 1} of {count} in {describe_bus(bus)}; {rest} registered")
         return
     it, them, stay = ("it", "it", "stays") if width == 1 else ("they", "them", "stay")
     rest = f"{it} and the {left} after {them} stay" if left else f"{it} {stay}"
     before = f", as do {earlier} that had failed before {them}" if earlier else ""
-    what = _which(event, done, width, span, count)
-    _add_note(error, f"{what} failed in {describe_bus(bus)}; {rest} pending{before}")
+    add_note(error, f"{_which(event, place)} failed in {describe_bus(bus)}; {rest} pending{before}")
 
 
-def _which(event: object, done: int, width: int, span: int, count: int) -> str:
-    """Name the events that failed together, of which `done` are finished: one by its name, more by their numbers."""
+def _which(event: object, place: Place) -> str:
+    """Name the events that failed together: one by its name, more by their numbers."""
+    done, width, span, count = place
     if span == 1:
         return f"event {done + 1} of {count}, {describe(event)},"
     last = done + width
@@ -67,20 +75,20 @@ def _which(event: object, done: int, width: int, span: int, count: int) -> str:
     return several if width == span else f"{width} of {several}"
 
 
-def note_failed(error: BaseException, bus: object, event: object, done: int, width: int, span: int, count: int) -> None:
-    """Say which event failed, or was cancelled, of those that were under way at once."""
-    stay = "it stays" if width == 1 else "they stay"
-    _add_note(error, f"{_which(event, done, width, span, count)} failed in {describe_bus(bus)}; {stay} pending")
+def note_failed(error: BaseException, bus: object, event: object, place: Place) -> None:
+    """Say which event failed, or was cancelled, of those that were tried whatever the others raise."""
+    stay = "it stays" if place.width == 1 else "they stay"
+    add_note(error, f"{_which(event, place)} failed in {describe_bus(bus)}; {stay} pending")
 
 
 def note_interrupted(error: BaseException, bus: object, done: int, count: int) -> None:
     """Say how far an apply came that was stopped between two events."""
-    _add_note(error, f"stopped after event {done} of {count} in {describe_bus(bus)}; the others stay pending")
+    add_note(error, f"stopped after event {done} of {count} in {describe_bus(bus)}; the others stay pending")
 
 
 def note_uncollected(error: BaseException, bus: object, event: object, number: int, count: int) -> None:
     """Say which event could not be collected."""
-    _add_note(
+    add_note(
         error,
         f"event {number} of {count}, {describe(event)}, could not be collected from {describe_bus(bus)}; "
         f"all {count} stay pending",
@@ -89,7 +97,7 @@ def note_uncollected(error: BaseException, bus: object, event: object, number: i
 
 def note_left(error: BaseException, bus: object) -> None:
     """Say that a shared context failed after its side effects had run."""
-    _add_note(error, f"leaving the shared context of {describe_bus(bus)} failed, after its side effects had run")
+    add_note(error, f"leaving the shared context of {describe_bus(bus)} failed, after its side effects had run")
 
 
 def drop_own_frames(error: BaseException) -> None:
@@ -106,97 +114,6 @@ def _is_own(module: object) -> bool:
 
 
 _OWN = ("commitbus._", "commitbus.aio", "commitbus.integrations", "commitbus.middleware")
-
-
-class Rounds:
-    """What the rounds of one robust apply have to know of each other."""
-
-    __slots__ = ("aside", "tried")
-
-    def __init__(self) -> None:
-        # For each bus, by its identity, the events that failed in a round: a later round does not try them again.
-        self.aside: dict[int, list[object]] = {}
-        self.tried = 0  # how many events were tried, buses aside
-
-
-class Failures:
-    """What failed in one robust apply of one bus.
-
-    A multi bus hands its own list of errors to each bus that it applies, so that they all end in one group.
-    """
-
-    __slots__ = ("again", "begin", "buses", "count", "errors", "known", "positions", "rounds", "total")
-
-    def __init__(self, errors: list[Exception] | None = None, rounds: Rounds | None = None) -> None:
-        self.errors: list[Exception] = [] if errors is None else errors
-        self.positions: list[int] = []  # in the batch, of the events that failed
-        self.again: set[int] = set()  # those of them that are buses, and may have a turn in the next round
-        self.begin = 0  # where the batch begins: those before were done by earlier applies
-        self.count = 0  # how many events it has
-        self.total = 0  # how many there were in all rounds
-        self.buses = False  # whether the events are buses
-        self.known: set[int] = set()  # which these are, by identity: one may have a turn in each round
-        self.rounds = rounds  # None where there is one only
-
-    def inner(self) -> Failures:
-        """Make one for a bus that a multi bus applies."""
-        return Failures(self.errors, self.rounds)
-
-    def start(self, bus: object, batch: list[object], begin: int, first: object) -> int:
-        """Begin a batch of which `first` is an event; give how many failed in an earlier round: they come first."""
-        self.begin, self.count = begin, len(batch) - begin
-        self.positions.clear()
-        self.again.clear()
-        self.buses = is_delayed(first)
-        if self.rounds is not None:
-            for position, event in enumerate(self.rounds.aside.get(id(bus), ()), begin):
-                # By identity: another thread may have applied or put back others meanwhile.
-                if position >= len(batch) or batch[position] is not event:
-                    break
-                self.positions.append(position)
-            if not self.buses:
-                self.rounds.tried += self.count - len(self.positions)
-        if self.buses:
-            self.known.update(map(id, batch[begin:]))
-            self.total = len(self.known)
-        else:
-            self.total += self.count - len(self.positions)
-        return len(self.positions)
-
-    def set_aside(self, bus: object, batch: list[object]) -> None:
-        """Remember what failed for the next round."""
-        if self.rounds is not None:
-            self.rounds.aside[id(bus)] = [batch[position] for position in self.positions if position not in self.again]
-
-    def note(self, first: int, bus: object, event: object, position: int, width: int, span: int) -> None:
-        """Say of the errors from `first` on which event failed; a bus in a multi bus may have several."""
-        if is_delayed(event):
-            return  # the notes of the bus itself have said it all
-        what = _which(event, position - self.begin, width, span, self.count)
-        stay = "it stays" if width == 1 else "they stay"
-        for error in self.errors[first:]:
-            _add_note(error, f"{what} failed in {describe_bus(bus)}; {stay} pending")
-
-    def group(self, bus: object) -> ExceptionGroup[Exception]:
-        """Make one error of all."""
-        one, many, state = ("bus", "buses", "registered") if self.buses else ("event", "events", "pending")
-        events = f"1 {one}" if self.total == 1 else f"{self.total} {many}"
-        stays = "stays" if len(self.positions) == 1 else "stay"
-        text = f"{len(self.positions)} of {events} failed in {describe_bus(bus)} and {stays} {state}"
-        return ExceptionGroup(text, list(self.errors))  # a copy: `end` clears this list
-
-    def chain(self, error: BaseException, bus: object) -> None:
-        """Keep the errors in sight when something that is no `Exception` stops the apply."""
-        if self.errors and error.__context__ is None:
-            error.__context__ = self.end(bus)
-
-    def end(self, bus: object) -> ExceptionGroup[Exception]:
-        """Give the one error of all, and keep none: a traceback leads to the frame that has this object."""
-        group = self.group(bus)
-        self.errors.clear()
-        if self.rounds is not None:
-            self.rounds.aside.clear()
-        return group
 
 
 # Errors of the bus itself
@@ -501,7 +418,7 @@ def too_late_to_store(bus: object) -> RuntimeError:
 def note_enqueued(error: BaseException, count: int) -> None:
     """Say what became of the jobs when one has a queueing lock that is taken."""
     none = "it was not stored" if count == 1 else f"none of the {count} jobs was stored"
-    _add_note(
+    add_note(
         error, f"{none}, and the transaction can go on; discard the job that has the lock, or pass skip_enqueued=True"
     )
 
@@ -586,7 +503,7 @@ def session_gone(count: int) -> str:
 
 def note_not_applied_after_rollback(error: BaseException, count: int, where: str) -> None:
     """Say where what is for a rollback is, and was not applied after it."""
-    _add_note(error, f"the transaction was rolled back, and for that case {_were(count)} not applied: see {where}")
+    add_note(error, f"the transaction was rolled back, and for that case {_were(count)} not applied: see {where}")
 
 
 def session_left(left: int, doubted: int) -> str:
@@ -658,7 +575,7 @@ def savepoint_after_rollback(bus: object) -> TypeError:
 
 def note_after_rollback(error: BaseException, events: list[object]) -> None:
     """Say which events were not applied that are for a rollback."""
-    _add_note(error, f"the transaction was rolled back, and for that case {_not_applied(events)}")
+    add_note(error, f"the transaction was rolled back, and for that case {_not_applied(events)}")
 
 
 def needs_rollback(bus: object) -> TypeError:
@@ -831,13 +748,13 @@ def too_many_rounds(rounds: int) -> RuntimeError:
 def note_committed(error: BaseException, count: int, where: str) -> None:
     """Say that the transaction was committed all the same, and where what was not applied is."""
     rest = f"; {_were(count)} not applied: see {where}" if count else ""
-    _add_note(error, f"the transaction was committed: do not run it again{rest}")
+    add_note(error, f"the transaction was committed: do not run it again{rest}")
 
 
 def note_in_doubt(error: BaseException, events: list[object], where: str = "") -> None:
     """Say that it is not known whether the transaction was committed, which events were not applied, what to do."""
     kept = f" They are kept in {where}." if where else ""
-    _add_note(
+    add_note(
         error,
         f"it is not known whether the transaction was committed; {_not_applied(events)}.{kept} "
         "Look whether it was before you run it again, or apply them",
@@ -889,7 +806,7 @@ def partly_applied(
         ) from error
     for position in failed:
         what = f"event {position + 1} of a batch of {count}, {describe(events[position])},"
-        _add_note(error.errors[position], f"{what} failed in {describe_bus(bus)}; it stays pending")
+        add_note(error.errors[position], f"{what} failed in {describe_bus(bus)}; it stays pending")
     text = f"{len(failed)} of {'1 event' if count == 1 else f'{count} events'} failed in a batch of {describe_bus(bus)}"
     ordered = [event for position, event in enumerate(events) if position not in error.errors]
     ordered += [events[position] for position in failed]
@@ -989,7 +906,7 @@ def warn(text: str, *inner: str, category: type[Warning] | None = None) -> None:
 
 def note_unapplied(error: BaseException, events: list[object]) -> None:
     """Say which events were not applied though their transaction was committed."""
-    _add_note(error, f"the transaction was committed, but {_not_applied(events)}")
+    add_note(error, f"the transaction was committed, but {_not_applied(events)}")
 
 
 def _not_applied(events: list[object]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, cast
 
 from commitbus import _messages
+from commitbus._failures import Failures, Rounds
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,7 +18,7 @@ def in_rounds(
     rounds: int,
     robust: bool,
     scope: Run | None,
-    apply_once: Callable[[_messages.Failures | None], list[Any]],
+    apply_once: Callable[[Failures | None], list[Any]],
 ) -> list[Any]:
     """Apply what is pending, then what handlers published meanwhile, and so on.
 
@@ -47,8 +48,8 @@ def in_rounds(
         When `rounds` is below 1.
     """
     check_rounds(rounds)
-    progress = _messages.Rounds()
-    failures = _messages.Failures(rounds=progress) if robust else None
+    progress = Rounds()
+    failures = Failures(rounds=progress) if robust else None
     applied: list[Any] = []
     try:
         if scope is not None:
@@ -84,7 +85,7 @@ def check_rounds(rounds: object) -> None:
         raise _messages.not_rounds(rounds)
 
 
-def leave(scope: Run, bus: object, failures: _messages.Failures | None, before: int) -> bool:
+def leave(scope: Run, bus: object, failures: Failures | None, before: int) -> bool:
     """Leave what surrounded the handlers, which have all run; true if that swallowed their errors, from `before` on."""
     try:
         failed = failures is not None and len(failures.errors) > before

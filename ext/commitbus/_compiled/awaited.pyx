@@ -15,7 +15,7 @@ from commitbus._compiled.side_effects_bus cimport PairStore
 
 from inspect import isawaitable
 
-from commitbus._awaited import wait_for
+from commitbus._steps import wait_for
 from commitbus._compiled.delayed_event_bus import DelayedEventBus
 
 

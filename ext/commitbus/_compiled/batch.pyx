@@ -14,8 +14,9 @@ from cpython.ref cimport Py_DECREF
 from commitbus._compiled.side_effects cimport SideEffectCall
 
 from commitbus import _messages
-from commitbus._awaited import GONE as _GONE
-from commitbus._awaited import SPARSE as _SPARSE
+from commitbus._batch import GONE as _GONE
+from commitbus._batch import SPARSE as _SPARSE
+from commitbus._failures import Failures
 from commitbus._rounds import check_rounds, in_rounds, leave
 from commitbus.middleware import tell_changes
 
@@ -278,18 +279,18 @@ cdef class Source:
     cdef bint holds_buses(self) noexcept:
         return True
 
-    # For `commitbus.aio`, whose loops are coroutines: what they leave is assigned here. See `commitbus._awaited`.
+    # For `commitbus.aio`, whose loops are coroutines: what they leave is assigned here. See `commitbus._batch`.
 
     @property
     def _commitbus_left(self):
         return None
 
     @_commitbus_left.setter
-    def _commitbus_left(self, list batch):
-        cdef list events = batch[0]
+    def _commitbus_left(self, batch):
+        cdef list events = batch.events
         cdef Py_ssize_t begun = 0, count = PyList_GET_SIZE(events), i, kept = 0
-        if batch[1] is SPARSE:
-            begun = batch[2]
+        if batch.iterator is SPARSE:
+            begun = batch.event
             done = 0
             for i in range(count):
                 if PyList_GET_ITEM(events, i) == <PyObject*>GONE:
@@ -298,24 +299,23 @@ cdef class Source:
                 else:
                     events[kept] = events[i]
                     kept += 1
-            batch[2] = None
+            batch.event = None
             if kept < count:
                 del events[kept:]
             if kept:
                 self.put_back(events, 0, begun - done)
             return
-        begun = count - PyObject_LengthHint(batch[1], 0)
+        begun = count - PyObject_LengthHint(batch.iterator, 0)
         done = begun
-        if done > 0 and (batch[2] is not None or PyList_GET_ITEM(events, done - 1) == <PyObject*>None):
+        if done > 0 and (batch.event is not None or PyList_GET_ITEM(events, done - 1) == <PyObject*>None):
             done -= 1
         # What `_commitbus_settle` gives, which comes when the list is in order already.
-        batch[2] = <object>PyList_GET_ITEM(events, done) if done < count else None
-        batch[5], batch[6], batch[7] = done, count, begun > done
+        batch.event = (<object>PyList_GET_ITEM(events, done) if done < count else None, done, count, begun > done)
         put_back(self, events, 0, done, None)
 
-    def _commitbus_settle(self, list batch):
+    def _commitbus_settle(self, batch):
         """See to a batch that `commitbus.aio` has put back; give its event, position, of how many, and if tried."""
-        return batch[2], batch[5], batch[6], batch[7]
+        return batch.event or (None, 0, 0, False)
 
 
 # Making a bus or a delayed one
@@ -450,7 +450,7 @@ cdef list apply_all(Source source, object bus, object commit, object robust, obj
             return apply_in_rounds(source, bus, commit, robust, rounds, out)
     else:
         # Of a bus of events, nothing is made before something fails.
-        failures = [_messages.Failures()] if source.holds_buses() else []
+        failures = [Failures()] if source.holds_buses() else []
     try:
         applied = carry_out(source, bus, commit, failures[0] if failures else failures, out)
     except BaseException as error:
@@ -487,7 +487,7 @@ cdef object run_first(
         source.run(hook, method, batch, at, commit, None, out)
         return None
     except Exception as error:
-        failures = _messages.Failures()
+        failures = Failures()
         failures.start(bus, batch, begin, event_at(batch, begin))
         made.append(failures)
         failed_at(bus, batch, at, failures, error)
@@ -568,7 +568,8 @@ cdef list stopped(
         _messages.drop_own_frames(error)
         if left:
             earlier = 0 if failures is None else len(failures.positions)
-            _messages.note_stopped(error, bus, event, at.done - begin, at.width, at.span, count, earlier)
+            place = _messages.Place(at.done - begin, at.width, at.span, count)
+            _messages.note_stopped(error, bus, event, place, earlier)
         if failures is not None and not isinstance(error, Exception):
             failures.chain(error, bus)
     except Exception:

@@ -32,7 +32,8 @@ from commitbus._interfaces import EventBusOrchestrator, iterate
 from commitbus._looking import events_to_apply
 from commitbus._outcome import see_errors_of, watch
 from commitbus._rounds import check_rounds
-from commitbus._unit_of_work import Rest, Yielded, check_callbacks
+from commitbus._unit_end import Rest
+from commitbus._unit_of_work import Yielded, check_callbacks
 from commitbus.savepoint import Mark, numbers, refuse_open
 
 # What stands for an argument that was not given.

@@ -8,11 +8,13 @@ from types import CoroutineType, MethodType
 from typing import TYPE_CHECKING, Any, cast
 
 from commitbus import _messages
-from commitbus._awaited import BEHIND, EVENT, EVENTS, ITERATOR, new_batch
+from commitbus._batch import plain_batch, put_back
 from commitbus._pure.delayed_event_bus import DelayedEventBus
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from commitbus._batch import PlainBatch
 
 COROUTINE: Any = CoroutineType
 # `BasicAsyncEventBus._apply_event_async`: where that is the hook, the loop calls the events itself.
@@ -36,8 +38,7 @@ async def run(home: Any, bus: Any, commit: bool, owner: weakref.ref[Any] | None 
     look: Any = None
     events: Any = []
     iterator = iter(events)
-    batch: Any = new_batch(events, iterator)
-    left: Any = None
+    batch: Any = plain_batch(events, iterator)
     event: Any = None  # while a handler is under way, what that is; None between two
     try:
         try:
@@ -60,26 +61,21 @@ async def run(home: Any, bus: Any, commit: bool, owner: weakref.ref[Any] | None 
                     _refuse(batch, look, event)
                 event = None
         except BaseException:
-            # Put back first, and without a call, which could fail: nothing is lost from here on. One line: an interrupt
-            # finds it here or there.
-            # fmt: off
-            batch[EVENT] = event; left = batch; batch[BEHIND], home._commitbus_left, batch = home._commitbus_left, left, None  # noqa: E501, E702
-            # fmt: on
+            batch.event = event
+            put_back(home, batch)
             raise
     except BaseException as error:
-        if batch is not None:  # a tracer has raised at one of the lines above
-            # fmt: off
-            batch[EVENT] = event; left = batch; batch[BEHIND], home._commitbus_left, batch = home._commitbus_left, left, None  # noqa: E501, E702
-            # fmt: on
+        # One line, without a call: there may be no stack left, or an interrupt have come into `put_back`.
+        if not batch.settled: batch.event = event; batch.behind, home._commitbus_left, batch.settled = home._commitbus_left, batch, True  # fmt: skip  # noqa: E501, E701, E702
         events = event = iterator = None  # the traceback keeps this frame, and must keep no event
         # fmt: off
-        try: _stopped(home, bus, left, error, look)  # noqa: E701, SIM105 (a call, where there may be no stack left)
+        try: _stopped(home, bus, batch, error, look)  # noqa: E701, SIM105 (a call, where there may be no stack left)
         # fmt: on
         except Exception:  # noqa: S110
             pass  # no stack or no memory: that costs the note
-        left = None
+        batch = None
         raise error  # and not only `raise`, which would bring back the frames that were dropped
-    return cast("list[Any]", events) if look is None else [event for event, _ in look(events)]
+    return events if look is None else [event for event, _ in look(events)]
 
 
 def _call_pair(look: Callable[[list[Any]], list[tuple[Any, Any]]]) -> Callable[[Any, bool], object]:
@@ -92,19 +88,19 @@ def _call_pair(look: Callable[[list[Any]], list[tuple[Any, Any]]]) -> Callable[[
     return call
 
 
-def _refuse(batch: list[Any], look: Any, result: object) -> None:
+def _refuse(batch: PlainBatch, look: Any, result: object) -> None:
     """Refuse what a handler returned, if it would only act when it is run."""
-    item = batch[EVENTS][len(batch[EVENTS]) - batch[ITERATOR].__length_hint__() - 1]
+    item = batch.events[len(batch.events) - batch.iterator.__length_hint__() - 1]
     _messages.refuse_coroutine(item if look is None else look([item])[0][0], result)
 
 
-def _stopped(home: Any, bus: Any, left: list[Any], error: BaseException, look: Any) -> None:
+def _stopped(home: Any, bus: Any, left: PlainBatch, error: BaseException, look: Any) -> None:
     """See to a batch that was put back, and make the note."""
     item, done, count, tried = home._commitbus_settle(left)
     _messages.drop_own_frames(error)
     if tried:
         event = item if look is None else look([item])[0][0]
-        _messages.note_stopped(error, bus, event, done, 1, 1, count, 0)
+        _messages.note_stopped(error, bus, event, _messages.Place(done, 1, 1, count))
     elif done < count:
         _messages.note_interrupted(error, bus, done, count)
 
@@ -115,8 +111,7 @@ async def run_buses(root: Any, multi: Any, commit: bool, out: list[Any]) -> list
     buses: Any = []
     running = buses
     iterator = iter(buses)
-    batch: Any = new_batch(buses, iterator)
-    left: Any = None
+    batch: Any = plain_batch(buses, iterator)
     delayed: Any = None  # whose turn it is
     actual: Any = None
     try:
@@ -134,24 +129,21 @@ async def run_buses(root: Any, multi: Any, commit: bool, out: list[Any]) -> list
                     await root._take_turn(multi, delayed, commit, out)
                 delayed = None
         except BaseException:
-            # fmt: off
-            batch[EVENT] = delayed; left = batch; batch[BEHIND], multi._commitbus_left, batch = multi._commitbus_left, left, None  # noqa: E501, E702
-            # fmt: on
+            batch.event = delayed
+            put_back(multi, batch)
             raise
     except BaseException as error:
-        if batch is not None:
-            # fmt: off
-            batch[EVENT] = delayed; left = batch; batch[BEHIND], multi._commitbus_left, batch = multi._commitbus_left, left, None  # noqa: E501, E702
-            # fmt: on
+        if not batch.settled: batch.event = delayed; batch.behind, multi._commitbus_left, batch.settled = multi._commitbus_left, batch, True  # fmt: skip  # noqa: E501, E701, E702
         buses = delayed = actual = iterator = None
         # fmt: off
-        try: _stopped(multi, multi, left, error, None)  # noqa: E701, SIM105
+        try: _stopped(multi, multi, batch, error, None)  # noqa: E701, SIM105
         # fmt: on
         except Exception:  # noqa: S110
             pass
-        left = None
+        batch = None
         raise error
     finally:
         multi._commitbus_end(running)
         running = None
-    return cast("list[Any]", buses)
+    applied: list[Any] = buses
+    return applied

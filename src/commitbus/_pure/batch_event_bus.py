@@ -7,14 +7,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic
 
 from commitbus import _messages
 from commitbus._interfaces import PartlyApplied, T
-from commitbus._pure.batch import DONE, EVENTS, ITERATOR, SPAN, WIDTH, is_method, skip
+from commitbus._pure.batch import is_method
 from commitbus._pure.event_bus import AbstractEventBus
+from commitbus._pure.loops import skip
 from commitbus.middleware import surround
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from commitbus._pure.batch import Batch, Handler
+    from commitbus._batch import Batch
+    from commitbus._failures import Failures
+    from commitbus._pure.batch import Handler
     from commitbus.middleware import Middleware
 
 
@@ -117,38 +120,36 @@ class BatchEventBus(AbstractEventBus[T], Generic[T]):
             return Batches(surround(stack, self, hook.function), hook.size)
         return super()._commitbus_surrounded(hook, stack)
 
-    def _commitbus_choose(
-        self, hook: Any, failures: _messages.Failures | None, out: list[Any] | None, batch: Batch
-    ) -> Handler:
+    def _commitbus_choose(self, hook: Any, failures: Failures | None, out: list[Any] | None, batch: Batch) -> Handler:
         if not isinstance(hook, Batches):
             return super()._commitbus_choose(hook, failures, out, batch)
         function, size = hook.function, hook.size
-        iterator: Any = batch[ITERATOR]
+        iterator: Any = batch.iterator
 
         def apply_some(_: Any, commit: bool) -> object:
             """Apply a batch that begins with an event, and have the loop go on after it."""
-            events: list[Any] = batch[EVENTS]
+            events: list[Any] = batch.events
             start = len(events) - iterator.__length_hint__() - 1
             end = min(start + size, len(events)) if size else len(events)
             some = events[start:end]
-            batch[WIDTH] = batch[SPAN] = len(some)
+            batch.width = batch.span = len(some)
             try:
                 # One line, as an interrupt finds a batch done, or not: it comes after the call that has the loop go on.
                 # fmt: off
-                if (result := function(some.copy(), commit)) is None: batch[DONE] = end; skip(iterator, end)  # noqa: E701, E702
+                if (result := function(some.copy(), commit)) is None: batch.done = end; skip(iterator, end)  # noqa: E701, E702
                 # fmt: on
                 else:
                     _messages.refuse_coroutine(function, result)
-                    batch[DONE] = end; skip(iterator, end)  # fmt: skip  # noqa: E702
+                    batch.done = end; skip(iterator, end)  # fmt: skip  # noqa: E702
             except PartlyApplied as error:
                 group, ordered, failed = _messages.partly_applied(self, error, some)
                 first, span = end - failed, slice(start, end)
                 # One line: those that failed are what is left, or the whole batch is.
                 # fmt: off
-                events[span] = ordered; batch[WIDTH] = failed; batch[DONE] = first; skip(iterator, first + 1)  # noqa: E702
+                events[span] = ordered; batch.width = failed; batch.done = first; skip(iterator, first + 1)  # noqa: E702
                 # fmt: on
                 raise group from None
-            batch[WIDTH] = batch[SPAN] = 1
+            batch.width = batch.span = 1
             return None
 
         return apply_some

@@ -6,29 +6,25 @@ import weakref
 from typing import TYPE_CHECKING, Any, Generic, cast
 
 from commitbus import _lock, _messages, _naming, _state
+from commitbus._batch import (
+    ALL,  # pyright: ignore[reportUnusedImport] (it does not look into `del`)
+    Batch,
+    put_back,
+)
 from commitbus._context import gathering_of
 from commitbus._interfaces import EventBus, T, deprecated
+from commitbus._lock import ATOMIC
 from commitbus._looking import Shown
-from commitbus._pure import batch as batches
+from commitbus._pure.applying import apply_all, carry_out
 from commitbus._pure.batch import (
-    AGAIN,
-    ALL,  # pyright: ignore[reportUnusedImport] (it does not look into `del`)
-    ATOMIC,
-    BEGIN,
-    BEHIND,
-    EVENTS,
     Explicit,
     Handler,
     Home,
-    carry_out,
-    carry_out_in_rounds,
     event_of,
     keep_first,
     live,
     move,
     move_left,
-    new_batch,
-    put_back,
     take_left,
 )
 from commitbus._pure.event_bus import (
@@ -39,6 +35,7 @@ from commitbus._pure.event_bus import (
     is_bus,
     uncollected,
 )
+from commitbus._pure.loops import AGAIN
 from commitbus._pure.side_effects_bus import SideEffectsBus
 from commitbus.savepoint import Collecting, Savepoint, begun_anew, check_open, collecting_by, covering
 
@@ -46,7 +43,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from commitbus._context import Run
-    from commitbus._pure.batch import Batch
+    from commitbus._failures import Failures
     from commitbus.middleware import Middleware
 
 
@@ -271,19 +268,13 @@ class DelayedEventBus(Home, Shown, _state.Stateful, EventBus[T], Generic[T]):
             When a savepoint that covers this bus is open.
         """
         actual = self._commitbus_wrapped()
-        if rounds != 1:
-            held, out = self._commitbus_collected(), gathering_of(actual)
-            return list(map(event_of, carry_out_in_rounds(held, self, commit, robust, rounds, out)))
-        failures = _messages.Failures() if robust else None
         if (collected := self._commitbus_peek()) is None:
-            if actual._commitbus_marks is not None and covering(actual, self):
-                check_open(actual)
-            return []
-        out = gathering_of(actual)
-        applied = carry_out(collected, collected, self, collected._commitbus_hook(), commit, failures, out)
-        if failures is not None and failures.errors:
-            del applied  # the traceback keeps this frame, and must keep no event
-            raise failures.end(self)
+            if rounds == 1:
+                if actual._commitbus_marks is not None and covering(actual, self):
+                    check_open(actual)
+                return []
+            collected = self._commitbus_collected()  # for what the handlers of other buses collect here meanwhile
+        applied = apply_all(collected, self, commit, robust, rounds, gathering_of(actual))
         return list(map(event_of, applied)) if collected._commitbus_mixed else applied
 
     def savepoint(self) -> Savepoint:
@@ -392,7 +383,7 @@ class DelayedEventBus(Home, Shown, _state.Stateful, EventBus[T], Generic[T]):
             return self._commitbus_collect_overridden(commit)
         hook = None if plainly else actual._collect_event
         kept: list[Any] = collected._commitbus_pending
-        batch: Any = new_batch()
+        batch: Any = Batch([])
         pairs: list[Any] = []
         items: list[Any] = []
         collecting: Any = None
@@ -401,11 +392,11 @@ class DelayedEventBus(Home, Shown, _state.Stateful, EventBus[T], Generic[T]):
                 with _lock.lock:  # no savepoint is opened meanwhile, or rolled back
                     collecting = Collecting(actual, self)
                     take_left(actual, batch)
-                    move(actual, batch[EVENTS], begun_anew(actual))
+                    move(actual, batch.events, begun_anew(actual))
                     if plainly:
                         items = self._commitbus_store(collecting, live(batch), None, batch)
             elif plainly:
-                items = live(batch) if batch[BEGIN] else batch[EVENTS]
+                items = live(batch) if batch.begin else batch.events
             if not plainly:
                 actual._commitbus_pair_up(batch, hook, commit, pairs)
                 items = list(map(Explicit, pairs))
@@ -421,7 +412,7 @@ class DelayedEventBus(Home, Shown, _state.Stateful, EventBus[T], Generic[T]):
             # First of all, and without a call, as in `carry_out`.
             if batch is not None:
                 if ATOMIC:
-                    batch[BEHIND], actual._commitbus_left = actual._commitbus_left, batch
+                    batch.behind, actual._commitbus_left, batch.settled = actual._commitbus_left, batch, True
                 else:
                     put_back(actual, batch)
                 if collecting is not None:
@@ -439,13 +430,13 @@ class DelayedEventBus(Home, Shown, _state.Stateful, EventBus[T], Generic[T]):
     def _commitbus_take(self, actual: AbstractEventBus[T], batch: Batch) -> bool:
         """Move what is pending into an empty batch; not where another thread opens a savepoint meanwhile."""
         take_left(actual, batch)
-        if move(actual, batch[EVENTS], None):
+        if move(actual, batch.events, None):
             return True
-        again: Batch = batch.copy()
+        again = Batch(batch.events, batch.begin)
         nothing: list[Any] = []
-        with batches.guard:
-            again[BEHIND], actual._commitbus_left, batch[EVENTS] = actual._commitbus_left, again, nothing
-        batch[BEGIN] = 0
+        with _lock.guard:
+            again.behind, actual._commitbus_left, batch.events = actual._commitbus_left, again, nothing
+        batch.begin = 0
         return False
 
     def _commitbus_collect_overridden(self, commit: bool) -> list[T]:
@@ -463,7 +454,7 @@ class DelayedEventBus(Home, Shown, _state.Stateful, EventBus[T], Generic[T]):
             raise
         items: list[Any] = list(map(Explicit, pairs))
         collected._commitbus_mixed = True
-        items = self._commitbus_store(collecting, items, list(map(event_of, items)), new_batch())
+        items = self._commitbus_store(collecting, items, list(map(event_of, items)), Batch([]))
         if items:
             collected._commitbus_register()
         return list(map(event_of, items))
@@ -478,13 +469,13 @@ class DelayedEventBus(Home, Shown, _state.Stateful, EventBus[T], Generic[T]):
             keep, marks = collecting.end(len(kept), len(items), events)
             items = [items[one] for one in keep]
             # One line: an interrupt finds the events in one place, and the marks right.
-            kept += items; actual._commitbus_marks = marks; batch[EVENTS] = nothing  # fmt: skip  # noqa: E702
+            kept += items; actual._commitbus_marks = marks; batch.events = nothing  # fmt: skip  # noqa: E702
         return items
 
     # A turn in a multi bus: it takes from the wrapped bus, and puts back into what was collected.
 
     def _commitbus_turn(
-        self, ref: weakref.ref[Any], commit: bool, failures: _messages.Failures | None, out: list[Any] | None
+        self, ref: weakref.ref[Any], commit: bool, failures: Failures | None, out: list[Any] | None
     ) -> object:
         """Collect what is pending, and carry it out, let go of by the multi bus to which `ref` refers."""
         actual = self._commitbus_actual  # the multi bus has looked
@@ -494,16 +485,15 @@ class DelayedEventBus(Home, Shown, _state.Stateful, EventBus[T], Generic[T]):
             # The direct path: nobody can have seen what was never collected. From now on an event registers
             # this bus again; what is pending is taken after that.
             self._commitbus_let_go(ref)
-            hook = actual._commitbus_hook()
             if failures is None and actual._commitbus_plain and actual._commitbus_left is None:
-                applied = actual._commitbus_run(self, self, hook, commit)
+                applied = actual._commitbus_run(self, self, actual._apply_event, commit)
             else:
-                applied = carry_out(actual, self, self, hook, commit, failures, out)
+                applied = carry_out(self, self, actual._commitbus_hook(), commit, failures, out)
         else:
             self._commitbus_collect(commit)
             self._commitbus_let_go(ref)
             collected = self._commitbus_collected()
-            applied = carry_out(collected, collected, self, collected._commitbus_hook(), commit, failures, out)
+            applied = carry_out(collected, self, collected._commitbus_hook(), commit, failures, out)
             if collected._commitbus_mixed:
                 applied = list(map(event_of, applied))
         if out is not None and not actual._commitbus_multi:
@@ -530,8 +520,11 @@ class DelayedEventBus(Home, Shown, _state.Stateful, EventBus[T], Generic[T]):
         collected._commitbus_take_into(items)
         return collected._commitbus_mixed
 
+    def _commitbus_source(self) -> AbstractEventBus[T]:
+        return self._commitbus_actual
+
     def _commitbus_choose(
-        self, hook: Handler, failures: _messages.Failures | None, out: list[Any] | None, batch: Batch
+        self, hook: Handler, failures: Failures | None, out: list[Any] | None, batch: Batch
     ) -> Handler:
         return self._commitbus_actual._commitbus_choose(hook, failures, out, batch)
 
@@ -627,12 +620,12 @@ class KeptEventBus(DelayedEventBus[T]):
         self,
         ref: weakref.ref[Any],
         commit: bool,
-        failures: _messages.Failures | None,
+        failures: Failures | None,
         out: list[Any] | None,
     ) -> object:
         self._commitbus_let_go(ref)
         collected = self._commitbus_collected()
-        applied = carry_out(collected, collected, self, collected._commitbus_hook(), commit, failures, out)
+        applied = carry_out(collected, self, collected._commitbus_hook(), commit, failures, out)
         if out is not None:
             out.extend(map(event_of, applied))
         del applied  # as in the turn of any other

@@ -9,31 +9,17 @@ from types import MethodType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, cast, overload
 
 from commitbus import _lock, _messages, _naming, _state
-from commitbus._interfaces import CommittableFunction, EventBus, T, deprecated, iterate
-from commitbus._looking import Shown
-from commitbus._pure import batch as batches
-from commitbus._pure.batch import (
+from commitbus._batch import (
     ALL,  # pyright: ignore[reportUnusedImport] (it does not look into `del`)
-    ATOMIC,
-    BEGIN,
-    BEHIND,
-    EVENTS,
-    Handler,
-    Home,
-    Source,
-    carry_out,
-    carry_out_in_rounds,
-    in_order,
-    is_method,
-    live,
-    move,
-    new_batch,
+    Batch,
+    PlainBatch,
     put_back,
-    stopped,
-    take,
-    take_left,
-    tidy,
 )
+from commitbus._interfaces import CommittableFunction, EventBus, T, deprecated, iterate
+from commitbus._lock import ATOMIC
+from commitbus._looking import Shown
+from commitbus._pure.applying import apply_all, carry_out, stopped
+from commitbus._pure.batch import Handler, Home, Source, is_method, live, move, take, take_left, tidy
 from commitbus._pure.side_effects import SideEffectCall
 from commitbus.middleware import surround, tell_changes
 from commitbus.savepoint import Mark, Savepoint, begun_anew, check_open, cut, may_collect
@@ -44,7 +30,6 @@ if TYPE_CHECKING:
     from typing import Protocol, Self
 
     from commitbus._interfaces import EventBusOrchestrator
-    from commitbus._pure.batch import Batch
     from commitbus.middleware import Middleware
 
     class CoroutineFunction(Protocol):
@@ -110,7 +95,7 @@ class AbstractEventBus(Source, Shown, _state.Stateful, EventBus[T], Generic[T]):
     # _batch: of a multi bus, the one that an apply has taken and not finished; empty where none has any more
     # _claim: for `commitbus.integrations.sqlalchemy`, the buses of the session that has wrapped it, weakly
     __slots__ = ("__weakref__", "_commitbus_batch", "_commitbus_claim", "_commitbus_owner", "_commitbus_wrapper")
-    _commitbus_batch: Batch | None
+    _commitbus_batch: PlainBatch | None
     _commitbus_owner: weakref.ref[Any] | None
     _commitbus_wrapper: weakref.ref[Any] | None
     _commitbus_claim: weakref.ref[Any] | None
@@ -218,63 +203,49 @@ class AbstractEventBus(Source, Shown, _state.Stateful, EventBus[T], Generic[T]):
         RuntimeError
             When a savepoint that covers this bus is open.
         """
-        if rounds != 1:
-            return carry_out_in_rounds(self, self, commit, robust, rounds, None)
-        failures = _messages.Failures() if robust else None
-        if (
-            failures is None
-            and self._commitbus_plain
-            and self._commitbus_left is None
-            and self._commitbus_marks is None
-        ):
-            return self._commitbus_run(self, self, self._apply_event, commit)
-        applied = carry_out(self, self, self, self._commitbus_hook(), commit, failures, None)
-        if failures is not None and failures.errors:
-            del applied  # the traceback keeps this frame, and must keep no event
-            raise failures.end(self)
-        return applied
+        if rounds != 1 or robust or self._commitbus_left is not None or not self._commitbus_plain:
+            return apply_all(self, self, commit, robust, rounds, None)
+        return self._commitbus_run(self, self, self._apply_event, commit)
 
     def _commitbus_run(self, home: Home, bus: object, hook: Handler, commit: bool) -> list[T]:
         """Do what `carry_out` does, without what is not needed where nothing was put back before."""
         if type(hook) is not MethodType:
-            return carry_out(self, home, bus, hook, commit, None, None)
+            return carry_out(home, bus, hook, commit, None, None)
         method: Any = hook
-        function, owner = method.__func__, method.__self__
-        pending = self._commitbus_pending
-        batch: Any = None
-        event: Any = None
+        function, owner, pending = method.__func__, method.__self__, self._commitbus_pending
+        batch: Any = PlainBatch()
         events: Any = []
         iterator: Any = iter(events)
+        batch.events, batch.iterator, batch.settled = events, iterator, False
+        event: Any = None
         try:
             try:
                 # One line, without a call and without making a slice: no signal, tracer, profiler, thread or
                 # finalizer can come between, and publish what would then be cleared.
                 if self._commitbus_marks is None: events += pending; del pending[ALL]  # fmt: skip  # noqa: E701, E702
-                else: return carry_out(self, home, bus, hook, commit, None, None)  # fmt: skip  # noqa: E701 (another thread has opened a savepoint)
+                else: return carry_out(home, bus, hook, commit, None, None)  # fmt: skip  # noqa: E701 (another thread has opened a savepoint)
                 for event in iterator:
                     event = function(owner, event, commit)
                     if event is None:
-                        continue  # as in `carry_out`
+                        continue  # as in `run`
                     _messages.refuse_coroutine(hook, event)
                     event = None
             except BaseException:
-                # Put back first, and without a call, as in `carry_out`.
-                batch = [events, iterator, event, (), None, 0, 1, 1, 0]
-                batch[BEHIND], home._commitbus_left, events = home._commitbus_left, batch, None
+                batch.event = event
+                put_back(home, batch)
                 raise
         except BaseException as error:
-            if events:  # a tracer has raised at one of the lines above
-                batch = [events, iterator, event, (), None, 0, 1, 1, 0]
-                batch[BEHIND], home._commitbus_left, events = home._commitbus_left, batch, None
-            iterator = event = None  # the traceback keeps this frame, and must keep no event
             # fmt: off
-            try: stopped(home, batch, bus, error, None)  # noqa: E701, SIM105 (a call, where there may be no stack left)
+            # As in `carry_out`.
+            if not batch.settled: batch.event = event; batch.behind, home._commitbus_left, batch.settled = home._commitbus_left, batch, True  # noqa: E501, E701, E702
+            try: stopped(home, batch, bus, error, None)  # noqa: E701, SIM105
             # fmt: on
             except Exception:  # noqa: S110
-                pass  # no stack or no memory: that costs the note
-            batch = None
+                pass
+            batch = events = iterator = event = None  # the traceback keeps this frame, and must keep no event
             raise
-        return cast("list[T]", events)
+        applied: list[T] = events
+        return applied
 
     @abstractmethod
     def _apply_event(self, event: T, commit: bool) -> None:
@@ -313,13 +284,13 @@ class AbstractEventBus(Source, Shown, _state.Stateful, EventBus[T], Generic[T]):
         """
         within = self._commitbus_marks is not None and may_collect(self)
         collect_event = self._collect_event
-        batch: Any = new_batch()
+        batch: Any = Batch([])
         pairs: list[Pair[T]] = []
         try:
             if within:
                 with _lock.lock:  # no savepoint is opened meanwhile
                     take_left(self, batch)
-                    move(self, batch[EVENTS], begun_anew(self))
+                    move(self, batch.events, begun_anew(self))
             else:
                 take(self, batch)
             self._commitbus_pair_up(batch, collect_event, commit, pairs)
@@ -328,7 +299,7 @@ class AbstractEventBus(Source, Shown, _state.Stateful, EventBus[T], Generic[T]):
             # First of all, and without a call, as in `carry_out`.
             if batch is not None:
                 if ATOMIC:
-                    batch[BEHIND], self._commitbus_left = self._commitbus_left, batch
+                    batch.behind, self._commitbus_left, batch.settled = self._commitbus_left, batch, True
                 else:
                     put_back(self, batch)
                 uncollected(self, batch, pairs, error)
@@ -394,10 +365,10 @@ class AbstractEventBus(Source, Shown, _state.Stateful, EventBus[T], Generic[T]):
         """
         if self._commitbus_marks is not None:
             check_open(self)
-        batch = new_batch()
+        batch = Batch([])
         try:
             take(self, batch)
-            return self._commitbus_look(batch[EVENTS][batch[BEGIN] :])
+            return self._commitbus_look(batch.events[batch.begin :])
         except BaseException:
             put_back(self, batch)
             raise
@@ -416,7 +387,7 @@ class AbstractEventBus(Source, Shown, _state.Stateful, EventBus[T], Generic[T]):
     def _commitbus_mark(self) -> tuple[int, int]:
         """Give where what is published from now on begins, and how much was put back before."""
         left = tidy(self)
-        return len(self._commitbus_pending), 0 if left is None else len(left[EVENTS]) - left[BEGIN]
+        return len(self._commitbus_pending), 0 if left is None else len(left.events) - left.begin
 
     def _commitbus_cut(self, start: int, kept: tuple[tuple[int, int], ...]) -> list[T]:
         """Drop what is pending from a mark on, but for some spans, and give it."""
@@ -431,10 +402,10 @@ class AbstractEventBus(Source, Shown, _state.Stateful, EventBus[T], Generic[T]):
     def _commitbus_bring_back(self, count: int, marks: tuple[Mark, ...] | None) -> None:
         """Bring the last events that were put back to what is pending, and set the marks: collecting them failed."""
         while (left := tidy(self)) is not None and count:
-            events = left[EVENTS]
-            begin, span = max(left[BEGIN], len(events) - count), slice(0)
-            newer, new = events[begin:], in_order(events[left[BEGIN] : begin], 0, None)
-            with batches.guard:
+            events = left.events
+            begin, span = max(left.begin, len(events) - count), slice(0)
+            newer, new = events[begin:], Batch(events[left.begin : begin])
+            with _lock.guard:
                 # One line: they are in one place or the other, and the marks right.
                 # fmt: off
                 if self._commitbus_left is left: self._commitbus_pending[span] = newer; self._commitbus_left = new; self._commitbus_marks = marks; return  # noqa: E501, E701, E702
@@ -462,10 +433,10 @@ class AbstractEventBus(Source, Shown, _state.Stateful, EventBus[T], Generic[T]):
         """Move all that is pending to the end of a list that the caller has, so that no interrupt loses it."""
         if self._commitbus_marks is not None:
             check_open(self)
-        batch: Any = new_batch()
+        batch: Any = Batch([])
         try:
             take(self, batch)
-            events = batch[EVENTS][batch[BEGIN] :]
+            events = batch.events[batch.begin :]
             # One line: they are in one list or the other.
             items += events; batch = None  # fmt: skip  # noqa: E702
         except BaseException:
@@ -475,7 +446,7 @@ class AbstractEventBus(Source, Shown, _state.Stateful, EventBus[T], Generic[T]):
 
     def _commitbus_put_back(self, items: list[Any], begun: int) -> None:
         """Put items back before what is pending; the first `begun` of them were tried."""
-        batch, tried = in_order(items, 0, None), items[:begun]
+        batch, tried = Batch(items), items[:begun]
         put_back(self, batch)
         self._commitbus_back(tried)
 
@@ -486,7 +457,7 @@ class AbstractEventBus(Source, Shown, _state.Stateful, EventBus[T], Generic[T]):
         """Copy what is pending."""
         while True:
             left = tidy(self)
-            rest: list[Any] = [] if left is None else left[EVENTS][left[BEGIN] :]
+            rest: list[Any] = [] if left is None else left.events[left.begin :]
             pending = self._commitbus_pending.copy()
             if self._commitbus_left is left:  # else somebody has taken it meanwhile, or put back more
                 return rest + pending
@@ -643,15 +614,16 @@ class BasicEventBus(AbstractEventBus[CommittableFunction]):
         # The same, without a call of `_apply_event` for each event, and of `SideEffectCall.__call__`: that takes
         # a fifth to two fifths off its time.
         pending = self._commitbus_pending
-        batch: Any = None
-        event: Any = None
-        call: Any = None
+        batch: Any = PlainBatch()
         events: Any = []
         iterator: Any = iter(events)
+        batch.events, batch.iterator, batch.settled = events, iterator, False
+        call: Any = None
+        event: Any = None
         try:
             try:
                 if self._commitbus_marks is None: events += pending; del pending[ALL]  # fmt: skip  # noqa: E701, E702
-                else: return carry_out(self, home, bus, hook, commit, None, None)  # fmt: skip  # noqa: E701
+                else: return carry_out(home, bus, hook, commit, None, None)  # fmt: skip  # noqa: E701
                 for event in iterator:
                     if type(event) is SideEffectCall and not event._commitbus_conditional:
                         call = event
@@ -663,22 +635,19 @@ class BasicEventBus(AbstractEventBus[CommittableFunction]):
                     _messages.refuse_coroutine(events[-iterator.__length_hint__() - 1], event)
                     event = None
             except BaseException:
-                batch = [events, iterator, event, (), None, 0, 1, 1, 0]
-                batch[BEHIND], home._commitbus_left, events = home._commitbus_left, batch, None
+                batch.event = event
+                put_back(home, batch)
                 raise
         except BaseException as error:
-            if events:
-                batch = [events, iterator, event, (), None, 0, 1, 1, 0]
-                batch[BEHIND], home._commitbus_left, events = home._commitbus_left, batch, None
-            iterator = event = call = None
             # fmt: off
+            if not batch.settled: batch.event = event; batch.behind, home._commitbus_left, batch.settled = home._commitbus_left, batch, True  # noqa: E501, E701, E702
             try: stopped(home, batch, bus, error, None)  # noqa: E701, SIM105
             # fmt: on
             except Exception:  # noqa: S110
                 pass
-            batch = None
+            batch = events = iterator = event = call = None
             raise
-        return cast("list[CommittableFunction]", events)
+        return events
 
     def _apply_event(self, event: CommittableFunction, commit: bool) -> None:
         """Call the event.

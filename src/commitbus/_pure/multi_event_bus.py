@@ -5,31 +5,16 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING, Any, cast
 
-from commitbus import _after_rollback, _messages
+from commitbus import _after_rollback, _lock, _messages
+from commitbus._batch import Batch, PlainBatch, plain_batch, put_back
 from commitbus._context import gathering, gathering_of
 from commitbus._interfaces import EventBusOrchestrator, T
 from commitbus._looking import events_to_apply
-from commitbus._pure import batch as batches
-from commitbus._pure.batch import (
-    AGAIN,
-    BEGIN,
-    EVENTS,
-    Handler,
-    Home,
-    carry_out,
-    carry_out_in_rounds,
-    drop,
-    event_of,
-    hold_what_is_left,
-    in_order,
-    is_method,
-    new_batch,
-    put_back,
-    take,
-    tidy,
-)
+from commitbus._pure.applying import apply_all
+from commitbus._pure.batch import Handler, Home, drop, event_of, hold_what_is_left, is_method, take, tidy
 from commitbus._pure.delayed_event_bus import DelayedEventBus, delay
 from commitbus._pure.event_bus import AbstractEventBus, is_bus
+from commitbus._pure.loops import AGAIN
 from commitbus._unit_of_work import unit_of_work
 from commitbus.savepoint import refuse_open
 
@@ -37,14 +22,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
 
-    from commitbus._pure.batch import Batch
+    from commitbus._failures import Failures
     from commitbus.middleware import Middleware
 
 
 # The batches of buses that run while another apply of the same multi bus runs, within it or in another thread: not in
 # each bus, where a list of its own took a tenth of a request.
-OTHERS: dict[int, tuple[MultiEventBus, Batch]] = {}  # by the identity of the batch
-NONE_NOW: Batch = []  # in place of a batch: it was applied, and is not any more
+OTHERS: dict[int, tuple[MultiEventBus, PlainBatch]] = {}  # by the identity of the batch
+NONE_NOW = plain_batch([], None)  # in place of a batch: it was applied, and is not any more
+IDLE = (None, NONE_NOW)
 
 
 class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator):
@@ -167,14 +153,7 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
         RuntimeError
             When a savepoint of this bus is open.
         """
-        if rounds != 1:
-            return carry_out_in_rounds(self, self, commit, robust, rounds, gathering_of(self))
-        failures = _messages.Failures() if robust else None
-        applied = carry_out(self, self, self, self._apply_event, commit, failures, gathering_of(self))
-        if failures is not None and failures.errors:
-            del applied  # the traceback keeps this frame, and must keep no event
-            raise failures.end(self)
-        return applied
+        return apply_all(self, self, commit, robust, rounds, gathering_of(self))
 
     def apply_and_get_applied_events(self, commit: bool, *, robust: bool = False, rounds: int = 1) -> list[Any]:
         """Apply the registered buses, and return the events instead.
@@ -200,19 +179,13 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
             As in `apply`.
         """
         out: list[Any] = []
-        failures = _messages.Failures() if robust else None
         outer = gathering.get()
         try:
             if type(self).apply is MultiEventBus.apply:
-                if rounds != 1:
-                    carry_out_in_rounds(self, self, commit, robust, rounds, out)
-                    return out
-                carry_out(self, self, self, self._apply_event, commit, failures, out)
-                if failures is not None and failures.errors:
-                    raise failures.end(self)
+                apply_all(self, self, commit, robust, rounds, out)
             else:
                 gathering.set((self, out))
-                _with_options(self.apply, commit, failures is not None, rounds)
+                _with_options(self.apply, commit, robust, rounds)
         except BaseException:
             out.clear()  # the frames of a traceback keep the list, and must keep no event
             raise
@@ -293,16 +266,16 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
             When a savepoint that covers this bus or one of the buses is open. Nothing is dropped.
         """
         refuse_open(self)
-        batch: Any = new_batch()
+        batch: Any = Batch([])
         try:
             take(self, batch)
-            buses: list[Any] = batch[EVENTS][batch[BEGIN] :]
+            buses: list[Any] = batch.events[batch.begin :]
             ref = weakref.ref(self)
             for delayed in buses:
                 _discard(delayed, ref)
-                batch[BEGIN] += 1
+                batch.begin += 1
         except BaseException:
-            tried = batch[EVENTS][batch[BEGIN] : batch[BEGIN] + 1]
+            tried = batch.events[batch.begin : batch.begin + 1]
             put_back(self, batch)
             self._commitbus_back(tried)
             raise
@@ -328,7 +301,7 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
     def _commitbus_choose(
         self,
         hook: Handler,
-        failures: _messages.Failures | None,
+        failures: Failures | None,
         out: list[Any] | None,
         batch: Batch,  # noqa: ARG002
     ) -> Handler:
@@ -354,7 +327,7 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
         delayed: DelayedEventBus[Any],
         ref: weakref.ref[Any],
         commit: bool,
-        failures: _messages.Failures | None,
+        failures: Failures | None,
         out: list[Any] | None,
     ) -> object:
         try:
@@ -392,7 +365,7 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
 
     def _commitbus_start(self, batch: Batch) -> None:
         # One line: no other apply comes between.
-        if not self._commitbus_batch: self._commitbus_batch = batch; return  # fmt: skip  # noqa: E701, E702
+        if self._commitbus_batch in IDLE: self._commitbus_batch = batch; return  # fmt: skip  # noqa: E701, E702
         OTHERS[id(batch)] = (self, batch)
 
     def _commitbus_finish(self, batch: Batch) -> None:
@@ -439,9 +412,7 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
 
     def _commitbus_begin(self, buses: list[Any]) -> None:
         """Note that these buses have their turns, for a savepoint that a handler opens."""
-        batch = new_batch()
-        batch[EVENTS] = buses
-        OTHERS[id(buses)] = (self, batch)
+        OTHERS[id(buses)] = (self, plain_batch(buses, None))
         if self._commitbus_batch is None:
             self._commitbus_batch = NONE_NOW
 
@@ -450,7 +421,7 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
         OTHERS.pop(id(buses), None)
 
     def _commitbus_take_turn(
-        self, delayed: Any, commit: bool, failures: _messages.Failures | None, out: list[Any] | None
+        self, delayed: Any, commit: bool, failures: Failures | None, out: list[Any] | None
     ) -> bool:
         """Apply one bus; true where something failed in it, in a robust apply."""
         return self._commitbus_turn(delayed, weakref.ref(self), commit, failures, out) is AGAIN
@@ -466,15 +437,15 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
     def _commitbus_running(self) -> list[list[Any]]:
         """Copy the batches of buses that applies have taken and not finished."""
         batches = [batch for multi, batch in list(OTHERS.values()) if multi is self]
-        if running := self._commitbus_batch:
+        if (running := self._commitbus_batch) not in IDLE:
             batches.append(running)
-        return [list(map(event_of, batch[EVENTS])) for batch in batches]
+        return [list(map(event_of, batch.events)) for batch in batches]
 
     def _commitbus_unregister(self, identities: set[int]) -> None:
         """Take buses out of what is registered, each given by its identity."""
         while (left := tidy(self)) is not None:
-            new = in_order([one for one in left[EVENTS][left[BEGIN] :] if id(one) not in identities], 0, None)
-            with batches.guard:
+            new = Batch([one for one in left.events[left.begin :] if id(one) not in identities])
+            with _lock.guard:
                 if self._commitbus_left is left: self._commitbus_left = new; break  # fmt: skip  # noqa: E701, E702
         drop(self, identities)
 
@@ -500,7 +471,7 @@ def _apply_overridden(
     delayed: DelayedEventBus[Any],
     ref: weakref.ref[Any],
     commit: bool,
-    failures: _messages.Failures | None,
+    failures: Failures | None,
     out: list[Any] | None,
 ) -> None:
     """Take the turn of a bus whose class overrides how it is applied."""
@@ -627,11 +598,9 @@ def use_orchestrator_or_create_multi_event_bus(
         MultiEventBus,
         event_bus_orchestrator,
         commit,
-        commit_transaction,
-        rollback_transaction,
+        (commit_transaction, rollback_transaction, on_unapplied),
         robust,
         rounds,
-        on_unapplied,
     )
 
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, Generic, cast
 from commitbus import _messages, _naming
 from commitbus._context import gathering
 from commitbus._interfaces import T
-from commitbus._pure import batch as batches
-from commitbus._pure.batch import Explicit, Handler, carry_out, carry_out_in_rounds, event_of, is_delayed, is_method
+from commitbus._pure import loops
+from commitbus._pure.applying import apply_all
+from commitbus._pure.batch import Explicit, Handler, event_of, is_delayed, is_method
 from commitbus._pure.event_bus import AbstractEventBus, Pair, apply_collected
 from commitbus.middleware import surround_pair
 
@@ -17,8 +18,9 @@ if TYPE_CHECKING:
     import weakref
     from typing import Self
 
+    from commitbus._batch import Batch
     from commitbus._context import Run
-    from commitbus._pure.batch import Batch
+    from commitbus._failures import Failures
     from commitbus.middleware import Middleware
 
 
@@ -101,14 +103,7 @@ class SideEffectsBus(AbstractEventBus[Pair[T]], Generic[T]):
         BaseException
             As in `AbstractEventBus.apply`.
         """
-        if rounds != 1:
-            return self._commitbus_look(carry_out_in_rounds(self, self, commit, robust, rounds, None))
-        failures = _messages.Failures() if robust else None
-        applied = carry_out(self, self, self, self._commitbus_hook(), commit, failures, None)
-        if failures is not None and failures.errors:
-            del applied  # the traceback keeps this frame, and must keep no event
-            raise failures.end(self)
-        return self._commitbus_look(applied)
+        return self._commitbus_look(apply_all(self, self, commit, robust, rounds, None))
 
     def _apply_event(self, event: Pair[T], commit: bool) -> None:
         """Call the callable of a pair.
@@ -156,9 +151,7 @@ class SideEffectsBus(AbstractEventBus[Pair[T]], Generic[T]):
             return cast("Any", hook)
         return self._commitbus_wraps._commitbus_surrounded(hook, stack)
 
-    def _commitbus_choose(
-        self, hook: Any, failures: _messages.Failures | None, out: list[Any] | None, batch: Batch
-    ) -> Handler:
+    def _commitbus_choose(self, hook: Any, failures: Failures | None, out: list[Any] | None, batch: Batch) -> Handler:
         # After the batch was taken: whoever put a pair into it had set the flag before.
         wraps = self._commitbus_wraps
         own: Any = cast("Any", hook)[0] if type(hook) is tuple else None
@@ -166,7 +159,7 @@ class SideEffectsBus(AbstractEventBus[Pair[T]], Generic[T]):
             return wraps._commitbus_choose(cast("Any", hook), failures, out, batch)
         if not wraps._commitbus_multi:
             out = None
-        stack = batches.middleware
+        stack = loops.middleware
 
         def apply_item(item: Any, commit: bool) -> None:
             pair: Pair[Any] = self._commitbus_pair(item)

@@ -13,6 +13,8 @@ from threading import get_ident
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 from commitbus import _after_rollback, _leftovers, _lock, _messages, _outer
+from commitbus._before_commit import ROUNDS as BEFORE_COMMIT_ROUNDS
+from commitbus._before_commit import apply_before_commit, before_commit
 from commitbus._context import committed
 from commitbus._interfaces import NotCommittedError
 from commitbus._looking import events_to_apply
@@ -28,8 +30,9 @@ from commitbus._outcome import (
     tell_ended,
 )
 from commitbus._rounds import check_rounds
-from commitbus._unit_of_work import BEFORE_COMMIT_ROUNDS, apply_before_commit, before_commit
-from commitbus.aio import AsyncEventBus, AsyncMultiEventBus, apply_before_commit_async, to_the_end
+from commitbus.aio import AsyncEventBus, AsyncMultiEventBus
+from commitbus.aio._tasks import to_the_end
+from commitbus.aio.unit_of_work import apply_before_commit_async
 from commitbus.multi_event_bus import MultiEventBus
 from commitbus.savepoint import Opened, Savepoint, open_marks, roll_back_in, stores_in
 
