@@ -1,6 +1,6 @@
-"""Counts the instructions of each door and loop, on two builds: that is repeatable where times are not.
+"""Counts the instructions of each door and loop, of two builds: the same each time, where times are not.
 
-`nox -s instructions -- --base REV` builds both and prints the ratios. Needs valgrind, whose callgrind does the counting.
+`nox -s instructions -- --base REV` builds both and prints the ratios. Needs valgrind: its callgrind counts.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-WARM, TIMES = 200, 100  # how often each is done before it is counted, since the interpreter specialises, and while it is
+WARM, TIMES = (
+    200,
+    100,
+)  # how often each is done before it is counted, since the interpreter specialises, and while it is
 BUSES, EACH = 3, 2
 # callgrind looks at these two functions of the C library, which nothing else here calls.
 begin, end = getattr(os, "getppid", int), getattr(os, "getpgrp", int)
@@ -74,7 +78,7 @@ def scenes() -> Iterator[tuple[str, Callable[[], object]]]:
         bus.discard_pending_events()
 
     def collect() -> None:
-        bus = DelayedEventBus(Bus())
+        bus: Any = DelayedEventBus(Bus())  # type checkers call its apply deprecated
         bus.publish_all(events)
         bus.apply(True)
         bus.apply_without_delay(True)
@@ -111,9 +115,9 @@ def scenes() -> Iterator[tuple[str, Callable[[], object]]]:
             commit()
 
     def rolled_back() -> None:
-        options = {"commit_transaction": nothing, "rollback_transaction": nothing}
+        begin_unit = commitbus.use_orchestrator_or_create_multi_event_bus
         try:
-            with commitbus.use_orchestrator_or_create_multi_event_bus(None, True, **options) as (buses, _):
+            with begin_unit(None, True, commit_transaction=nothing, rollback_transaction=nothing) as (buses, _):
                 publish_on_each(buses)
                 raise ValueError
         except ValueError:
@@ -245,8 +249,10 @@ def counted(python: str, build: str, twin: str) -> dict[str, int]:
         valgrind = ["valgrind", "-q", "--tool=callgrind", "--zero-before=getppid", "--dump-before=getpgrp", out]
         run = [*valgrind, python, "-P", __file__, "--count", str(names)]
         pure = "1" if twin == "pure" else ""
-        env = {**os.environ, "PYTHONPATH": build, "PYTHONHASHSEED": "0", "COMMITBUS_NO_EXTENSIONS": pure}
-        subprocess.run(run, env=env, check=True, cwd=folder)
+        # Under valgrind, Python does not see that it is one of an environment.
+        path = os.pathsep.join([build, sysconfig.get_path("platlib")])
+        env = {**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "0", "COMMITBUS_NO_EXTENSIONS": pure}
+        subprocess.run(run, env=env, check=True, cwd=folder)  # noqa: S603 (of the project's own)
         found = {}
         for number, name in enumerate(json.loads(names.read_text(encoding="utf-8")), 1):
             text = Path(folder, f"out.{number}").read_text(encoding="utf-8")

@@ -33,7 +33,7 @@ class Failures:
         self.count = 0  # how many events it has
         self.total = 0  # how many there were in all rounds
         self.buses = False  # whether the events are buses
-        self.known: set[int] = set()  # which these are, by identity: one may have a turn in each round
+        self.known: set[int] | None = None  # which these are, by identity: one may have a turn in each round
         self.rounds = rounds  # None where there is one only
 
     def inner(self) -> Failures:
@@ -55,6 +55,8 @@ class Failures:
             if not self.buses:
                 self.rounds.tried += self.count - len(self.positions)
         if self.buses:
+            if self.known is None:
+                self.known = set()
             self.known.update(map(id, batch[begin:]))
             self.total = len(self.known)
         else:
@@ -70,7 +72,7 @@ class Failures:
         """Say of the errors from `first` on which event failed; a bus in a multi bus may have several."""
         if is_delayed(event):
             return  # the notes of the bus itself have said it all
-        place = _messages.Place(position - self.begin, width, span, self.count)
+        place = (position - self.begin, width, span, self.count)
         for error in self.errors[first:]:
             _messages.note_failed(error, bus, event, place)
 

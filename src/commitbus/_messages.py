@@ -10,7 +10,7 @@ import warnings
 from collections.abc import AsyncGenerator, Coroutine, Generator, Mapping
 from contextlib import _AsyncGeneratorContextManager, _GeneratorContextManager, suppress
 from types import BuiltinFunctionType, FunctionType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, TypeAlias
 
 from commitbus._naming import describe, describe_bus, is_delayed, name_of, type_name
 
@@ -41,13 +41,9 @@ def add_note(error: BaseException, text: str) -> None:
         BaseException.add_note(error, f"commitbus: {text}")
 
 
-class Place(NamedTuple):
-    """Where in a batch events were tried together."""
-
-    done: int  # how many are finished before them
-    width: int  # how many have failed, or were tried
-    span: int  # how many these were at first
-    total: int  # how many events the batch has
+# Where in a batch events were tried together: how many are finished before them; how many have failed, or were tried;
+# how many these were at first; and how many events the batch has.
+Place: TypeAlias = tuple[int, int, int, int]
 
 
 def note_stopped(error: BaseException, bus: object, event: object, place: Place, earlier: int = 0) -> None:
@@ -77,7 +73,7 @@ def _which(event: object, place: Place) -> str:
 
 def note_failed(error: BaseException, bus: object, event: object, place: Place) -> None:
     """Say which event failed, or was cancelled, of those that were tried whatever the others raise."""
-    stay = "it stays" if place.width == 1 else "they stay"
+    stay = "it stays" if place[1] == 1 else "they stay"
     add_note(error, f"{_which(event, place)} failed in {describe_bus(bus)}; {stay} pending")
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Generator
 
 R = TypeVar("R")
+NOTHING: tuple[Any, ...] = ()  # a step that was done already, and gives None
 
 
 def run(steps: Any) -> Any:

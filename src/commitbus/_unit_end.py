@@ -16,7 +16,7 @@ from commitbus._interfaces import NotCommittedError
 from commitbus._looking import events_to_apply, holds_buses, in_store
 from commitbus._moving import bare, drop_but
 from commitbus._outcome import Outcome, after_commit, mark, marked, refuse_if_open, session_of
-from commitbus._steps import given, run
+from commitbus._steps import NOTHING, given, run
 from commitbus.savepoint import refuse_open, roll_back_in, stores_in
 
 if TYPE_CHECKING:
@@ -407,7 +407,7 @@ class Rest:
         """Call what ends the transaction; give a cancellation that came meanwhile."""
         function = cast("Any", self.rollback_transaction)
         _messages.refuse_coroutine(function, function())
-        return given(None)
+        return NOTHING
 
     def apply_for_rollback(self, error: BaseException | None) -> Any:  # noqa: ARG002
         """Apply what is for a rollback, and give the events; `error` has come before."""
@@ -422,7 +422,7 @@ class Rest:
             if error is None:
                 raise
             _messages.chain(error, second)
-        return given(None)
+        return NOTHING
 
 
 def _leftovers() -> Any:

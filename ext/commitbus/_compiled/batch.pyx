@@ -568,7 +568,7 @@ cdef list stopped(
         _messages.drop_own_frames(error)
         if left:
             earlier = 0 if failures is None else len(failures.positions)
-            place = _messages.Place(at.done - begin, at.width, at.span, count)
+            place = (at.done - begin, at.width, at.span, count)
             _messages.note_stopped(error, bus, event, place, earlier)
         if failures is not None and not isinstance(error, Exception):
             failures.chain(error, bus)

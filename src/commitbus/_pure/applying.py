@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from commitbus import _messages
-from commitbus._batch import Batch, put_back
+from commitbus._batch import Batch, new_batch, put_back
 from commitbus._failures import Failures
 from commitbus._pure import loops
 from commitbus._pure.batch import event_of, position_of, see_to, take
@@ -47,11 +47,11 @@ def carry_out(
     source = home._commitbus_source()
     if source._commitbus_marks is not None:
         check_open(source)
-    running = Batch([])
+    running = new_batch([])
     batch: Any = running
     before = 0 if failures is None else len(failures.errors)
-    applied: Any = None
-    whole: Any = None
+    applied: list[Any] = []
+    whole: list[Any] = []
     scope: Run | None = None
     try:
         try:
@@ -93,9 +93,8 @@ def carry_out(
             return [] if batch is None else applied_of(whole, batch, position_of(batch))
         raise
     finally:
-        batch = applied = whole = (
-            None  # the frame of a handler that failed leads to this one, and it must keep no event
-        )
+        # The frame of a handler that failed leads to this one, and it must keep no event.
+        batch, applied, whole = None, [], []
         home._commitbus_finish(running)
         del running
         if scope is not None:
@@ -113,11 +112,12 @@ def start(batch: Batch, bus: object, failures: Failures | None) -> None:
 
 def end_robustly(home: Home, bus: object, batch: Batch, failures: Failures) -> list[Any]:
     """Put back what has failed of a batch that was run to its end, and give what was applied."""
+    if not batch.failed:
+        return batch.events[batch.begin :] if batch.begin else batch.events
     applied = applied_of(batch.events, batch, len(batch.events))
-    if batch.failed:
-        failures.set_aside(bus, batch.events)
-        put_back(home, batch)
-        see_to(home, batch)
+    failures.set_aside(bus, batch.events)
+    put_back(home, batch)
+    see_to(home, batch)
     return applied
 
 
@@ -164,7 +164,7 @@ def stopped(home: Home, batch: PlainBatch, bus: object, error: BaseException, fa
     tried = see_to(home, batch)
     _messages.drop_own_frames(error)
     if tried > earlier:
-        place = _messages.Place(done - begin, batch.width, batch.span, count)
+        place = (done - begin, batch.width, batch.span, count)
         _messages.note_stopped(error, bus, event, place, earlier)
     elif left:
         _messages.note_interrupted(error, bus, done - begin, count)

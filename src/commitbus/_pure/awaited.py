@@ -100,7 +100,7 @@ def _stopped(home: Any, bus: Any, left: PlainBatch, error: BaseException, look: 
     _messages.drop_own_frames(error)
     if tried:
         event = item if look is None else look([item])[0][0]
-        _messages.note_stopped(error, bus, event, _messages.Place(done, 1, 1, count))
+        _messages.note_stopped(error, bus, event, (done, 1, 1, count))
     elif done < count:
         _messages.note_interrupted(error, bus, done, count)
 

@@ -13,6 +13,7 @@ from commitbus._batch import (
     GONE,
     SPARSE,
     Batch,
+    new_batch,
 )
 from commitbus._lock import ATOMIC
 from commitbus.savepoint import Mark, check_open
@@ -156,25 +157,25 @@ def tidy(home: Home) -> PlainBatch | None:
         gone: list[Any] = events  # kept until all is in order: what goes may run a finalizer
         new: Any = None
         if left.iterator is SPARSE:
-            new = Batch(rest_of(left), 0, behind)
+            new = new_batch(rest_of(left), 0, behind)
         elif left.iterator is not None:
             # First what failed, then what was not tried; and no reference to what is done.
             done = position_of(left)
             again = [events[i] for i in left.failed]
             first, begin = begin, done - len(again)
             if begin * 2 > len(events):
-                new = Batch(again + events[done:], 0, behind)
+                new = new_batch(again + events[done:], 0, behind)
             else:
                 span, made = slice(first, done), [None] * (begin - first) + again
                 gone = events[span]
-                new = Batch(events, begin, behind)
+                new = new_batch(events, begin, behind)
         elif begin >= len(events):
             new = behind
         elif behind is None:
             return left
         else:
             more = rest_of(behind)
-            new = Batch(events, begin, behind.behind)
+            new = new_batch(events, begin, behind.behind)
         with _lock.guard:
             # One line: it is as it was, or in order. (If memory runs out, too: a part fails before it does anything.)
             # fmt: off
@@ -217,7 +218,7 @@ def move_left(source: Home, home: Home) -> None:
     """Move the batch that is left in one place to another, before what is left there."""
     while (left := tidy(source)) is not None:
         there = home._commitbus_left
-        new = Batch(left.events, left.begin, there)
+        new = new_batch(left.events, left.begin, there)
         with _lock.guard:
             # One line: it is here or there. Only if nobody has put back more, which would be forgotten.
             # fmt: off
@@ -243,7 +244,7 @@ def hold_what_is_left(source: Any, home: Home, unwanted: list[Any]) -> None:
     first = left.events[begin : begin + len(unwanted)]
     if home is source and len(once) < len(unwanted) and {id(event_of(one)) for one in first} <= once.keys():
         events = [*{id(event_of(one)): one for one in first}.values(), *left.events[begin + len(first) :]]
-        new = Batch(events)
+        new = new_batch(events)
         with _lock.guard:
             if home._commitbus_left is left: home._commitbus_left = new  # fmt: skip  # noqa: E701
         left = new

@@ -9,6 +9,7 @@ from commitbus import _lock, _messages, _naming, _state
 from commitbus._batch import (
     ALL,  # pyright: ignore[reportUnusedImport] (it does not look into `del`)
     Batch,
+    new_batch,
     put_back,
 )
 from commitbus._context import gathering_of
@@ -383,7 +384,7 @@ class DelayedEventBus(Home, Shown, _state.Stateful, EventBus[T], Generic[T]):
             return self._commitbus_collect_overridden(commit)
         hook = None if plainly else actual._collect_event
         kept: list[Any] = collected._commitbus_pending
-        batch: Any = Batch([])
+        batch: Any = new_batch([])
         pairs: list[Any] = []
         items: list[Any] = []
         collecting: Any = None
@@ -432,7 +433,7 @@ class DelayedEventBus(Home, Shown, _state.Stateful, EventBus[T], Generic[T]):
         take_left(actual, batch)
         if move(actual, batch.events, None):
             return True
-        again = Batch(batch.events, batch.begin)
+        again = new_batch(batch.events, batch.begin)
         nothing: list[Any] = []
         with _lock.guard:
             again.behind, actual._commitbus_left, batch.events = actual._commitbus_left, again, nothing
@@ -454,7 +455,7 @@ class DelayedEventBus(Home, Shown, _state.Stateful, EventBus[T], Generic[T]):
             raise
         items: list[Any] = list(map(Explicit, pairs))
         collected._commitbus_mixed = True
-        items = self._commitbus_store(collecting, items, list(map(event_of, items)), Batch([]))
+        items = self._commitbus_store(collecting, items, list(map(event_of, items)), new_batch([]))
         if items:
             collected._commitbus_register()
         return list(map(event_of, items))

@@ -13,6 +13,7 @@ from commitbus._batch import (
     ALL,  # pyright: ignore[reportUnusedImport] (it does not look into `del`)
     Batch,
     PlainBatch,
+    new_batch,
     put_back,
 )
 from commitbus._interfaces import CommittableFunction, EventBus, T, deprecated, iterate
@@ -209,10 +210,7 @@ class AbstractEventBus(Source, Shown, _state.Stateful, EventBus[T], Generic[T]):
 
     def _commitbus_run(self, home: Home, bus: object, hook: Handler, commit: bool) -> list[T]:
         """Do what `carry_out` does, without what is not needed where nothing was put back before."""
-        if type(hook) is not MethodType:
-            return carry_out(home, bus, hook, commit, None, None)
-        method: Any = hook
-        function, owner, pending = method.__func__, method.__self__, self._commitbus_pending
+        pending = self._commitbus_pending
         batch: Any = PlainBatch()
         events: Any = []
         iterator: Any = iter(events)
@@ -225,7 +223,7 @@ class AbstractEventBus(Source, Shown, _state.Stateful, EventBus[T], Generic[T]):
                 if self._commitbus_marks is None: events += pending; del pending[ALL]  # fmt: skip  # noqa: E701, E702
                 else: return carry_out(home, bus, hook, commit, None, None)  # fmt: skip  # noqa: E701 (another thread has opened a savepoint)
                 for event in iterator:
-                    event = function(owner, event, commit)
+                    event = hook(event, commit)
                     if event is None:
                         continue  # as in `run`
                     _messages.refuse_coroutine(hook, event)
@@ -284,7 +282,7 @@ class AbstractEventBus(Source, Shown, _state.Stateful, EventBus[T], Generic[T]):
         """
         within = self._commitbus_marks is not None and may_collect(self)
         collect_event = self._collect_event
-        batch: Any = Batch([])
+        batch: Any = new_batch([])
         pairs: list[Pair[T]] = []
         try:
             if within:
@@ -365,7 +363,7 @@ class AbstractEventBus(Source, Shown, _state.Stateful, EventBus[T], Generic[T]):
         """
         if self._commitbus_marks is not None:
             check_open(self)
-        batch = Batch([])
+        batch = new_batch([])
         try:
             take(self, batch)
             return self._commitbus_look(batch.events[batch.begin :])
@@ -404,7 +402,7 @@ class AbstractEventBus(Source, Shown, _state.Stateful, EventBus[T], Generic[T]):
         while (left := tidy(self)) is not None and count:
             events = left.events
             begin, span = max(left.begin, len(events) - count), slice(0)
-            newer, new = events[begin:], Batch(events[left.begin : begin])
+            newer, new = events[begin:], new_batch(events[left.begin : begin])
             with _lock.guard:
                 # One line: they are in one place or the other, and the marks right.
                 # fmt: off
@@ -433,7 +431,7 @@ class AbstractEventBus(Source, Shown, _state.Stateful, EventBus[T], Generic[T]):
         """Move all that is pending to the end of a list that the caller has, so that no interrupt loses it."""
         if self._commitbus_marks is not None:
             check_open(self)
-        batch: Any = Batch([])
+        batch: Any = new_batch([])
         try:
             take(self, batch)
             events = batch.events[batch.begin :]
@@ -446,7 +444,7 @@ class AbstractEventBus(Source, Shown, _state.Stateful, EventBus[T], Generic[T]):
 
     def _commitbus_put_back(self, items: list[Any], begun: int) -> None:
         """Put items back before what is pending; the first `begun` of them were tried."""
-        batch, tried = Batch(items), items[:begun]
+        batch, tried = new_batch(items), items[:begun]
         put_back(self, batch)
         self._commitbus_back(tried)
 
@@ -647,7 +645,8 @@ class BasicEventBus(AbstractEventBus[CommittableFunction]):
                 pass
             batch = events = iterator = event = call = None
             raise
-        return events
+        applied: list[CommittableFunction] = events
+        return applied
 
     def _apply_event(self, event: CommittableFunction, commit: bool) -> None:
         """Call the event.

@@ -6,7 +6,7 @@ import weakref
 from typing import TYPE_CHECKING, Any, cast
 
 from commitbus import _after_rollback, _lock, _messages
-from commitbus._batch import Batch, PlainBatch, plain_batch, put_back
+from commitbus._batch import Batch, PlainBatch, new_batch, plain_batch, put_back
 from commitbus._context import gathering, gathering_of
 from commitbus._interfaces import EventBusOrchestrator, T
 from commitbus._looking import events_to_apply
@@ -266,7 +266,7 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
             When a savepoint that covers this bus or one of the buses is open. Nothing is dropped.
         """
         refuse_open(self)
-        batch: Any = Batch([])
+        batch: Any = new_batch([])
         try:
             take(self, batch)
             buses: list[Any] = batch.events[batch.begin :]
@@ -444,7 +444,7 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
     def _commitbus_unregister(self, identities: set[int]) -> None:
         """Take buses out of what is registered, each given by its identity."""
         while (left := tidy(self)) is not None:
-            new = Batch([one for one in left.events[left.begin :] if id(one) not in identities])
+            new = new_batch([one for one in left.events[left.begin :] if id(one) not in identities])
             with _lock.guard:
                 if self._commitbus_left is left: self._commitbus_left = new; break  # fmt: skip  # noqa: E701, E702
         drop(self, identities)

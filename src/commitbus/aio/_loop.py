@@ -200,7 +200,7 @@ class Running:
         """Say which events have stopped the apply."""
         with suppress(Exception):
             span = len(work.events)
-            place = _messages.Place(work.start + span - width, width, span, self.count)
+            place = (work.start + span - width, width, span, self.count)
             note = _messages.note_stopped if self.how.concurrency == 1 else _messages.note_failed
             note(error, self.bus, work.events[0], place)
 

@@ -171,6 +171,7 @@ class BusTurn(Turn):
         self.again = False  # whether something failed in it, in a robust apply
 
     async def __call__(self, commit: bool) -> None:
+        """Take the turn."""
         actual: Any = self.delayed.actual_event_bus
         if (actual.applies_before_commit or actual.applies_after_rollback) and _after_rollback.passes_by(
             self.delayed, actual, commit

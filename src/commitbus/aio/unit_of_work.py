@@ -95,14 +95,27 @@ class AsyncUnit(Unit):
         stored: list[Any] = []
         if self.commit and not self.committed:
             cancelled = await self._store_and_commit(plainly, stored)
+        token = None
         try:
-            applied = await self._apply_all(plainly, cancelled)
+            self.applying = True
+            token = committed.set(self.commit)
+            if not plainly:
+                self.set_apart()
+            if cancelled is not None:
+                await self._apply_and_cancel(cancelled)
+            applied: list[Any] = await self.buses.apply_and_get_applied_events_async(
+                self.commit, robust=self.robust, rounds=self.rounds, concurrency=self.concurrency
+            )
         except BaseException as error:
             stored = []  # the traceback keeps this frame, and must keep no event
             if not self.commit:
                 await self.roll_back_steps(error)
             _messages.drop_own_frames(error)
             raise
+        finally:
+            self.applying = False
+            if token is not None:
+                committed.reset(token)
         self.end_commit()
         if not self.commit:
             applied += await self.end_dry_run_steps()
@@ -158,29 +171,19 @@ class AsyncUnit(Unit):
         if result is not None or commit is not None:
             self.see(result, commit)
 
-    async def _apply_all(self, plainly: bool, cancelled: asyncio.CancelledError | None) -> list[Any]:
-        """Apply after the commit, or pretend to; then the cancellation goes on that came while it was under way."""
-        token = None
+    async def _apply_and_cancel(self, cancelled: asyncio.CancelledError) -> None:
+        """Apply where a cancellation does not reach it that came while the commit was under way; then it goes on.
+
+        What belongs to the commit is done first. A second cancellation does reach it, so that a handler that hangs can
+        be ended.
+        """
         try:
-            self.applying = True
-            token = committed.set(self.commit)
-            if not plainly:
-                self.set_apart()
-            if cancelled is None:
-                return await self._apply()
-            # Committed: what belongs to the commit is done first, where that cancellation does not reach it; a second
-            # one does, so that a handler that hangs can be ended.
-            try:
-                await to_the_end(self._apply(), never, cancelled)
-            except BaseException as error:
-                raise cancelled from error
-            self.end_commit()
-            self.finished = cancelled
-            raise cancelled
-        finally:
-            self.applying = False
-            if token is not None:
-                committed.reset(token)
+            await to_the_end(self._apply(), never, cancelled)
+        except BaseException as error:
+            raise cancelled from error
+        self.end_commit()
+        self.finished = cancelled
+        raise cancelled
 
     async def _apply(self) -> list[Any]:
         applied: list[Any] = await self.buses.apply_and_get_applied_events_async(
