@@ -20,7 +20,7 @@ from servers import cut as cut_line
 
 TABLE = f"commitbus_django_{os.getpid()}"
 SETUP = """
-import gc, sys, threading, time, warnings
+import gc, os, sys, threading, time, warnings
 from contextlib import suppress
 import django
 from django.conf import settings
@@ -45,6 +45,7 @@ from django.db import DatabaseError, connection, connections, transaction
 from commitbus import BasicEventBus, UnappliedEventsWarning, if_committed
 from commitbus.integrations import django as ours
 from commitbus.integrations.django import OnCommitEventBus, in_doubt, leftovers, orchestrator
+from commitbus.integrations.django._state import state_of
 
 sent = []
 def execute(sql, using="direct"):
@@ -183,7 +184,7 @@ def interrupted(work, at):
     seen, where = 0, ""
     def trace(frame, what, argument):
         nonlocal seen, where
-        if frame.f_code.co_filename != ours.__file__ or frame.f_code.co_name == "__del__":
+        if not frame.f_code.co_filename.startswith(os.path.dirname(ours.__file__)) or frame.f_code.co_name == "__del__":
             return None
         if what != "exception":
             seen += 1
@@ -265,7 +266,7 @@ try:
     with transaction.atomic():
         execute("SELECT 1", "default")
         bus.publish(if_committed(sent.append, 1))
-        committing = ours._state(ours.connections["default"])
+        committing = state_of(ours.connections["default"])
         commit = committing.commit
         def commit_then_interrupt():
             commit()

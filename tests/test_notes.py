@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 from conftest import CPYTHON, Log, notes
 
-from commitbus import _messages, _naming
+from commitbus import _naming, _notes
 from commitbus._failures import Failures
 
 
@@ -150,7 +150,7 @@ def test_rule_4_a_bus_that_was_never_initialised_has_a_name(twin: Any) -> None:
 
 def test_rule_4_texts_count() -> None:
     error = ValueError()
-    _messages.note_interrupted(error, object(), 2, 3)
+    _notes.note_interrupted(error, object(), 2, 3)
     assert notes(error) == ["commitbus: stopped after event 2 of 3 in object; the others stay pending"]
     failures = Failures()
     failures.errors.append(error)

@@ -1138,7 +1138,7 @@ class _Interrupt(BaseException):
 
 def test_an_interrupt_at_every_line_of_the_listeners() -> None:
     """No session is deaf afterwards, and nothing that was committed is dropped in silence."""
-    path = importlib.import_module("commitbus.integrations.sqlalchemy").__file__
+    folder = os.path.dirname(str(importlib.import_module("commitbus.integrations.sqlalchemy").__file__))  # noqa: PTH120
     engine = create_engine("sqlite://", poolclass=StaticPool)
     with engine.begin() as connection:
         connection.execute(text("CREATE TABLE interrupted (n INTEGER)"))
@@ -1154,7 +1154,7 @@ def test_an_interrupt_at_every_line_of_the_listeners() -> None:
 
         def trace(frame: Any, what: str, arg: Any, number: int = number) -> Any:
             nonlocal count, interrupted
-            if frame.f_code.co_filename != path:
+            if not frame.f_code.co_filename.startswith(folder):
                 return None
             line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
             if what == "line" and not line.startswith(("finally:", "self.applying = False", "session._trans_context")):
@@ -1240,10 +1240,10 @@ def test_the_warning_of_a_session_never_replaces_what_a_handler_raised() -> None
 
 def test_a_session_whose_listeners_somebody_has_removed(session: Session, bus: Any, log: list[Any]) -> None:
     """It was deaf: nothing was applied, and nobody told."""
-    ours: Any = importlib.import_module("commitbus.integrations.sqlalchemy")
+    ours: Any = importlib.import_module("commitbus.integrations.sqlalchemy._hearing")
     add(session, "a")
     bus.publish(1)
-    for name, listener in ours._listeners:
+    for name, listener in ours.listeners:
         event.remove(Session, name, listener)
     try:
         with pytest.raises(RuntimeError, match="somebody has removed the listeners of commitbus") as caught:
@@ -1254,7 +1254,7 @@ def test_a_session_whose_listeners_somebody_has_removed(session: Session, bus: A
             raise AssertionError
         session.rollback()
     finally:
-        for name, listener in ours._listeners:
+        for name, listener in ours.listeners:
             event.listen(Session, name, listener, insert=True)
     leftovers(session).apply(True)
     bus.publish(2)

@@ -9,7 +9,7 @@ from threading import get_ident
 from types import CoroutineType as Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from commitbus import _messages
+from commitbus import _messages, _notes
 
 if TYPE_CHECKING:
     from asyncio import Event
@@ -262,7 +262,7 @@ class SharedSideEffectContext:
                 one = None if one is run else live(one.outer)
         value = factory()
         if isinstance(cast("Any", value), Coroutine):
-            _messages.refuse_coroutine(factory, value, "use await context.get_or_create_async(key, factory)")
+            _notes.refuse_coroutine(factory, value, "use await context.get_or_create_async(key, factory)")
         for one, depth in before:
             if one.depth > depth:
                 if one.outermost is not run:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from commitbus import _messages
+from commitbus import _notes
 from commitbus._naming import describe_bus, is_delayed
 
 
@@ -74,7 +74,7 @@ class Failures:
             return  # the notes of the bus itself have said it all
         place = (position - self.begin, width, span, self.count)
         for error in self.errors[first:]:
-            _messages.note_failed(error, bus, event, place)
+            _notes.note_failed(error, bus, event, place)
 
     def group(self, bus: object) -> ExceptionGroup[Exception]:
         """Make one error of all."""

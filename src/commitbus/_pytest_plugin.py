@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator
 
     from commitbus.testing import Recording
+from commitbus import _notes
 
 
 @pytest.fixture
@@ -40,9 +41,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Make an error of the warning."""
     if config.getini("commitbus_strict"):
-        from commitbus import _messages, testing
+        from commitbus import testing
 
-        _messages.strict = True
+        _notes.strict = True
         testing.track()
         config.addinivalue_line("filterwarnings", "error::commitbus.UnappliedEventsWarning")
 

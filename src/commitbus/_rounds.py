@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
-from commitbus import _messages
+from commitbus import _messages, _notes
 from commitbus._failures import Failures, Rounds
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def in_rounds(
         if failures is not None:
             failures.chain(error, bus)  # those of the rounds before stay in sight
         applied = batch = []  # the traceback keeps this frame, and must keep no event
-        _messages.drop_own_frames(error)
+        _notes.drop_own_frames(error)
         raise
     finally:
         if scope is not None:
@@ -91,5 +91,5 @@ def leave(scope: Run, bus: object, failures: Failures | None, before: int) -> bo
         failed = failures is not None and len(failures.errors) > before
         return scope.leave(failures.group(bus) if failures is not None and failed else None) and failed
     except BaseException as error:
-        _messages.note_left(error, bus)
+        _notes.note_left(error, bus)
         raise

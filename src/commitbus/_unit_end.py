@@ -10,7 +10,7 @@ import sys
 from types import coroutine
 from typing import TYPE_CHECKING, Any, cast
 
-from commitbus import _after_rollback, _lock, _messages
+from commitbus import _after_rollback, _lock, _messages, _notes
 from commitbus._before_commit import apply_before_commit, before_commit
 from commitbus._interfaces import NotCommittedError
 from commitbus._looking import events_to_apply, holds_buses, in_store
@@ -85,7 +85,7 @@ class Rest:
         session = session_of(self.commit_transaction) if before_commit(self.buses) else None
         if session is None:
             return stored, self.commit_transaction
-        from commitbus.integrations.sqlalchemy import storing
+        from commitbus.integrations.sqlalchemy._storing import storing
 
         return stored, storing(session, self.buses, stored, cast("Any", self.commit_transaction))
 
@@ -93,7 +93,7 @@ class Rest:
         """Look at what the commit has returned, and refuse what has not committed."""
         try:
             if result is not None:
-                _messages.refuse_coroutine(self.commit_transaction, result, _messages.ASYNC_COMMIT)
+                _notes.refuse_coroutine(self.commit_transaction, result, _notes.ASYNC_COMMIT)
             if commit is not None:
                 commit.refuse_if_open(result)
             elif result is not None:
@@ -153,9 +153,9 @@ class Rest:
             try:
                 self.take_doubted()
             except Exception as second:
-                _messages.chain(error, second)
+                _notes.chain(error, second)
             if events := events_to_apply(self.doubted):
-                _messages.note_in_doubt(error, events)
+                _notes.note_in_doubt(error, events)
 
     def take_doubted(self) -> None:
         """Take what was published for the commit to a multi bus of its own, so that no later one applies it.
@@ -176,7 +176,7 @@ class Rest:
             try:
                 yield from self.end_transaction()
             except Exception as second:
-                _messages.chain(error, second)
+                _notes.chain(error, second)
 
     # A commit after which handlers have run
 
@@ -281,7 +281,7 @@ class Rest:
             self.undone = True
             if error is None:
                 raise
-            _messages.chain(error, second)
+            _notes.chain(error, second)
         except BaseException:
             self.undone = True
             raise
@@ -293,7 +293,7 @@ class Rest:
     def end_rollback(self, error: BaseException | None) -> None:
         """Drop what handlers have published for a commit, which does not come."""
         if error is not None and (left := _after_rollback.left_in(self.buses)):
-            _messages.note_after_rollback(error, left)
+            _notes.note_after_rollback(error, left)
         if self.rollback_transaction is not None:
             self.drop()
 
@@ -321,7 +321,7 @@ class Rest:
             yield from self.tell(error)  # of what handlers have published since: it belongs to what was committed
             return
         if error is None and not self.called and self.buses._commitbus_was_applied():
-            _messages.warn(_messages.APPLIED_BY_HAND)
+            _notes.warn(_notes.APPLIED_BY_HAND)
         try:
             yield from self.end_block(error)
         finally:
@@ -384,9 +384,9 @@ class Rest:
         if not events:
             return
         if error is None:
-            _messages.warn(_messages.in_doubt(len(events)))
+            _notes.warn(_notes.in_doubt(len(events)))
         elif marked(error) is not Outcome.UNKNOWN:
-            _messages.note_in_doubt(error, events)
+            _notes.note_in_doubt(error, events)
 
     @coroutine
     def tell(self, error: BaseException | None) -> Steps[None]:
@@ -397,16 +397,16 @@ class Rest:
         if self.on_unapplied is not None:
             yield from self.call_on_unapplied(self.buses, error)
         elif error is not None:
-            _messages.note_unapplied(error, events)
+            _notes.note_unapplied(error, events)
         else:
-            _messages.warn(_messages.unapplied(len(events), self.called))
+            _notes.warn(_notes.unapplied(len(events), self.called))
 
     # What is awaited
 
     def end_transaction(self) -> Any:
         """Call what ends the transaction; give a cancellation that came meanwhile."""
         function = cast("Any", self.rollback_transaction)
-        _messages.refuse_coroutine(function, function())
+        _notes.refuse_coroutine(function, function())
         return NOTHING
 
     def apply_for_rollback(self, error: BaseException | None) -> Any:  # noqa: ARG002
@@ -417,11 +417,11 @@ class Rest:
         """Hand over what was not applied; what that raises never hides an error."""
         function = cast("Any", self.on_unapplied)
         try:
-            _messages.refuse_coroutine(function, function(buses))
+            _notes.refuse_coroutine(function, function(buses))
         except Exception as second:
             if error is None:
                 raise
-            _messages.chain(error, second)
+            _notes.chain(error, second)
         return NOTHING
 
 
@@ -436,5 +436,5 @@ def chained(first: BaseException | None, second: BaseException) -> BaseException
     """Make an error the last in the chain of another, if there is one; and give the first."""
     if first is None:
         return second
-    _messages.chain(first, second)
+    _notes.chain(first, second)
     return first

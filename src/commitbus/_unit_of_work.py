@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, cast
 
-from commitbus import _lock, _messages, _outer
+from commitbus import _lock, _messages, _notes, _outer
 from commitbus._context import committed
 from commitbus._interfaces import EventBusOrchestrator
 from commitbus._outcome import see_errors_of, watch
@@ -134,7 +134,7 @@ class Unit(Rest):
             stored = []  # the traceback keeps this frame, and must keep no event
             if not self.commit:
                 self.roll_back(error)
-            _messages.drop_own_frames(error)
+            _notes.drop_own_frames(error)
             raise
         finally:
             self.applying = False

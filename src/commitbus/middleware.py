@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import count
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from commitbus import _lock, _messages
+from commitbus import _lock, _messages, _notes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -164,7 +164,7 @@ def go_on(
     """Run a middleware, with the next ones and the handler within it; after the last one, the handler."""
     if number == len(stack):
         if (result := handler(event, commit)) is not None:
-            _messages.refuse_coroutine(handler, result)
+            _notes.refuse_coroutine(handler, result)
         return
     function: Callable[..., object] = stack[number]
     rest = Call(stack, number + 1, handler, bus, event, commit)
@@ -173,7 +173,7 @@ def go_on(
     finally:
         rest._stack = None
     if result is not None:
-        _messages.refuse_coroutine(function, result, _messages.ASYNC_MIDDLEWARE)
+        _notes.refuse_coroutine(function, result, _notes.ASYNC_MIDDLEWARE)
         raise _messages.middleware_returned(function, result)
 
 
@@ -200,6 +200,6 @@ def surround_pair(
         function = pair[1] if own is None else own
         result = function(commit=commit) if own is None else own(pair, commit)
         if result is not None:
-            _messages.refuse_coroutine(function, result)
+            _notes.refuse_coroutine(function, result)
 
     go_on(stack, 0, apply_pair, bus, pair[0], commit)

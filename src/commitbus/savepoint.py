@@ -9,7 +9,7 @@ from itertools import count
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, cast
 
-from commitbus import _lock, _messages
+from commitbus import _lock, _messages, _notes
 from commitbus._looking import Shown, collected_in, flatten, holds_buses
 from commitbus._naming import describe_bus, is_delayed
 
@@ -169,7 +169,7 @@ class Savepoint:
         try:
             opened._roll_back_all()
         except Exception as second:
-            _messages.chain(cast("BaseException", error), second)  # what left the block is the first error
+            _notes.chain(cast("BaseException", error), second)  # what left the block is the first error
 
     def __reduce__(self) -> Any:
         """Refuse to be copied or pickled."""
@@ -278,7 +278,7 @@ class Opened:
             raise
         if not self._entered:
             raise _messages.savepoint_never_entered(bus)
-        _messages.warn(_messages.savepoint_left(bus, count))
+        _notes.warn(_notes.savepoint_left(bus, count))
 
     def __repr__(self) -> str:
         """Name the bus."""

@@ -13,7 +13,7 @@ from cpython.ref cimport Py_DECREF
 
 from commitbus._compiled.side_effects cimport SideEffectCall
 
-from commitbus import _messages
+from commitbus import _messages, _notes
 from commitbus._batch import GONE as _GONE
 from commitbus._batch import SPARSE as _SPARSE
 from commitbus._failures import Failures
@@ -78,7 +78,7 @@ cdef object look_up(object bus, str name, bint* method):
 cdef int check(object function, object result) except -1:
     """Refuse what a handler returned, if it would only act when it is run."""
     if result is not None:
-        _messages.refuse_coroutine(function, result)
+        _notes.refuse_coroutine(function, result)
     return 0
 
 
@@ -218,7 +218,7 @@ cdef int go_on(tuple stack, Py_ssize_t number, object handler, object bus, objec
     finally:
         rest.stack = None
     if result is not None:
-        _messages.refuse_coroutine(function, result, _messages.ASYNC_MIDDLEWARE)
+        _notes.refuse_coroutine(function, result, _notes.ASYNC_MIDDLEWARE)
         raise _messages.middleware_returned(function, result)
     return 0
 
@@ -454,7 +454,7 @@ cdef list apply_all(Source source, object bus, object commit, object robust, obj
     try:
         applied = carry_out(source, bus, commit, failures[0] if failures else failures, out)
     except BaseException as error:
-        _messages.drop_own_frames(error)
+        _notes.drop_own_frames(error)
         raise error
     if failures is None:
         if applied and source.goes_on():
@@ -534,7 +534,7 @@ cdef int note_failed(
 ) except -1:
     try:
         for error in failures.errors[known:]:
-            _messages.drop_own_frames(error)
+            _notes.drop_own_frames(error)
         failures.note(known, bus, event_at(batch, first), first, at.width, at.span)
     except Exception:
         pass  # where there is no stack left, that costs a note
@@ -565,11 +565,11 @@ cdef list stopped(
     # First of all: whatever raises from here on costs a note, but no event.
     put_back(source, batch, begin, at.done, failures)
     try:
-        _messages.drop_own_frames(error)
+        _notes.drop_own_frames(error)
         if left:
             earlier = 0 if failures is None else len(failures.positions)
             place = (at.done - begin, at.width, at.span, count)
-            _messages.note_stopped(error, bus, event, place, earlier)
+            _notes.note_stopped(error, bus, event, place, earlier)
         if failures is not None and not isinstance(error, Exception):
             failures.chain(error, bus)
     except Exception:

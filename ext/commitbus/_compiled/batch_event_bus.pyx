@@ -9,7 +9,7 @@ from commitbus._compiled.event_bus cimport EventStore
 
 from abc import abstractmethod
 
-from commitbus import _messages
+from commitbus import _messages, _notes
 from commitbus._compiled.event_bus import EXTENSION_TYPES, AbstractEventBus
 from commitbus._interfaces import PartlyApplied, T
 
@@ -67,7 +67,7 @@ cdef class BatchStore(EventStore):
             try:
                 check(function, function(batch[at.done:end], commit))
             except PartlyApplied as error:
-                group, ordered, at.width = _messages.partly_applied(self, error, batch[at.done:end])
+                group, ordered, at.width = _notes.partly_applied(self, error, batch[at.done:end])
                 batch[at.done:end] = ordered
                 at.done = end - at.width
                 raise group from None
@@ -80,7 +80,7 @@ cdef class BatchStore(EventStore):
         try:
             check(self._apply_events, self._apply_events([event], commit))
         except PartlyApplied as error:
-            raise _messages.partly_applied(self, error, [event])[0] from None
+            raise _notes.partly_applied(self, error, [event])[0] from None
 
 
 EXTENSION_TYPES.add(BatchStore)

@@ -20,7 +20,7 @@ from commitbus._compiled.batch cimport (
 
 from abc import abstractmethod
 
-from commitbus import _lock, _messages, _naming, _state
+from commitbus import _lock, _messages, _naming, _notes, _state
 from commitbus._interfaces import CommittableFunction, EventBus, T, iterate
 from commitbus._looking import Shown
 from commitbus.savepoint import Savepoint, begun_anew, check_open, may_collect
@@ -464,7 +464,7 @@ cdef class EventStore(Source):
         self.put_back(items, head, 0)
         try:
             if done < count:
-                _messages.note_uncollected(error, self, self.look([item])[0], done + 1, count)
+                _notes.note_uncollected(error, self, self.look([item])[0], done + 1, count)
         except Exception:
             pass
         return 0

@@ -23,7 +23,7 @@ from commitbus._compiled.event_bus cimport (
 
 from types import FunctionType
 
-from commitbus import _after_rollback, _lock, _messages, _outer
+from commitbus import _after_rollback, _lock, _messages, _notes, _outer
 from commitbus._compiled.delayed_event_bus import DelayedEventBus
 from commitbus._compiled.event_bus import EXTENSION_TYPES, AbstractEventBus, use_covers
 from commitbus._context import committed as _committed
@@ -790,7 +790,7 @@ cdef class UnitStore:
             stored = None  # the traceback keeps this frame, and must keep no event
             if not self.commit:
                 self.roll_back(error)
-            _messages.drop_own_frames(error)
+            _notes.drop_own_frames(error)
             raise error  # and not only `raise`, which would bring back the frames that were dropped
         finally:
             self.applying = False

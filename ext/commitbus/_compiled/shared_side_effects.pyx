@@ -11,7 +11,7 @@ from commitbus._compiled.batch cimport Progress, call_event, call_events, call_h
 from commitbus._compiled.event_bus cimport EventStore
 from commitbus._compiled.side_effects cimport SideEffectCall
 
-from commitbus import _messages
+from commitbus import _messages, _notes
 from commitbus._compiled.event_bus import EXTENSION_TYPES, AbstractEventBus
 from commitbus._context import SharedSideEffectContext, live
 from commitbus._context import running_now as _running_now
@@ -146,7 +146,7 @@ cdef class SharedStore(EventStore):
             try:
                 run.leave(None)
             except BaseException as error:
-                _messages.note_left(error, self)
+                _notes.note_left(error, self)
                 raise
         finally:
             run.over = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from commitbus import _messages
+from commitbus import _notes
 from commitbus._batch import Batch, new_batch, put_back
 from commitbus._failures import Failures
 from commitbus._pure import loops
@@ -135,7 +135,7 @@ def apply_all(home: Any, bus: object, commit: bool, robust: bool, rounds: int, o
             return apply_in_rounds(home, bus, commit, robust, rounds, out)
         applied = carry_out(home, bus, home._commitbus_hook(), commit, failures, out)
     except BaseException as error:
-        _messages.drop_own_frames(error)
+        _notes.drop_own_frames(error)
         raise
     if failures is not None and failures.errors:
         del applied  # the traceback keeps this frame, and must keep no event
@@ -162,11 +162,11 @@ def stopped(home: Home, batch: PlainBatch, bus: object, error: BaseException, fa
     event = event_of(events[done]) if done < len(events) else None
     earlier, count, left = len(batch.failed), len(events) - begin, done < len(events)
     tried = see_to(home, batch)
-    _messages.drop_own_frames(error)
+    _notes.drop_own_frames(error)
     if tried > earlier:
         place = (done - begin, batch.width, batch.span, count)
-        _messages.note_stopped(error, bus, event, place, earlier)
+        _notes.note_stopped(error, bus, event, place, earlier)
     elif left:
-        _messages.note_interrupted(error, bus, done - begin, count)
+        _notes.note_interrupted(error, bus, done - begin, count)
     if failures is not None and not isinstance(error, Exception):
         failures.chain(error, bus)

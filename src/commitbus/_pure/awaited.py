@@ -7,7 +7,7 @@ from inspect import isawaitable
 from types import CoroutineType, MethodType
 from typing import TYPE_CHECKING, Any, cast
 
-from commitbus import _messages
+from commitbus import _notes
 from commitbus._batch import plain_batch, put_back
 from commitbus._pure.delayed_event_bus import DelayedEventBus
 
@@ -91,18 +91,18 @@ def _call_pair(look: Callable[[list[Any]], list[tuple[Any, Any]]]) -> Callable[[
 def _refuse(batch: PlainBatch, look: Any, result: object) -> None:
     """Refuse what a handler returned, if it would only act when it is run."""
     item = batch.events[len(batch.events) - batch.iterator.__length_hint__() - 1]
-    _messages.refuse_coroutine(item if look is None else look([item])[0][0], result)
+    _notes.refuse_coroutine(item if look is None else look([item])[0][0], result)
 
 
 def _stopped(home: Any, bus: Any, left: PlainBatch, error: BaseException, look: Any) -> None:
     """See to a batch that was put back, and make the note."""
     item, done, count, tried = home._commitbus_settle(left)
-    _messages.drop_own_frames(error)
+    _notes.drop_own_frames(error)
     if tried:
         event = item if look is None else look([item])[0][0]
-        _messages.note_stopped(error, bus, event, (done, 1, 1, count))
+        _notes.note_stopped(error, bus, event, (done, 1, 1, count))
     elif done < count:
-        _messages.note_interrupted(error, bus, done, count)
+        _notes.note_interrupted(error, bus, done, count)
 
 
 async def run_buses(root: Any, multi: Any, commit: bool, out: list[Any]) -> list[Any]:

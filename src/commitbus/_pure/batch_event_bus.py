@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, Generic
 
-from commitbus import _messages
+from commitbus import _messages, _notes
 from commitbus._interfaces import PartlyApplied, T
 from commitbus._pure.batch import is_method
 from commitbus._pure.event_bus import AbstractEventBus
@@ -105,9 +105,9 @@ class BatchEventBus(AbstractEventBus[T], Generic[T]):
         apply_events: Callable[[list[T], bool], object] = self._apply_events
         try:
             if (result := apply_events([event], commit)) is not None:
-                _messages.refuse_coroutine(apply_events, result)
+                _notes.refuse_coroutine(apply_events, result)
         except PartlyApplied as error:
-            raise _messages.partly_applied(self, error, [event])[0] from None
+            raise _notes.partly_applied(self, error, [event])[0] from None
 
     def _commitbus_hook(self) -> Any:
         hook = self._apply_event
@@ -139,10 +139,10 @@ class BatchEventBus(AbstractEventBus[T], Generic[T]):
                 if (result := function(some.copy(), commit)) is None: batch.done = end; skip(iterator, end)  # noqa: E701, E702
                 # fmt: on
                 else:
-                    _messages.refuse_coroutine(function, result)
+                    _notes.refuse_coroutine(function, result)
                     batch.done = end; skip(iterator, end)  # fmt: skip  # noqa: E702
             except PartlyApplied as error:
-                group, ordered, failed = _messages.partly_applied(self, error, some)
+                group, ordered, failed = _notes.partly_applied(self, error, some)
                 first, span = end - failed, slice(start, end)
                 # One line: those that failed are what is left, or the whole batch is.
                 # fmt: off

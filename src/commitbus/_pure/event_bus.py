@@ -8,7 +8,7 @@ from itertools import repeat
 from types import MethodType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, cast, overload
 
-from commitbus import _lock, _messages, _naming, _state
+from commitbus import _lock, _messages, _naming, _notes, _state
 from commitbus._batch import (
     ALL,  # pyright: ignore[reportUnusedImport] (it does not look into `del`)
     Batch,
@@ -226,7 +226,7 @@ class AbstractEventBus(Source, Shown, _state.Stateful, EventBus[T], Generic[T]):
                     event = hook(event, commit)
                     if event is None:
                         continue  # as in `run`
-                    _messages.refuse_coroutine(hook, event)
+                    _notes.refuse_coroutine(hook, event)
                     event = None
             except BaseException:
                 batch.event = event
@@ -316,7 +316,7 @@ class AbstractEventBus(Source, Shown, _state.Stateful, EventBus[T], Generic[T]):
         for event in events:
             function: object = collect_event(event, commit)
             if not callable(function):
-                _messages.refuse_coroutine(collect_event, function)
+                _notes.refuse_coroutine(collect_event, function)
                 raise _messages.not_collected(self, function)
             pairs.append((event, function))
 
@@ -510,7 +510,7 @@ def apply_collected(bus: AbstractEventBus[T], event: T, /, *, commit: bool) -> o
         return cast("Any", bus)._commitbus_await(event, commit)
     apply_event: Handler = bus._apply_event
     if (result := apply_event(event, commit)) is not None:
-        _messages.refuse_coroutine(apply_event, result)
+        _notes.refuse_coroutine(apply_event, result)
     return None
 
 
@@ -532,7 +532,7 @@ def uncollected(bus: AbstractEventBus[Any], batch: Batch, pairs: list[Any], erro
             bus._commitbus_back([])
         if done < len(items):
             (event,) = bus._commitbus_look(items[done : done + 1])
-            _messages.note_uncollected(error, bus, event, done + 1, len(items))
+            _notes.note_uncollected(error, bus, event, done + 1, len(items))
     except Exception:  # noqa: S110
         pass  # no stack or no memory: that costs the note
 
@@ -630,7 +630,7 @@ class BasicEventBus(AbstractEventBus[CommittableFunction]):
                         event = event(commit=commit)
                     if event is None:
                         continue
-                    _messages.refuse_coroutine(events[-iterator.__length_hint__() - 1], event)
+                    _notes.refuse_coroutine(events[-iterator.__length_hint__() - 1], event)
                     event = None
             except BaseException:
                 batch.event = event
@@ -664,7 +664,7 @@ class BasicEventBus(AbstractEventBus[CommittableFunction]):
             When it returns a coroutine, which is closed.
         """
         if (result := event(commit=commit)) is not None:
-            _messages.refuse_coroutine(event, result)
+            _notes.refuse_coroutine(event, result)
 
 
 _naming.see_event_through(apply_collected)

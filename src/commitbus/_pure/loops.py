@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, cast
 
-from commitbus import _messages
+from commitbus import _notes
 from commitbus._batch import BETWEEN
 from commitbus._pure.batch import event_of
 from commitbus.middleware import tell_changes
@@ -45,7 +45,7 @@ def run(handler: Handler, batch: Any, commit: bool) -> None:
             # that no `except` covers, and an interrupt there would lose the batch.
             if event is None:
                 continue
-            _messages.refuse_coroutine(handler, event)
+            _notes.refuse_coroutine(handler, event)
             event = None
         batch.event = BETWEEN
     except BaseException:
@@ -90,10 +90,10 @@ def attempt(handler: Handler, event: Any, commit: bool, failures: Failures) -> o
         if (result := handler(event, commit)) is not None:
             if result is AGAIN:
                 return AGAIN
-            _messages.refuse_coroutine(handler, result)
+            _notes.refuse_coroutine(handler, result)
     except Exception as error:
         failures.errors.append(error)
-        _messages.drop_own_frames(error)
+        _notes.drop_own_frames(error)
         return FAILED
     return None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from commitbus import _messages
+from commitbus import _messages, _notes
 from commitbus._context import Run, SharedSideEffectContext
 from commitbus._pure.event_bus import AbstractEventBus
 from commitbus._pure.side_effects import SideEffectCall
@@ -103,7 +103,7 @@ class SharedSideEffectsEventBus(AbstractEventBus[SideEffectCall]):
                 run = Run(self._commitbus_context, commit)
                 run.enter()
             if (result := event(commit=commit)) is not None:
-                _messages.refuse_coroutine(event, result)
+                _notes.refuse_coroutine(event, result)
         except BaseException as error:
             if run is not None and run.leave(error):
                 return
@@ -115,7 +115,7 @@ class SharedSideEffectsEventBus(AbstractEventBus[SideEffectCall]):
                 try: run.leave(None)  # noqa: E701
                 # fmt: on
                 except BaseException as error:
-                    _messages.note_left(error, self)
+                    _notes.note_left(error, self)
                     raise
         finally:
             if run is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, cast
 
-from commitbus import _messages, _naming
+from commitbus import _messages, _naming, _notes
 from commitbus._context import gathering
 from commitbus._interfaces import T
 from commitbus._pure import loops
@@ -121,7 +121,7 @@ class SideEffectsBus(AbstractEventBus[Pair[T]], Generic[T]):
             When it returns a coroutine, which is closed.
         """
         if (result := event[1](commit=commit)) is not None:
-            _messages.refuse_coroutine(event[1], result)
+            _notes.refuse_coroutine(event[1], result)
 
     @property
     def _commitbus_wrapped_bus(self) -> AbstractEventBus[T] | None:
@@ -177,7 +177,7 @@ class SideEffectsBus(AbstractEventBus[Pair[T]], Generic[T]):
             finally:
                 gathering.set(outer)
             if result is not None:
-                _messages.refuse_coroutine(called, result)
+                _notes.refuse_coroutine(called, result)
             if out is not None and not is_delayed(event):
                 out.append(event)
 

@@ -8,11 +8,12 @@ from functools import partial
 from inspect import isawaitable
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
-from commitbus import _messages
+from commitbus import _messages, _notes
 from commitbus._batch import GONE, SPARSE, plain_batch, put_back
 from commitbus._failures import Failures, Rounds
 from commitbus._interfaces import PartlyApplied
 from commitbus._rounds import check_rounds
+from commitbus.aio._messages import failed_at_once, needs_asyncio, not_a_concurrency
 from commitbus.middleware import Middleware, added, tell_changes
 
 if TYPE_CHECKING:
@@ -169,7 +170,7 @@ class Running:
         failed: list[int] = []
         if isinstance(error, PartlyApplied) and work.event is work.events:
             try:
-                raised = _messages.partly_applied(self.published_on, error, work.events)[0]
+                raised = _notes.partly_applied(self.published_on, error, work.events)[0]
                 raised.__suppress_context__ = True
                 failed = sorted(error.errors)
                 self.keep_failed(work, failed)
@@ -183,7 +184,7 @@ class Running:
             return raised
         failures.positions += [start + at for at in failed or range(span)]
         failures.errors.append(raised)
-        _messages.drop_own_frames(raised)
+        _notes.drop_own_frames(raised)
         failures.note(len(failures.errors) - 1, self.bus, work.events[0], start + span - width, width, span)
         return None
 
@@ -201,7 +202,7 @@ class Running:
         with suppress(Exception):
             span = len(work.events)
             place = (work.start + span - width, width, span, self.count)
-            note = _messages.note_stopped if self.how.concurrency == 1 else _messages.note_failed
+            note = _notes.note_stopped if self.how.concurrency == 1 else _notes.note_failed
             note(error, self.bus, work.events[0], place)
 
     def applied(self) -> list[Any]:
@@ -214,7 +215,7 @@ def _see_to(store: Any, bus: Any, batch: Any, error: BaseException, failures: Fa
     store._commitbus_settle(batch)
     if failures is not None and not isinstance(error, Exception):
         failures.chain(error, bus)
-    _messages.drop_own_frames(error)
+    _notes.drop_own_frames(error)
 
 
 async def work_at_once(work: Callable[[], Coroutine[Any, Any, None]], workers: int) -> None:
@@ -257,8 +258,8 @@ async def work_at_once(work: Callable[[], Coroutine[Any, Any, None]], workers: i
     if len(errors) == 1:
         raise errors[0]
     for failure in errors:
-        _messages.drop_own_frames(failure)
-    raise BaseExceptionGroup(_messages.failed_at_once(len(errors)), errors)
+        _notes.drop_own_frames(failure)
+    raise BaseExceptionGroup(failed_at_once(len(errors)), errors)
 
 
 async def within(
@@ -287,7 +288,7 @@ async def within(
         if not scope.over and await scope.leave_async(error):
             return scope.done
         if leaving:
-            _messages.note_left(error, bus)
+            _notes.note_left(error, bus)
         scope.done = []
         raise
     finally:
@@ -327,7 +328,7 @@ async def in_rounds(
         if failures is not None:
             failures.chain(error, bus)
         applied = batch = []  # the traceback keeps this frame, and must keep no event
-        _messages.drop_own_frames(error)
+        _notes.drop_own_frames(error)
         raise error
 
 
@@ -342,7 +343,7 @@ async def finish(handler: Handler, commit: bool, named: object = None) -> None:
         if isawaitable(result):
             result = await result
         if result is not None:
-            _messages.refuse_coroutine(handler if named is None else named, result)
+            _notes.refuse_coroutine(handler if named is None else named, result)
     except BaseException:
         # From 3.12 on, the frame of the handler, which the traceback keeps, keeps this one: it must keep no event.
         del handler, named
@@ -363,7 +364,7 @@ async def surround(
         if isawaitable(result):
             result = await result
         if result is not None and result is not step:
-            _messages.refuse_coroutine(function, result)
+            _notes.refuse_coroutine(function, result)
             raise _messages.middleware_returned(function, result)
         if step.called and not step.begun:
             await step  # a plain function has only said that the event may go on
@@ -395,7 +396,7 @@ class Step:
 
 def check_concurrency(concurrency: object) -> None:
     if not isinstance(concurrency, int) or concurrency < 1:
-        raise _messages.not_a_concurrency(concurrency)
+        raise not_a_concurrency(concurrency)
     if concurrency > 1:
         check_loop()
 
@@ -405,4 +406,4 @@ def check_loop() -> None:
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        raise _messages.needs_asyncio() from None
+        raise needs_asyncio() from None

@@ -7,7 +7,7 @@ from functools import partial
 from inspect import ismethod
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from commitbus import _messages
+from commitbus import _messages, _notes
 from commitbus._interfaces import PartlyApplied
 from commitbus.aio._loop import Work, finish
 from commitbus.aio.event_bus import AsyncEventBus
@@ -78,7 +78,7 @@ class AsyncBatchEventBus(AsyncEventBus[T]):
         try:
             await finish(partial(self._apply_events_async, [event]), commit, self._apply_events_async)
         except PartlyApplied as error:
-            raise _messages.partly_applied(self, error, [event])[0] from None
+            raise _notes.partly_applied(self, error, [event])[0] from None
 
     def _commitbus_works(self) -> Callable[[list[Any], list[Any] | None, int], list[Work]]:
         one_by_one = super()._commitbus_works()

@@ -8,7 +8,7 @@ from inspect import isawaitable, iscoroutinefunction, ismethod
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, cast
 
-from commitbus import _after_rollback, _lock, _messages, _outer
+from commitbus import _after_rollback, _lock, _messages, _notes, _outer
 from commitbus._before_commit import apply_each, apply_now, before_commit
 from commitbus._context import committed
 from commitbus._interfaces import EventBusOrchestrator, NotCommittedError
@@ -17,6 +17,7 @@ from commitbus._rounds import check_rounds
 from commitbus._unit_end import chained
 from commitbus._unit_of_work import Unit, Yielded
 from commitbus.aio._loop import ONE, check_concurrency, check_loop
+from commitbus.aio._messages import committing, not_awaitable
 from commitbus.aio._tasks import of_this_task, to_the_end
 from commitbus.aio.event_bus import AsyncEventBus
 from commitbus.aio.multi_event_bus import AsyncMultiEventBus, uncollect
@@ -43,7 +44,7 @@ async def _apply_now(delayed: Any) -> list[Any]:
 
 
 async def _awaited(result: Awaitable[object], function: object) -> None:
-    _messages.refuse_coroutine(function, await result)
+    _notes.refuse_coroutine(function, await result)
 
 
 async def _refuse_failed(session: Any) -> None:
@@ -79,7 +80,7 @@ class AsyncUnit(Unit):
             self.refuse_call()
             return await self._apply()  # a handler calls it again, and there is nothing to commit
         if self.committing:
-            raise _messages.committing()
+            raise committing()
         if self.doubted is not None:
             await self.begin_anew_steps()
         plainly = self.buses._commitbus_is_plain(True)
@@ -110,7 +111,7 @@ class AsyncUnit(Unit):
             stored = []  # the traceback keeps this frame, and must keep no event
             if not self.commit:
                 await self.roll_back_steps(error)
-            _messages.drop_own_frames(error)
+            _notes.drop_own_frames(error)
             raise
         finally:
             self.applying = False
@@ -159,7 +160,7 @@ class AsyncUnit(Unit):
         session = session_of(self.commit_transaction) if before_commit(self.buses) else None
         if session is None:
             return self.commit_transaction
-        from commitbus.integrations.sqlalchemy import storing_async
+        from commitbus.integrations.sqlalchemy._storing import storing_async
 
         return storing_async(session, self.buses, stored, of_this_task(cast("Any", self.commit_transaction)))
 
@@ -202,7 +203,7 @@ class AsyncUnit(Unit):
         if isawaitable(result):
             result = await result
         if result is not None:
-            _messages.refuse_coroutine(rollback_transaction, result)
+            _notes.refuse_coroutine(rollback_transaction, result)
 
     async def apply_for_rollback(self, error: BaseException | None) -> list[Any]:
         """Do the same as a plain unit of work; a cancellation that has rolled back does not come again there."""
@@ -226,13 +227,13 @@ class AsyncUnit(Unit):
             if isawaitable(result):
                 cancelled = await to_the_end(_awaited(cast("Any", result), function))
             else:
-                _messages.refuse_coroutine(function, result)
+                _notes.refuse_coroutine(function, result)
         except asyncio.CancelledError as raised:
             raise raised from chained(error, raised.__cause__) if raised.__cause__ is not None else error
         except Exception as second:
             if error is None:
                 raise
-            _messages.chain(error, second)
+            _notes.chain(error, second)
         if cancelled is not None:
             raise cancelled from error
 
@@ -249,7 +250,7 @@ def _check_functions(**functions: Any) -> None:
             classes = type(cast("Any", function.__self__)).__mro__
             if not any(cls.__module__.startswith("sqlalchemy.orm.") for cls in classes):
                 continue
-            raise _messages.not_awaitable(name, function)
+            raise not_awaitable(name, function)
 
 
 def use_orchestrator_or_create_multi_event_bus(

@@ -8,15 +8,16 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
 
-from commitbus import _messages
+from commitbus._naming import describe_bus, type_name
 from commitbus.batch_event_bus import BatchEventBus, PartlyApplied
+from commitbus.integrations._messages import not_an_app, not_installed
 
 try:
     import celery as _celery
     from celery import canvas as _canvas
     from kombu import messaging as _messaging
 except ModuleNotFoundError as _error:
-    raise _messages.not_installed("celery", _error) from _error
+    raise not_installed("celery", _error) from _error
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -87,7 +88,7 @@ class CeleryEventBus(BatchEventBus[Any]):
 
     def __init__(self, app: Celery, confirm_timeout: float = 30.0) -> None:
         if not isinstance(cast("Any", app), APP):
-            raise _messages.not_an_app(self, app)
+            raise not_an_app(self, app)
         self._app: Any = app
         self._confirm_timeout = confirm_timeout
         self.results: list[Any] = []
@@ -106,10 +107,10 @@ class CeleryEventBus(BatchEventBus[Any]):
             When it is anything else, for example the task itself, or of another app. The bus is as it was.
         """
         if not isinstance(event, SIGNATURE):
-            raise _messages.not_a_signature(self, event)
+            raise not_a_signature(self, event)
         app = getattr(event, "_app", None)
         if app is not None and app is not self._app:
-            raise _messages.of_another_app(self, event)
+            raise of_another_app(self, event)
         super().publish(event)
 
     def _apply_events(self, events: list[Any], commit: bool) -> None:
@@ -158,7 +159,7 @@ class CeleryEventBus(BatchEventBus[Any]):
                     with suppress(Exception):
                         one.channel.close()
             except Exception as error:
-                sent.errors[at] = _messages.not_confirmed(error)
+                sent.errors[at] = not_confirmed(error)
                 sent.broken = True
                 return
             del sent.errors[at]
@@ -298,7 +299,7 @@ class _Sent:
         else:
             self.broken = True
         for at in positions:
-            self.errors[at] = _messages.not_confirmed(error)
+            self.errors[at] = not_confirmed(error)
 
     def acknowledge(self, tag: int, multiple: bool) -> None:
         for one in self._covered(tag, multiple):
@@ -307,7 +308,43 @@ class _Sent:
     def refuse(self, tag: int, multiple: bool) -> None:
         for one in self._covered(tag, multiple):
             at = self.waiting.pop(one)
-            self.errors.setdefault(at, _messages.not_confirmed(None))
+            self.errors.setdefault(at, not_confirmed(None))
 
     def _covered(self, tag: int, multiple: bool) -> list[int]:
         return [one for one in self.waiting if one == tag or (multiple and one <= tag)]
+
+
+# Errors
+
+
+def not_confirmed(error: Exception | None) -> ConnectionError:
+    """Say that the broker may have a message, or not: each with an error of its own."""
+    if error is None:
+        return ConnectionError("the broker refused the message: its queue may be full; apply the bus again later")
+    made = ConnectionError(f"the broker did not confirm the message, which it may have: {error}; apply the bus again")
+    made.__cause__ = error
+    return made
+
+
+def of_another_app(bus: object, event: object) -> TypeError:
+    """Refuse a task whose workers listen to another broker."""
+    return TypeError(
+        f"{describe_bus(bus)} sends to the broker of its own app, and {name_of_task(event)} is a task of another one; "
+        "make a CeleryEventBus for that app"
+    )
+
+
+def name_of_task(signature: object) -> str:
+    """Name the task of a signature, without its arguments."""
+    try:
+        return str.__str__(signature.task)  # type: ignore[attr-defined]
+    except Exception:
+        return type_name(type(signature))
+
+
+def not_a_signature(bus: object, event: object) -> TypeError:
+    """Refuse to publish what is no signature."""
+    return TypeError(
+        f"{describe_bus(bus)} takes signatures of Celery, not {type_name(type(event))}; "
+        "publish task.s(...), with its options: task.s(...).set(queue=...)"
+    )

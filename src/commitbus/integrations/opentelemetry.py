@@ -7,16 +7,16 @@ import time
 from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, cast
 
-from commitbus import _messages
 from commitbus._naming import describe, describe_bus
 from commitbus.aio import AsyncEventBus
+from commitbus.integrations._messages import not_installed
 from commitbus.middleware import add_middleware
 
 try:
     from opentelemetry import metrics, trace
     from opentelemetry.trace import SpanKind, Status, StatusCode
 except ModuleNotFoundError as _error:
-    raise _messages.not_installed("opentelemetry", _error) from _error
+    raise not_installed("opentelemetry", _error) from _error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator

@@ -11,7 +11,7 @@ import time
 from inspect import isawaitable
 from typing import TYPE_CHECKING, Any, cast
 
-from commitbus import _messages
+from commitbus._messages import kind
 
 if TYPE_CHECKING:
     from commitbus.aio import AsyncMultiEventBus
@@ -102,7 +102,7 @@ def settle(buses: MultiEventBus, connection: Any, transaction_id: int, *, timeou
     question = _status_of(transaction_id)
     while (status := _ask(connection, question)) == "in progress":
         if time.monotonic() > end:
-            raise _messages.still_in_progress(transaction_id)
+            raise still_in_progress(transaction_id)
         time.sleep(WAIT)
     if _was_committed(status, transaction_id):
         buses.apply(True)
@@ -164,7 +164,7 @@ async def settle_async(
     question = _status_of(transaction_id)
     while (status := await _ask_async(connection, question)) == "in progress":
         if time.monotonic() > end:
-            raise _messages.still_in_progress(transaction_id)
+            raise still_in_progress(transaction_id)
         await asyncio.sleep(WAIT)
     was_committed = _was_committed(status, transaction_id)
     if not hasattr(buses, "apply_async"):
@@ -178,13 +178,13 @@ async def settle_async(
 
 def _status_of(transaction_id: object) -> str:
     if type(transaction_id) is not int:
-        raise _messages.not_a_transaction_id(transaction_id)
+        raise not_a_transaction_id(transaction_id)
     return f"SELECT pg_xact_status('{transaction_id}'::xid8)"  # a number: nothing of anybody's text
 
 
 def _was_committed(status: object, transaction_id: int) -> bool:
     if status is None:
-        raise _messages.not_known_any_more(transaction_id)
+        raise not_known_any_more(transaction_id)
     return status == "committed"
 
 
@@ -194,10 +194,10 @@ def _ask(connection: Any, question: str) -> Any:
     if hasattr(connection, "exec_driver_sql") and not hasattr(connection, "sync_connection"):
         return connection.exec_driver_sql(question).scalar()
     if not callable(getattr(connection, "cursor", None)):
-        raise _messages.not_to_be_asked(connection)
+        raise not_to_be_asked(connection)
     cursor = connection.cursor()
     if not hasattr(cursor, "execute") or hasattr(cursor, "__anext__"):
-        raise _messages.not_to_be_asked(connection)
+        raise not_to_be_asked(connection)
     try:
         cursor.execute(question)
         (found,) = cursor.fetchone()
@@ -214,9 +214,40 @@ async def _ask_async(connection: Any, question: str) -> Any:
     if callable(fetchval := getattr(connection, "fetchval", None)):  # asyncpg's
         return await cast("Any", fetchval)(question)
     if not callable(execute := getattr(connection, "execute", None)):
-        raise _messages.not_to_be_asked(connection)
+        raise not_to_be_asked(connection)
     result = execute(question)
     if not isawaitable(result):
-        raise _messages.not_to_be_asked(connection)
+        raise not_to_be_asked(connection)
     (found,) = await (await result).fetchone()
     return found
+
+
+# Errors
+
+
+def not_to_be_asked(connection: object) -> TypeError:
+    """Refuse to ask by what is no connection, or is one of the other kind."""
+    return TypeError(
+        f"a connection of PostgreSQL, or a session of SQLAlchemy, is needed, not {kind(connection)}; pass one that is "
+        "asynchronous to the functions that are awaited, and to those alone"
+    )
+
+
+def not_a_transaction_id(value: object) -> TypeError:
+    """Refuse what is no id of a transaction."""
+    return TypeError(f"transaction_id must be an int, not {kind(value)}; pass what transaction_id(connection) gave")
+
+
+def still_in_progress(transaction_id: int) -> TimeoutError:
+    """Say that nobody knows yet what becomes of a transaction."""
+    return TimeoutError(
+        f"transaction {transaction_id} is in progress still, so that nothing was applied or dropped; ask again later"
+    )
+
+
+def not_known_any_more(transaction_id: int) -> LookupError:
+    """Say that PostgreSQL has forgotten a transaction."""
+    return LookupError(
+        f"PostgreSQL does not know any more what became of transaction {transaction_id}, which is too old, or not of "
+        "this server; nothing was applied or dropped: look at the data"
+    )

@@ -6,11 +6,14 @@ import json
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-from commitbus import _messages
 from commitbus._context import committed
+from commitbus._messages import too_late_to_store
+from commitbus._naming import describe_bus, type_name
+from commitbus._notes import add_note
 from commitbus.aio import AsyncBatchEventBus
 from commitbus.batch_event_bus import BatchEventBus
 from commitbus.event_bus import AbstractEventBus
+from commitbus.integrations._messages import not_an_app, not_installed
 
 try:
     import psycopg as _psycopg
@@ -21,7 +24,7 @@ try:
     from procrastinate.tasks import Task
     from psycopg.pq import TransactionStatus
 except ModuleNotFoundError as _error:
-    raise _messages.not_installed("procrastinate", _error) from _error
+    raise not_installed("procrastinate", _error) from _error
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -58,7 +61,7 @@ def _make_job(app: App, task: object, arguments: dict[str, Any]) -> Job:
     elif isinstance(task, JobDeferrer):
         deferrer = task
     else:
-        raise _messages.not_a_task(task)
+        raise not_a_task(task)
     job = deferrer.make_new_job(**arguments)
     own: Any = getattr(app.connector, "_json_dumps", None)
     try:
@@ -67,7 +70,7 @@ def _make_job(app: App, task: object, arguments: dict[str, Any]) -> Job:
         if "\\u" in text or not text.isascii():
             _check_texts(stored)
     except Exception as error:
-        raise _messages.not_json(job.task_name, error) from error
+        raise not_json(job.task_name, error) from error
     return job if own else job.evolve(task_kwargs=stored)
 
 
@@ -76,24 +79,24 @@ def _checked(bus: object, app: App, connection: Any, kind: type[Any]) -> Any:
     if connection is None:
         django: Any = getattr(app.connector, "connection", None)
         if not getattr(django, "in_atomic_block", False):
-            raise _messages.no_transaction(bus, "open a block of transaction.atomic() first")
+            raise no_transaction(bus, "open a block of transaction.atomic() first")
         if committed.get():
-            raise _messages.too_late_to_store(bus)
+            raise too_late_to_store(bus)
         return None
     given: Any = connection
     if not isinstance(cast("object", connection), _psycopg.Connection | _psycopg.AsyncConnection):
         given = connection()
     if not isinstance(cast("object", given), kind):
-        raise _messages.not_a_connection(bus, given, f"a psycopg.{kind.__name__}")
+        raise not_a_connection(bus, given, f"a psycopg.{kind.__name__}")
     status: Any = given.info.transaction_status
     if given.closed or status == TransactionStatus.UNKNOWN:
-        raise _messages.no_transaction(bus, "its connection is closed; begin the transaction again on another one")
+        raise no_transaction(bus, "its connection is closed; begin the transaction again on another one")
     if status == TransactionStatus.INERROR:
-        raise _messages.no_transaction(bus, "a statement has failed in it; roll it back")
+        raise no_transaction(bus, "a statement has failed in it; roll it back")
     if committed.get():  # a transaction that is open now would be one that nobody is to commit
-        raise _messages.too_late_to_store(bus)
+        raise too_late_to_store(bus)
     if given.autocommit and status == TransactionStatus.IDLE:
-        raise _messages.no_transaction(bus, "the connection is in autocommit; open a block of connection.transaction()")
+        raise no_transaction(bus, "the connection is in autocommit; open a block of connection.transaction()")
     return given
 
 
@@ -101,11 +104,11 @@ def _manager(bus: object, app: Any, connection: object, kind: type[Any]) -> JobM
     """Give what stores jobs: the app's own for Django, else one like it that needs no pool of connections."""
     connector = getattr(app, "connector", None)
     if not hasattr(app, "job_manager") or connector is None:
-        raise _messages.not_an_app(bus, app)
+        raise not_an_app(bus, app)
     if connection is None and kind is SyncPsycopgConnector and hasattr(connector, "alias"):  # Django's
         return cast("JobManager", app.job_manager)
     if not (callable(connection) or isinstance(connection, _psycopg.Connection | _psycopg.AsyncConnection)):
-        raise _messages.not_a_connection(bus, connection, "a connection of psycopg")
+        raise not_a_connection(bus, connection, "a connection of psycopg")
     return JobManager(kind(json_dumps=getattr(connector, "_json_dumps", None)))
 
 
@@ -148,7 +151,7 @@ class _Outbox(AbstractEventBus[Job]):
             When it is anything else. The bus is as it was.
         """
         if not isinstance(cast("object", event), Job):
-            raise _messages.not_a_job(self, event)
+            raise not_a_job(self, event)
         super().publish(event)
 
 
@@ -247,7 +250,7 @@ class ProcrastinateEventBus(BatchEventBus[Job], _Outbox):  # in this order: the 
                 self._manager.batch_defer_jobs(events, connection)
         except _AlreadyEnqueued as error:
             if not self._skip_enqueued:
-                _messages.note_enqueued(error, len(events))
+                note_enqueued(error, len(events))
                 raise
             for job in events:
                 with suppress(_AlreadyEnqueued), self._savepoint(connection):
@@ -344,9 +347,55 @@ class AsyncProcrastinateEventBus(AsyncBatchEventBus[Job], _Outbox):
                 await self._manager.batch_defer_jobs_async(events, connection)
         except _AlreadyEnqueued as error:
             if not self._skip_enqueued:
-                _messages.note_enqueued(error, len(events))
+                note_enqueued(error, len(events))
                 raise
             for job in events:
                 with suppress(_AlreadyEnqueued):
                     async with connection.transaction():
                         await self._manager.batch_defer_jobs_async([job], connection)
+
+
+# Errors
+
+
+def not_a_task(value: object) -> TypeError:
+    """Refuse to defer what is no task."""
+    return TypeError(
+        f"defer() takes a task of procrastinate, or what its configure() gives, not {type_name(type(value))}; "
+        "decorate the function with @app.task"
+    )
+
+
+def not_json(task: str, error: Exception) -> Exception:
+    """Refuse arguments that no worker would get."""
+    kind = ValueError if isinstance(error, ValueError) else TypeError
+    return kind(f"the arguments of {task} cannot be stored: {error}; pass what JSON has, an id instead of an object")
+
+
+def not_a_job(bus: object, event: object) -> TypeError:
+    """Refuse to publish what is no job."""
+    return TypeError(
+        f"{describe_bus(bus)} takes jobs of procrastinate, not {type_name(type(event))}; "
+        "publish with bus.defer(task, **arguments)"
+    )
+
+
+def not_a_connection(bus: object, value: object, kind: str) -> TypeError:
+    """Refuse to store anything where the transaction is not."""
+    return TypeError(
+        f"{type_name(type(bus))} stores on {kind}, not on {type_name(type(value))}; pass that of the transaction, "
+        "of a session of SQLAlchemy for example lambda: session.connection().connection.driver_connection"
+    )
+
+
+def no_transaction(bus: object, advice: str) -> RuntimeError:
+    """Refuse to store where no transaction would commit it."""
+    return RuntimeError(f"{describe_bus(bus)} stores its events in a transaction, and there is none: {advice}")
+
+
+def note_enqueued(error: BaseException, count: int) -> None:
+    """Say what became of the jobs when one has a queueing lock that is taken."""
+    none = "it was not stored" if count == 1 else f"none of the {count} jobs was stored"
+    add_note(
+        error, f"{none}, and the transaction can go on; discard the job that has the lock, or pass skip_enqueued=True"
+    )
