@@ -115,7 +115,7 @@ def scenes() -> Iterator[tuple[str, Callable[[], object]]]:
             commit()
 
     def rolled_back() -> None:
-        begin_unit = commitbus.use_orchestrator_or_create_multi_event_bus
+        begin_unit: Any = commitbus.use_orchestrator_or_create_multi_event_bus
         try:
             with begin_unit(None, True, commit_transaction=nothing, rollback_transaction=nothing) as (buses, _):
                 publish_on_each(buses)
@@ -206,10 +206,11 @@ def scenes_of_django(publish_on_each: Any, make: Any, events: list[int]) -> Iter
         return
     settings.configure(DATABASES={"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"}})
     django.setup()
-    from django.db import transaction
+    from django.db import transaction as _transaction
 
     from commitbus.integrations.django import OnCommitEventBus, orchestrator
 
+    transaction: Any = _transaction  # has no annotations
     on_commit: Any = OnCommitEventBus(make())
 
     def with_orchestrator() -> None:

@@ -18,7 +18,7 @@ from conftest import run_over_the_other_twin
 from servers import MARIADB, POSTGRES
 
 import commitbus
-from commitbus import BasicEventBus, NotCommittedError, _outcome, aio, if_committed
+from commitbus import BasicEventBus, NotCommittedError, _commit, _outcome, _transactions, aio, if_committed
 from commitbus.aio import BasicAsyncEventBus
 
 if TYPE_CHECKING:
@@ -482,12 +482,12 @@ def test_nothing_is_kept_of_an_error_that_was_seen() -> None:
         orchestrator(session).wrap(BasicEventBus())
         with suppress(sqlalchemy.exc.OperationalError):
             session.execute(sqlalchemy.text("SELECT"))
-        assert _outcome.needs_asking(session)
+        assert _transactions.needs_asking(session)
         session.commit()
-        assert not _outcome.needs_asking(session)
+        assert not _transactions.needs_asking(session)
     del session
     gc.collect()
-    assert not _outcome._seen
+    assert not _transactions._seen
     engine.dispose()
 
 
@@ -503,15 +503,15 @@ class Odd:
 
 def test_an_owner_that_nobody_knows() -> None:
     for owner in (object(), SimpleNamespace(commit=print), Odd(), 5):
-        assert not _outcome.has_failed(owner)
-        assert not _outcome.needs_asking(owner)
+        assert not _transactions.has_failed(owner)
+        assert not _transactions.needs_asking(owner)
     functions: tuple[Any, ...] = (print, [].append, vars(Odd)["commit"].__get__(Odd()))
     for function in functions:
-        assert _outcome.watch(function, None) is None
-        commit = _outcome.Commit(getattr(function, "__self__", None), None, False)
+        assert _commit.watch(function, None) is None
+        commit = _commit.Commit(getattr(function, "__self__", None), None, False)
         commit.refuse_if_open(object())
         assert commit.after(ValueError()) is _outcome.Outcome.UNKNOWN
-    assert _outcome.watch(lambda: None, None) is None
+    assert _commit.watch(lambda: None, None) is None
 
 
 @pytest.mark.parametrize(
@@ -525,7 +525,7 @@ def test_an_owner_that_nobody_knows() -> None:
 def test_the_drivers_and_their_subclasses(package: str, attributes: dict[str, Any]) -> None:
     base = type("Connection", (), {**attributes, "__module__": f"{package}.connections", "commit": lambda self: None})
     own: Any = type("Traced", (base,), {})()
-    assert _outcome.has_failed(own)
+    assert _transactions.has_failed(own)
     with unit_of_work(None, True, commit_transaction=own.commit) as (buses, commit):
         buses.wrap(BasicEventBus()).publish(if_committed(print))
         with pytest.raises(NotCommittedError, match="run the statement in a savepoint"):

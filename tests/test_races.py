@@ -24,7 +24,7 @@ from conftest import CPYTHON
 
 import commitbus
 from commitbus._looking import flatten
-from commitbus.savepoint import open_marks
+from commitbus._marks import open_marks
 
 PACKAGE = str(Path(commitbus.__file__).parent)
 SECONDS = float(os.environ.get("COMMITBUS_TEST_SCHEDULES", "3"))

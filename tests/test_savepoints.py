@@ -20,7 +20,7 @@ import pytest
 from conftest import CPYTHON
 
 import commitbus
-from commitbus.savepoint import open_marks
+from commitbus._marks import open_marks
 
 if TYPE_CHECKING:
     from conftest import Log

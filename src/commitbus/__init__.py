@@ -27,9 +27,7 @@ from commitbus.multi_event_bus import (
     UnappliedEventsWarning,
     use_orchestrator_or_create_multi_event_bus,
 )
-from commitbus.savepoint import (
-    Savepoint,
-)
+from commitbus.savepoint import Savepoint
 from commitbus.shared_side_effects import (
     SharedSideEffectsEventBus,
 )

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from types import coroutine
 from typing import TYPE_CHECKING, Any, cast
 
 from commitbus import _messages
 from commitbus._context import committed
 from commitbus._looking import events_to_apply
-from commitbus._steps import given, run
+from commitbus._steps import given, run, steps
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -39,7 +38,7 @@ def apply_before_commit(buses: Any) -> list[Any]:
     return cast("list[Any]", run(apply_each(buses, lambda delayed: given(apply_now(delayed)))))
 
 
-@coroutine
+@steps
 def apply_each(buses: Any, apply: Callable[[Any], Any]) -> Generator[Any, Any, list[Any]]:
     """Apply what belongs to the transaction by a function that may be awaited, and give the events."""
     applied: list[Any] = []
@@ -52,7 +51,7 @@ def apply_each(buses: Any, apply: Callable[[Any], Any]) -> Generator[Any, Any, l
             if not found:
                 return applied
             for delayed in found:
-                applied += yield from apply(delayed)
+                applied += cast("list[Any]", (yield from apply(delayed)))
         raise _messages.too_many_rounds(ROUNDS)
     finally:
         committed.reset(token)

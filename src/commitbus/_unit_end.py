@@ -7,23 +7,24 @@ overrides: `end_transaction`, `apply_for_rollback` and `call_on_unapplied`.
 from __future__ import annotations
 
 import sys
-from types import coroutine
 from typing import TYPE_CHECKING, Any, cast
 
 from commitbus import _after_rollback, _lock, _messages, _notes
 from commitbus._before_commit import apply_before_commit, before_commit
+from commitbus._commit import after_commit, refuse_if_open
 from commitbus._interfaces import NotCommittedError
 from commitbus._looking import events_to_apply, holds_buses, in_store
+from commitbus._marks import refuse_open, roll_back_in, stores_in
 from commitbus._moving import bare, drop_but
-from commitbus._outcome import Outcome, after_commit, mark, marked, refuse_if_open, session_of
-from commitbus._steps import NOTHING, given, run
-from commitbus.savepoint import refuse_open, roll_back_in, stores_in
+from commitbus._outcome import Outcome, mark, marked
+from commitbus._steps import NOTHING, given, run, steps
+from commitbus._transactions import session_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
     from typing import TypeAlias, TypeVar
 
-    from commitbus._outcome import Commit
+    from commitbus._commit import Commit
 
     R = TypeVar("R")
     Steps: TypeAlias = Generator[Any, Any, R]
@@ -123,7 +124,7 @@ class Rest:
         """See to what a commit has raised, or what comes before it."""
         run(self.fail_steps(error, after_commit(commit, error) if committing else None))
 
-    @coroutine
+    @steps
     def fail_steps(self, error: BaseException, outcome: Outcome | None) -> Steps[None]:
         """Do that; `outcome` is None where the commit was not begun."""
         if outcome is not None:
@@ -168,7 +169,7 @@ class Rest:
         self.doubted = _leftovers().new_multi(self.buses)
         _leftovers().move(self.buses, self.doubted, {id(event) for _, events in self.kept for event in events})
 
-    @coroutine
+    @steps
     def end_unknown(self, error: BaseException) -> Steps[None]:
         """End a transaction that was committed, or may have been, and drop nothing."""
         if self.rollback_transaction is not None and not self.rolled_back:
@@ -206,7 +207,7 @@ class Rest:
         """Do what `roll_back_steps` does."""
         return cast("list[Any]", run(self.roll_back_steps(error)))
 
-    @coroutine
+    @steps
     def roll_back_steps(self, error: BaseException | None) -> Steps[list[Any]]:
         """End the transaction, drop what was published in it, and apply what is for that; give these events.
 
@@ -223,14 +224,15 @@ class Rest:
             first = chained(first, raised)
         finally:  # whatever came: the transaction must not stay open
             try:
-                cancelled = yield from self.end_transaction()
+                cancelled = cast("BaseException | None", (yield from self.end_transaction()))
             except self.cancellations as raised:
                 cancelled = raised
                 if raised.__cause__ is not None:  # the rollback has failed, too
                     first = chained(first, raised.__cause__)
             except Exception as raised:
                 first = chained(first, raised)
-        applied = yield from self.apply_after_rollback(first if cancelled is None else cancelled)
+        error_before = first if cancelled is None else cancelled
+        applied = cast("list[Any]", (yield from self.apply_after_rollback(error_before)))
         if cancelled is not None:
             self.ended_by = cancelled
             raise cancelled from first  # it came while this one was seen to, and goes on
@@ -268,7 +270,7 @@ class Rest:
             self.aside = None
         return _after_rollback.has_any(self.buses)
 
-    @coroutine
+    @steps
     def apply_after_rollback(self, error: BaseException | None) -> Steps[list[Any]]:
         """Apply what is for a rollback, which has come; what that raises never hides `error`."""
         if not self.begin_rollback():
@@ -276,7 +278,7 @@ class Rest:
         applied: list[Any] = []
         outer, self.applying = self.applying, True  # a call by one of them would be none of theirs
         try:
-            applied = yield from self.apply_for_rollback(error)
+            applied = cast("list[Any]", (yield from self.apply_for_rollback(error)))
         except Exception as second:
             self.undone = True
             if error is None:
@@ -312,7 +314,7 @@ class Rest:
         """See to what was not applied when the block is left, by an error or not."""
         run(self.leave_steps(error))
 
-    @coroutine
+    @steps
     def leave_steps(self, error: BaseException | None) -> Steps[None]:
         """Do that."""
         if self.forks != _lock.forks:
@@ -329,7 +331,7 @@ class Rest:
             if (left := self.left_of_rollback()) is not None and error is not None:
                 yield from self.call_on_unapplied(left, error)
 
-    @coroutine
+    @steps
     def end_block(self, error: BaseException | None) -> Steps[None]:
         """Roll back what is to be rolled back, and tell of what was not applied."""
         if error is not None and not self.committed:
@@ -362,14 +364,14 @@ class Rest:
         """Do what `begin_anew_steps` does."""
         run(self.begin_anew_steps())
 
-    @coroutine
+    @steps
     def begin_anew_steps(self) -> Steps[None]:
         """Tell of what the attempt before has published; the note on its exception has told whoever has called."""
         buses, self.doubted = self.doubted, None
         if self.on_unapplied is not None and events_to_apply(buses):
             yield from self.call_on_unapplied(buses, None)
 
-    @coroutine
+    @steps
     def tell_doubted(self, error: BaseException | None) -> Steps[None]:
         """Tell of what was published before a commit of which nobody knows."""
         buses, self.doubted = self.doubted, None
@@ -388,7 +390,7 @@ class Rest:
         elif marked(error) is not Outcome.UNKNOWN:
             _notes.note_in_doubt(error, events)
 
-    @coroutine
+    @steps
     def tell(self, error: BaseException | None) -> Steps[None]:
         """Tell of the events that were not applied."""
         events = events_to_apply(self.buses)

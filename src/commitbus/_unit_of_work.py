@@ -7,19 +7,20 @@ from types import FunctionType
 from typing import TYPE_CHECKING, Any, cast
 
 from commitbus import _lock, _messages, _notes, _outer
+from commitbus._commit import watch
 from commitbus._context import committed
 from commitbus._interfaces import EventBusOrchestrator
-from commitbus._outcome import see_errors_of, watch
+from commitbus._marks import numbers
 from commitbus._rounds import check_rounds
+from commitbus._transactions import see_errors_of
 from commitbus._unit_end import Rest
-from commitbus.savepoint import numbers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
     from types import TracebackType
 
-    from commitbus._outcome import Commit
+    from commitbus._commit import Commit
 
 
 class Yielded(tuple[EventBusOrchestrator, "Callable[[], list[Any]]"]):

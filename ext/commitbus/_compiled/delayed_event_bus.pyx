@@ -31,7 +31,9 @@ from commitbus._compiled.side_effects_bus import SideEffectsBus
 from commitbus._context import gathering_of
 from commitbus._interfaces import EventBus, T, iterate
 from commitbus._looking import ClassSignature, Shown
-from commitbus.savepoint import Collecting, Savepoint, begun_anew, check_open, collecting_by, covering
+from commitbus._collecting import Collecting
+from commitbus._marks import begun_anew, check_open, collecting_by, covering
+from commitbus.savepoint import Savepoint
 
 # What stands for an argument that was not given.
 cdef object MISSING = _messages.MISSING

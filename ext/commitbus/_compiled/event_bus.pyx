@@ -23,7 +23,8 @@ from abc import abstractmethod
 from commitbus import _lock, _messages, _naming, _notes, _state
 from commitbus._interfaces import CommittableFunction, EventBus, T, iterate
 from commitbus._looking import Shown
-from commitbus.savepoint import Savepoint, begun_anew, check_open, may_collect
+from commitbus._marks import begun_anew, check_open, may_collect
+from commitbus.savepoint import Savepoint
 
 
 cdef extern from "Python.h":

@@ -30,11 +30,12 @@ from commitbus._context import committed as _committed
 from commitbus._context import gathering, gathering_of
 from commitbus._interfaces import EventBusOrchestrator, iterate
 from commitbus._looking import events_to_apply
-from commitbus._outcome import see_errors_of, watch
+from commitbus._commit import watch
+from commitbus._transactions import see_errors_of
 from commitbus._rounds import check_rounds
 from commitbus._unit_end import Rest
 from commitbus._unit_of_work import Yielded, check_callbacks
-from commitbus.savepoint import Mark, numbers, refuse_open
+from commitbus._marks import Mark, numbers, refuse_open
 
 # What stands for an argument that was not given.
 cdef object MISSING = _messages.MISSING

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 from commitbus import _notes
 from commitbus._batch import Batch, new_batch, put_back
 from commitbus._failures import Failures
+from commitbus._marks import check_open
 from commitbus._pure import loops
 from commitbus._pure.batch import event_of, position_of, see_to, take
 from commitbus._pure.loops import iter_from, run, run_robustly
 from commitbus._rounds import in_rounds, leave
-from commitbus.savepoint import check_open
 
 if TYPE_CHECKING:
     from commitbus._batch import PlainBatch

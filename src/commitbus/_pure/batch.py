@@ -16,7 +16,7 @@ from commitbus._batch import (
     new_batch,
 )
 from commitbus._lock import ATOMIC
-from commitbus.savepoint import Mark, check_open
+from commitbus._marks import Mark, check_open
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -12,10 +12,12 @@ from commitbus._batch import (
     new_batch,
     put_back,
 )
+from commitbus._collecting import Collecting
 from commitbus._context import gathering_of
 from commitbus._interfaces import EventBus, T, deprecated
 from commitbus._lock import ATOMIC
 from commitbus._looking import Shown
+from commitbus._marks import begun_anew, check_open, collecting_by, covering
 from commitbus._pure.applying import apply_all, carry_out
 from commitbus._pure.batch import (
     Explicit,
@@ -38,7 +40,7 @@ from commitbus._pure.event_bus import (
 )
 from commitbus._pure.loops import AGAIN
 from commitbus._pure.side_effects_bus import SideEffectsBus
-from commitbus.savepoint import Collecting, Savepoint, begun_anew, check_open, collecting_by, covering
+from commitbus.savepoint import Savepoint
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -19,11 +19,12 @@ from commitbus._batch import (
 from commitbus._interfaces import CommittableFunction, EventBus, T, deprecated, iterate
 from commitbus._lock import ATOMIC
 from commitbus._looking import Shown
+from commitbus._marks import Mark, begun_anew, check_open, cut, may_collect
 from commitbus._pure.applying import apply_all, carry_out, stopped
 from commitbus._pure.batch import Handler, Home, Source, is_method, live, move, take, take_left, tidy
 from commitbus._pure.side_effects import SideEffectCall
 from commitbus.middleware import surround, tell_changes
-from commitbus.savepoint import Mark, Savepoint, begun_anew, check_open, cut, may_collect
+from commitbus.savepoint import Savepoint
 
 if TYPE_CHECKING:
     import weakref

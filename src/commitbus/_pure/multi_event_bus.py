@@ -10,13 +10,13 @@ from commitbus._batch import Batch, PlainBatch, new_batch, plain_batch, put_back
 from commitbus._context import gathering, gathering_of
 from commitbus._interfaces import EventBusOrchestrator, T
 from commitbus._looking import events_to_apply
+from commitbus._marks import refuse_open
 from commitbus._pure.applying import apply_all
 from commitbus._pure.batch import Handler, Home, drop, event_of, hold_what_is_left, is_method, take, tidy
 from commitbus._pure.delayed_event_bus import DelayedEventBus, delay
 from commitbus._pure.event_bus import AbstractEventBus, is_bus
 from commitbus._pure.loops import AGAIN
 from commitbus._unit_of_work import unit_of_work
-from commitbus.savepoint import refuse_open
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -8,7 +8,7 @@ from inspect import isawaitable
 from types import FunctionType, coroutine
 from typing import TYPE_CHECKING, Any
 
-from commitbus._outcome import scoped_sessions
+from commitbus._transactions import scoped_sessions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Generator

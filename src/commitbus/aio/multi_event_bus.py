@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 from commitbus import _after_rollback
 from commitbus._context import gathering, gathering_of
+from commitbus._marks import refuse_open
 from commitbus._moving import hand_over
 from commitbus._select import implementation
 from commitbus.aio import _loop
 from commitbus.aio._loop import ONE, How, Turn, Work, carry_out, check_concurrency, in_rounds, within
 from commitbus.aio.event_bus import AsyncEventBus
 from commitbus.multi_event_bus import MultiEventBus
-from commitbus.savepoint import refuse_open
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine

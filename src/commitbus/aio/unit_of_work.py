@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 from commitbus import _after_rollback, _lock, _messages, _notes, _outer
 from commitbus._before_commit import apply_each, apply_now, before_commit
+from commitbus._commit import after_commit, watch
 from commitbus._context import committed
 from commitbus._interfaces import EventBusOrchestrator, NotCommittedError
-from commitbus._outcome import FAILED, after_commit, ask, needs_asking, never, see_errors_of, session_of, watch
+from commitbus._marks import refuse_open
+from commitbus._outcome import FAILED, never
 from commitbus._rounds import check_rounds
+from commitbus._transactions import ask, needs_asking, see_errors_of, session_of
 from commitbus._unit_end import chained
 from commitbus._unit_of_work import Unit, Yielded
 from commitbus.aio._loop import ONE, check_concurrency, check_loop
@@ -21,18 +24,18 @@ from commitbus.aio._messages import committing, not_awaitable
 from commitbus.aio._tasks import of_this_task, to_the_end
 from commitbus.aio.event_bus import AsyncEventBus
 from commitbus.aio.multi_event_bus import AsyncMultiEventBus, uncollect
-from commitbus.savepoint import refuse_open
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from contextlib import AbstractAsyncContextManager
 
-    from commitbus._outcome import Commit
+    from commitbus._commit import Commit
 
 
 async def apply_before_commit_async(buses: Any) -> list[Any]:
     """Apply what belongs to the transaction that is about to be committed, and give the events."""
-    return await apply_each(buses, _apply_now)
+    applied: list[Any] = await apply_each(buses, _apply_now)
+    return applied
 
 
 async def _apply_now(delayed: Any) -> list[Any]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING, Any, cast
 
+from commitbus._drivers import has_ended
 from commitbus._interfaces import NotCommittedError
-from commitbus._outcome import has_ended
 from commitbus.integrations.django._database import DatabaseError
 
 if TYPE_CHECKING:

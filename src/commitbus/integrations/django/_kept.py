@@ -34,7 +34,7 @@ class Leftovers(MultiEventBus):
     def _applying(self) -> Generator[None]:
         """Keep what handlers publish, outside of a transaction of their own."""
         state = self._state()
-        if state is None or state.errors is not None or cast("Any", state.connection()).in_atomic_block:
+        if state is None or state.errors is not None or state.connection().in_atomic_block:
             yield  # after a commit, or for the one that comes
             return
         try:

@@ -8,8 +8,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from commitbus import _leftovers, _lock, _notes
+from commitbus._drivers import after, driver_of
 from commitbus._messages import begun_before_a_fork, too_many_rounds
-from commitbus._outcome import FAILED, Outcome, after, driver_of, has_failed, mark, never
+from commitbus._outcome import FAILED, Outcome, mark, never
+from commitbus._transactions import has_failed
 from commitbus.delayed_event_bus import DelayedEventBus
 from commitbus.integrations.django import _messages
 from commitbus.integrations.django._database import DatabaseError
@@ -73,7 +75,7 @@ class State(AfterRollback):
 
     def runs(self) -> list[Run]:
         """List what is to be applied after the commit of the transaction that is open."""
-        return [hook for _, hook, _ in cast("Any", self.connection()).run_on_commit if type(hook) is Run]
+        return [hook for _, hook, _ in self.connection().run_on_commit if type(hook) is Run]
 
     def commit(self) -> None:
         """Commit as Django does, but not what PostgreSQL would only roll back: it would say that it was committed."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 from sqlalchemy.orm import session as _orm_session
 
 from commitbus import _after_rollback, _notes, _outer
-from commitbus._outcome import has_connection, see_errors, tell_ended
+from commitbus._transactions import has_connection, see_errors, tell_ended
 from commitbus.integrations.sqlalchemy._bound import Bound
 from commitbus.integrations.sqlalchemy._session import place_of
 

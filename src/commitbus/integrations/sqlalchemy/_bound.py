@@ -17,8 +17,10 @@ from commitbus._before_commit import ROUNDS, apply_before_commit, before_commit
 from commitbus._context import committed
 from commitbus._interfaces import NotCommittedError
 from commitbus._looking import events_to_apply
+from commitbus._marks import open_marks, stores_in
 from commitbus._messages import begun_before_a_fork, savepoint_is_open, too_many_rounds
-from commitbus._outcome import FAILED, Outcome, after_of_transaction, mark, never, session_has_failed
+from commitbus._outcome import FAILED, Outcome, mark, never
+from commitbus._transactions import after_of_transaction, session_has_failed
 from commitbus.aio._tasks import to_the_end
 from commitbus.aio.unit_of_work import apply_before_commit_async
 from commitbus.integrations.sqlalchemy import _messages
@@ -33,7 +35,6 @@ from commitbus.integrations.sqlalchemy._session import (
     place_of,
     plain_session,
 )
-from commitbus.savepoint import open_marks, stores_in
 
 if TYPE_CHECKING:
     from asyncio import CancelledError

@@ -13,6 +13,7 @@ from sqlalchemy.util import await_only
 from commitbus import _after_rollback, _leftovers, _lock, _notes
 from commitbus._context import committed
 from commitbus._looking import events_to_apply
+from commitbus._marks import open_marks, roll_back_in, stores_in
 from commitbus._messages import too_many_rounds
 from commitbus._outcome import Outcome, mark
 from commitbus.aio import AsyncEventBus, AsyncMultiEventBus
@@ -21,7 +22,6 @@ from commitbus.integrations._messages import note_not_applied_after_rollback
 from commitbus.integrations.sqlalchemy import _messages
 from commitbus.integrations.sqlalchemy._buses import Leftovers, SessionBuses
 from commitbus.integrations.sqlalchemy._session import in_greenlet
-from commitbus.savepoint import open_marks, roll_back_in, stores_in
 
 if TYPE_CHECKING:
     from asyncio import CancelledError
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
     from sqlalchemy.orm import SessionTransaction
 
-    from commitbus.savepoint import Opened, Savepoint
+    from commitbus._opened import Opened
+    from commitbus.savepoint import Savepoint
 
 # Looked up once.
 _apply, _apply_async = AsyncMultiEventBus.apply, AsyncMultiEventBus.apply_async
