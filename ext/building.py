@@ -22,10 +22,10 @@ TEXT = re.compile(r'(?: *#.*\n)* *(?:"""(?P<plain>.+)"""|b?"\w+\(.*\\n--\\n\\n\\
 STORES = re.compile(r"^class (\w+)\((\w+Store)\b", re.M)
 
 
-def written(module: ast.Module) -> dict[tuple[str, str], str]:
-    """Give the docstrings of a module by class, or nothing, and name."""
+def written(modules: list[ast.Module]) -> dict[tuple[str, str], str]:
+    """Give the docstrings of modules by class, or nothing, and name."""
     found = {}
-    for node in module.body:
+    for node in (node for module in modules for node in module.body):
         if isinstance(node, ast.ClassDef | ast.FunctionDef):
             found["", node.name] = ast.get_docstring(node) or ""
         if isinstance(node, ast.ClassDef):
@@ -35,9 +35,9 @@ def written(module: ast.Module) -> dict[tuple[str, str], str]:
     return found
 
 
-def documented(source: str, pure: str) -> str:
-    """Put the docstrings of the pure twin into a source of the compiled one."""
-    texts = written(ast.parse(pure))
+def documented(source: str, pure: list[str]) -> str:
+    """Put the docstrings of the pure twin's modules into a source of the compiled one."""
+    texts = written([ast.parse(text) for text in pure])
     public = {store: name for name, store in STORES.findall(source)}
     parts, end, cls = [], 0, ""
     for head in HEAD.finditer(source):
@@ -64,8 +64,8 @@ def documented(source: str, pure: str) -> str:
 def copy(ext: Path, to: Path) -> None:
     """Copy the sources of the compiled twin, with the docstrings of the pure one."""
     shutil.copytree(ext / FOLDER, to / FOLDER, dirs_exist_ok=True)
+    pure = [path.read_text(encoding="utf-8") for path in sorted(PURE.glob("*.py"))]
     for path in (to / FOLDER).glob("*.pyx"):
-        pure = (PURE / f"{path.stem}.py").read_text(encoding="utf-8")
         path.write_text(documented(path.read_text(encoding="utf-8"), pure), encoding="utf-8")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 import threading
 from typing import Any
 
@@ -16,8 +17,11 @@ LOCK: Any = importlib.import_module("commitbus._lock")
 
 
 def without_atomic_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("batch", "event_bus", "delayed_event_bus"):
-        monkeypatch.setattr(importlib.import_module(f"commitbus._pure.{name}"), "ATOMIC", False)
+    modules = [module for name, module in sys.modules.items() if name.startswith("commitbus._pure.")]
+    for module in modules:
+        if hasattr(module, "ATOMIC"):
+            monkeypatch.setattr(module, "ATOMIC", False)
+    monkeypatch.setattr(LOCK, "guard", LOCK.lock)
     for cls in (PURE.AbstractEventBus,):
         monkeypatch.setattr(cls, "_commitbus_plain", False)
 

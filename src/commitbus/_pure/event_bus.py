@@ -6,7 +6,7 @@ from abc import abstractmethod
 from functools import partial
 from itertools import repeat
 from types import MethodType
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, cast, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, cast
 
 from commitbus import _lock, _messages, _naming, _notes, _state
 from commitbus._batch import (
@@ -16,29 +16,21 @@ from commitbus._batch import (
     new_batch,
     put_back,
 )
-from commitbus._interfaces import CommittableFunction, EventBus, T, deprecated, iterate
+from commitbus._interfaces import CommittableFunction, EventBus, T, iterate
 from commitbus._lock import ATOMIC
 from commitbus._looking import Shown
-from commitbus._marks import Mark, begun_anew, check_open, cut, may_collect
+from commitbus._marks import begun_anew, check_open, may_collect
 from commitbus._pure.applying import apply_all, carry_out, stopped
-from commitbus._pure.batch import Handler, Home, Source, is_method, live, move, take, take_left, tidy
-from commitbus._pure.side_effects import SideEffectCall
-from commitbus.middleware import surround, tell_changes
+from commitbus._pure.batch import Handler, Home, is_method, live, move, take, take_left
+from commitbus._pure.store import EventStore
+from commitbus.middleware import tell_changes
 from commitbus.savepoint import Savepoint
 
 if TYPE_CHECKING:
-    import weakref
-    from collections.abc import Callable, Coroutine, Iterable
-    from typing import Protocol, Self
+    from collections.abc import Callable, Iterable
+    from typing import Self
 
-    from commitbus._interfaces import EventBusOrchestrator
     from commitbus.middleware import Middleware
-
-    class CoroutineFunction(Protocol):
-        """What looks like a `CommittableFunction`, but only gives a coroutine."""
-
-        def __call__(self, *, commit: bool) -> Coroutine[Any, Any, Any]: ...
-
 
 track: Callable[[Any], None] | None = None  # told of each bus that is made, while tests look for what was forgotten
 
@@ -52,7 +44,7 @@ def use_track(function: Callable[[Any], None] | None) -> None:
 Pair: TypeAlias = tuple[T, CommittableFunction]
 
 
-class AbstractEventBus(Source, Shown, _state.Stateful, EventBus[T], Generic[T]):
+class AbstractEventBus(EventStore, Shown, _state.Stateful, EventBus[T], Generic[T]):
     """A bus that keeps its events until it is applied: subclass it and implement ``_apply_event``.
 
     Any number of threads may publish, apply and collect at once; each event is applied exactly once,
@@ -92,22 +84,9 @@ class AbstractEventBus(Source, Shown, _state.Stateful, EventBus[T], Generic[T]):
 
     __module__ = "commitbus.event_bus"
 
-    # _owner, _wrapper: once a multi bus let go of this bus, that multi bus and the delayed bus around this
-    #     one, weakly, as nobody else could apply them: the next event registers the one with the other
-    # _batch: of a multi bus, the one that an apply has taken and not finished; empty where none has any more
-    # _claim: for `commitbus.integrations.sqlalchemy`, the buses of the session that has wrapped it, weakly
-    __slots__ = ("__weakref__", "_commitbus_batch", "_commitbus_claim", "_commitbus_owner", "_commitbus_wrapper")
-    _commitbus_batch: PlainBatch | None
-    _commitbus_owner: weakref.ref[Any] | None
-    _commitbus_wrapper: weakref.ref[Any] | None
-    _commitbus_claim: weakref.ref[Any] | None
+    __slots__ = ()
     applies_before_commit: ClassVar[bool] = False
     applies_after_rollback: ClassVar[bool] = False
-    _commitbus_plain = ATOMIC  # whether apply needs neither a lock nor a context nor middleware
-    _commitbus_awaited = 0  # 1 where its handlers are awaited, 2 where that is not done one event after another
-    _commitbus_delayed = False
-    _commitbus_multi = False  # isinstance() takes a detour through `abc`
-    _commitbus_keeps_events = True  # whether what is pending are the events themselves
 
     @classmethod
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -367,7 +346,8 @@ class AbstractEventBus(Source, Shown, _state.Stateful, EventBus[T], Generic[T]):
         batch = new_batch([])
         try:
             take(self, batch)
-            return self._commitbus_look(batch.events[batch.begin :])
+            events: list[T] = self._commitbus_look(batch.events[batch.begin :])
+            return events
         except BaseException:
             put_back(self, batch)
             raise
@@ -383,118 +363,7 @@ class AbstractEventBus(Source, Shown, _state.Stateful, EventBus[T], Generic[T]):
         """
         return Savepoint(self)
 
-    def _commitbus_mark(self) -> tuple[int, int]:
-        """Give where what is published from now on begins, and how much was put back before."""
-        left = tidy(self)
-        return len(self._commitbus_pending), 0 if left is None else len(left.events) - left.begin
-
-    def _commitbus_cut(self, start: int, kept: tuple[tuple[int, int], ...]) -> list[T]:
-        """Drop what is pending from a mark on, but for some spans, and give it."""
-        return self._commitbus_look(cut(self._commitbus_pending, start, kept))
-
-    def _commitbus_put(self, events: list[T]) -> None:
-        """Append events that were pending before, whatever a subclass overrides."""
-        self._commitbus_pending.extend(events)
-        if self._commitbus_owner is not None:
-            self._commitbus_register()
-
-    def _commitbus_bring_back(self, count: int, marks: tuple[Mark, ...] | None) -> None:
-        """Bring the last events that were put back to what is pending, and set the marks: collecting them failed."""
-        while (left := tidy(self)) is not None and count:
-            events = left.events
-            begin, span = max(left.begin, len(events) - count), slice(0)
-            newer, new = events[begin:], new_batch(events[left.begin : begin])
-            with _lock.guard:
-                # One line: they are in one place or the other, and the marks right.
-                # fmt: off
-                if self._commitbus_left is left: self._commitbus_pending[span] = newer; self._commitbus_left = new; self._commitbus_marks = marks; return  # noqa: E501, E701, E702
-                # fmt: on
-        self._commitbus_marks = marks
-
-    def _commitbus_follower(self) -> Any:
-        """Give the delayed bus that the next event here registers, or None."""
-        wrapper = self._commitbus_wrapper
-        return None if wrapper is None else wrapper()
-
-    def _commitbus_events(self) -> list[T]:
-        """Copy what is pending, whatever a subclass overrides."""
-        return self._commitbus_look(self._commitbus_items())
-
-    def _commitbus_get(self) -> Any:
-        return self._commitbus_items()
-
-    def _commitbus_set(self, kept: Any) -> None:
-        self._commitbus_pending.extend(kept)
-
     # For `commitbus.aio`, whose loops are coroutines. Items are what the pending list has: see `_commitbus_look`.
-
-    def _commitbus_take_into(self, items: list[Any]) -> None:
-        """Move all that is pending to the end of a list that the caller has, so that no interrupt loses it."""
-        if self._commitbus_marks is not None:
-            check_open(self)
-        batch: Any = new_batch([])
-        try:
-            take(self, batch)
-            events = batch.events[batch.begin :]
-            # One line: they are in one list or the other.
-            items += events; batch = None  # fmt: skip  # noqa: E702
-        except BaseException:
-            if batch is not None:
-                put_back(self, batch)
-            raise
-
-    def _commitbus_put_back(self, items: list[Any], begun: int) -> None:
-        """Put items back before what is pending; the first `begun` of them were tried."""
-        batch, tried = new_batch(items), items[:begun]
-        put_back(self, batch)
-        self._commitbus_back(tried)
-
-    def _commitbus_holds_any(self) -> bool:
-        return bool(self._commitbus_pending) or tidy(self) is not None
-
-    def _commitbus_items(self) -> list[Any]:
-        """Copy what is pending."""
-        while True:
-            left = tidy(self)
-            rest: list[Any] = [] if left is None else left.events[left.begin :]
-            pending = self._commitbus_pending.copy()
-            if self._commitbus_left is left:  # else somebody has taken it meanwhile, or put back more
-                return rest + pending
-
-    def _commitbus_look(self, items: list[Any]) -> list[T]:
-        """Give the events that the items of a pending list stand for."""
-        return items
-
-    def _commitbus_hook(self) -> Handler:
-        return self._apply_event
-
-    def _commitbus_surrounded(self, hook: Any, stack: tuple[Middleware, ...]) -> Any:
-        return surround(stack, self, hook)
-
-    def _commitbus_back(self, tried: list[Any]) -> None:  # noqa: ARG002
-        if self._commitbus_owner is not None:
-            self._commitbus_register()
-
-    def _commitbus_forget_again(self, home: Home, tried: list[Any]) -> None:
-        """See to events that were tried, and are put back where they were collected."""
-
-    def _commitbus_register(self) -> None:
-        """Register with the multi bus that let go of this bus last, if that is still there."""
-        owner: Any = None
-        try:
-            # One line: who took the owner registers.
-            owner, wrapper, self._commitbus_owner = self._commitbus_owner, self._commitbus_wrapper, None
-            multi: EventBusOrchestrator | None = None if owner is None else owner()
-            if multi is None:
-                return
-            if wrapper is None or (delayed := wrapper()) is None:
-                multi.wrap(self)
-            else:
-                cast("Any", multi).publish(delayed)
-        except BaseException:
-            if owner is not None:
-                self._commitbus_owner = owner  # the next event tries again
-            raise
 
 
 def use_middleware(stack: tuple[Middleware, ...] | None) -> None:
@@ -549,123 +418,6 @@ def collects_plainly(bus: AbstractEventBus[Any]) -> bool:
         return False
     hook: Any = bus._collect_event
     return type(hook) is MethodType and hook.__func__ is AbstractEventBus._collect_event and hook.__self__ is bus
-
-
-class BasicEventBus(AbstractEventBus[CommittableFunction]):
-    """A bus whose events are callables: each is called as ``event(commit=commit)``.
-
-    Examples
-    --------
-    Bind the arguments with `functools.partial` or `SideEffectCall`:
-
-    >>> from functools import partial
-    >>> from commitbus import BasicEventBus
-    >>> def send(address: str, *, commit: bool) -> None:
-    ...     print("send to" if commit else "would send to", address)
-    >>> bus = BasicEventBus()
-    >>> bus.publish(partial(send, "ada@example.org"))
-    >>> _ = bus.apply(commit=True)
-    send to ada@example.org
-
-    With a keyword-only ``commit``, an argument too many is an error. Were it positional, the same
-    slip would set it, and a dry run could send mail:
-
-    >>> bus.publish(partial(send, "ada@example.org", "an argument too many"))
-    >>> bus.apply(commit=False)  # doctest: +ELLIPSIS
-    Traceback (most recent call last):
-        ...
-    TypeError: send() takes 1 positional argument but 2 ... given
-    commitbus: event 1 of 1, __main__.send, failed in commitbus.event_bus.BasicEventBus; it stays pending
-    """
-
-    __module__ = "commitbus.event_bus"
-
-    if TYPE_CHECKING:
-
-        @overload
-        @deprecated("a coroutine function is never awaited here, and applying it is a TypeError; publish a function")
-        def publish(self, event: CoroutineFunction) -> None: ...
-        @overload
-        def publish(self, event: CommittableFunction) -> None: ...
-
-    def publish(self, event: Any) -> None:
-        """Add an event, in constant time; nothing happens to it until it is applied.
-
-        Parameters
-        ----------
-        event : CommittableFunction
-            What to call. The bus keeps a reference until it was applied or discarded.
-
-        Raises
-        ------
-        TypeError
-            When `event` cannot be called. The bus is as it was.
-        """
-        if not callable(event):
-            raise _messages.not_callable(event)
-        self._commitbus_pending.append(event)
-        if self._commitbus_owner is not None:
-            self._commitbus_register()
-
-    def _commitbus_run(self, home: Home, bus: object, hook: Handler, commit: bool) -> list[CommittableFunction]:
-        if not is_method(hook, BasicEventBus._apply_event, self):
-            return super()._commitbus_run(home, bus, hook, commit)
-        # The same, without a call of `_apply_event` for each event, and of `SideEffectCall.__call__`: that takes
-        # a fifth to two fifths off its time.
-        pending = self._commitbus_pending
-        batch: Any = PlainBatch()
-        events: Any = []
-        iterator: Any = iter(events)
-        batch.events, batch.iterator, batch.settled = events, iterator, False
-        call: Any = None
-        event: Any = None
-        try:
-            try:
-                if self._commitbus_marks is None: events += pending; del pending[ALL]  # fmt: skip  # noqa: E701, E702
-                else: return carry_out(home, bus, hook, commit, None, None)  # fmt: skip  # noqa: E701
-                for event in iterator:
-                    if type(event) is SideEffectCall and not event._commitbus_conditional:
-                        call = event
-                        event = call._commitbus_function(*call._commitbus_args, **call._commitbus_kwargs, commit=commit)
-                    else:
-                        event = event(commit=commit)
-                    if event is None:
-                        continue
-                    _notes.refuse_coroutine(events[-iterator.__length_hint__() - 1], event)
-                    event = None
-            except BaseException:
-                batch.event = event
-                put_back(home, batch)
-                raise
-        except BaseException as error:
-            # fmt: off
-            if not batch.settled: batch.event = event; batch.behind, home._commitbus_left, batch.settled = home._commitbus_left, batch, True  # noqa: E501, E701, E702
-            try: stopped(home, batch, bus, error, None)  # noqa: E701, SIM105
-            # fmt: on
-            except Exception:  # noqa: S110
-                pass
-            batch = events = iterator = event = call = None
-            raise
-        applied: list[CommittableFunction] = events
-        return applied
-
-    def _apply_event(self, event: CommittableFunction, commit: bool) -> None:
-        """Call the event.
-
-        Parameters
-        ----------
-        event : CommittableFunction
-            The callable.
-        commit : bool
-            Passed to it as a keyword.
-
-        Raises
-        ------
-        TypeError
-            When it returns a coroutine, which is closed.
-        """
-        if (result := event(commit=commit)) is not None:
-            _notes.refuse_coroutine(event, result)
 
 
 _naming.see_event_through(apply_collected)

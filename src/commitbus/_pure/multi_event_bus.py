@@ -1,39 +1,31 @@
-"""`MultiEventBus`, and the unit of work."""
+"""`MultiEventBus`."""
 
 from __future__ import annotations
 
 import weakref
 from typing import TYPE_CHECKING, Any, cast
 
-from commitbus import _after_rollback, _lock, _messages
-from commitbus._batch import Batch, PlainBatch, new_batch, plain_batch, put_back
+from commitbus import _after_rollback, _messages
+from commitbus._batch import Batch, new_batch, put_back
 from commitbus._context import gathering, gathering_of
 from commitbus._interfaces import EventBusOrchestrator, T
 from commitbus._looking import events_to_apply
 from commitbus._marks import refuse_open
 from commitbus._pure.applying import apply_all
-from commitbus._pure.batch import Handler, Home, drop, event_of, hold_what_is_left, is_method, take, tidy
+from commitbus._pure.batch import Handler, Home, hold_what_is_left, is_method, take
 from commitbus._pure.delayed_event_bus import DelayedEventBus, delay
 from commitbus._pure.event_bus import AbstractEventBus, is_bus
 from commitbus._pure.loops import AGAIN
-from commitbus._unit_of_work import unit_of_work
+from commitbus._pure.multi_store import MultiStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from contextlib import AbstractContextManager
 
     from commitbus._failures import Failures
     from commitbus.middleware import Middleware
 
 
-# The batches of buses that run while another apply of the same multi bus runs, within it or in another thread: not in
-# each bus, where a list of its own took a tenth of a request.
-OTHERS: dict[int, tuple[MultiEventBus, PlainBatch]] = {}  # by the identity of the batch
-NONE_NOW = plain_batch([], None)  # in place of a batch: it was applied, and is not any more
-IDLE = (None, NONE_NOW)
-
-
-class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator):
+class MultiEventBus(MultiStore, AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator):
     """Runs many buses at once: hand it out as an orchestrator, then apply it.
 
     A `MultiEventBus` may itself be wrapped in another.
@@ -363,62 +355,12 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
     def _commitbus_forget_again(self, home: Home, tried: list[Any]) -> None:
         hold_what_is_left(self, home, [event for event in tried if isinstance(event, DelayedEventBus)])
 
-    def _commitbus_start(self, batch: Batch) -> None:
-        # One line: no other apply comes between.
-        if self._commitbus_batch in IDLE: self._commitbus_batch = batch; return  # fmt: skip  # noqa: E701, E702
-        OTHERS[id(batch)] = (self, batch)
-
-    def _commitbus_finish(self, batch: Batch) -> None:
-        if self._commitbus_batch is batch: self._commitbus_batch = NONE_NOW; return  # fmt: skip  # noqa: E701, E702
-        OTHERS.pop(id(batch), None)
-
     @staticmethod
     def _commitbus_new() -> MultiEventBus:
         """Make one of this twin."""
         return MultiEventBus()
 
-    # For the unit of work.
-
-    def _commitbus_is_plain(self, awaited: bool) -> bool:
-        """Whether all that is registered is applied after the commit, and no savepoint covers it.
-
-        Where that is not `awaited`, nothing may have to be.
-        """
-        if self._commitbus_marks is not None or self._commitbus_left is not None:
-            return False
-        for delayed in self._commitbus_pending.copy():
-            actual: Any = getattr(delayed, "_commitbus_actual", None)
-            cls = cast("Any", type(actual))
-            if (
-                actual is None
-                or cls.applies_before_commit
-                or cls.applies_after_rollback
-                or cls._commitbus_multi
-                or (cls._commitbus_awaited and not awaited)
-                or actual._commitbus_marks is not None
-                or (
-                    (collected := delayed._commitbus_side_effects) is not None
-                    and collected._commitbus_marks is not None
-                )
-            ):
-                return False
-        return True
-
-    def _commitbus_was_applied(self) -> bool:
-        """Whether it was applied at least once."""
-        return self._commitbus_batch is not None
-
     # For `commitbus.aio`, whose loop is a coroutine.
-
-    def _commitbus_begin(self, buses: list[Any]) -> None:
-        """Note that these buses have their turns, for a savepoint that a handler opens."""
-        OTHERS[id(buses)] = (self, plain_batch(buses, None))
-        if self._commitbus_batch is None:
-            self._commitbus_batch = NONE_NOW
-
-    def _commitbus_end(self, buses: list[Any]) -> None:
-        """Note that they have them no more."""
-        OTHERS.pop(id(buses), None)
 
     def _commitbus_take_turn(
         self, delayed: Any, commit: bool, failures: Failures | None, out: list[Any] | None
@@ -426,37 +368,9 @@ class MultiEventBus(AbstractEventBus[DelayedEventBus[Any]], EventBusOrchestrator
         """Apply one bus; true where something failed in it, in a robust apply."""
         return self._commitbus_turn(delayed, weakref.ref(self), commit, failures, out) is AGAIN
 
-    def _commitbus_to_cover(self, savepoint: object) -> list[Any]:  # noqa: ARG002
-        """Give the buses that a savepoint has to mark."""
-        # Also those of an apply that is under way, whose turn may be still to come. Registered ones are looked at
-        # before and after these: another thread may take them, or put them back.
-        before = self._commitbus_items()
-        running = [delayed for batch in self._commitbus_running() for delayed in batch]
-        return [*before, *self._commitbus_items(), *running]
-
-    def _commitbus_running(self) -> list[list[Any]]:
-        """Copy the batches of buses that applies have taken and not finished."""
-        batches = [batch for multi, batch in list(OTHERS.values()) if multi is self]
-        if (running := self._commitbus_batch) not in IDLE:
-            batches.append(running)
-        return [list(map(event_of, batch.events)) for batch in batches]
-
-    def _commitbus_unregister(self, identities: set[int]) -> None:
-        """Take buses out of what is registered, each given by its identity."""
-        while (left := tidy(self)) is not None:
-            new = new_batch([one for one in left.events[left.begin :] if id(one) not in identities])
-            with _lock.guard:
-                if self._commitbus_left is left: self._commitbus_left = new; break  # fmt: skip  # noqa: E701, E702
-        drop(self, identities)
-
     def _commitbus_discard(self, delayed: DelayedEventBus[Any]) -> None:
         """Let go of a bus that was registered, and drop all that is in it."""
         _discard(delayed, weakref.ref(self))
-
-    def _commitbus_set(self, kept: Any) -> None:
-        for delayed in kept:
-            # One that was let go of is registered with this bus now, and only remembers another.
-            self._commitbus_pending.append(delayed)
 
 
 def _with_options(apply: Callable[..., list[Any]], commit: bool, robust: bool, rounds: int) -> list[Any]:
@@ -500,108 +414,3 @@ def _discard(delayed: DelayedEventBus[Any], ref: weakref.ref[Any]) -> None:
                 if isinstance(event, DelayedEventBus):
                     _discard(cast("Any", event), weakref.ref(actual))
     delayed.discard_pending_events()
-
-
-def use_orchestrator_or_create_multi_event_bus(
-    event_bus_orchestrator: EventBusOrchestrator | None,
-    commit: bool,
-    *,
-    commit_transaction: Callable[[], object] | None = None,
-    rollback_transaction: Callable[[], object] | None = None,
-    robust: bool = False,
-    rounds: int = 1,
-    on_unapplied: Callable[[MultiEventBus], object] | None = None,
-) -> AbstractContextManager[tuple[EventBusOrchestrator, Callable[[], list[Any]]], bool | None]:
-    """Run in the caller's unit of work or, without one, in a new one.
-
-    Parameters
-    ----------
-    event_bus_orchestrator : EventBusOrchestrator or None
-        The caller's, or None to create a `MultiEventBus`.
-    commit : bool
-        Handed to every handler: true to do it for real, false for a dry run.
-    commit_transaction : callable, optional
-        Called without arguments before anything is applied, if `commit` is true. Not called with an
-        orchestrator: the caller owns the transaction, too. Pass the method of the connection or session
-        itself: of a function around it, nobody knows what became of the transaction when it raises.
-    rollback_transaction : callable, optional
-        Called without arguments where the transaction must not stay open: when an exception leaves the
-        block before the commit succeeded, when `commit_transaction` raises, after a dry run, and when the
-        block ends without a call of ``commit_and_execute_side_effects``. What was
-        published in the block and not applied is dropped, with the data; on buses whose class has
-        ``applies_after_rollback = True`` it is applied then, and dropped by a commit. What it raises itself becomes
-        the last in the chain of the error that was there before. Not called with an orchestrator.
-    robust : bool, default False
-        Try every event once, whatever the others raise.
-    rounds : int, default 1
-        How often to go on with what handlers published meanwhile, at most.
-    on_unapplied : callable, optional
-        Called with a `MultiEventBus` when the block is left, after the commit or without an exception,
-        with events that were never applied: to log, store or enqueue them. Instead of the warning or the
-        note below. Also, beside the note, with those of which nobody knows whether they were committed, and
-        with those that are for a rollback and were not applied after it.
-
-    Returns
-    -------
-    context manager of (EventBusOrchestrator, callable)
-        It yields what to wrap buses with, and ``commit_and_execute_side_effects``. That commits,
-        applies, and returns the events that were applied. Called again after an apply that failed, it
-        goes on applying without committing again. With an orchestrator it does nothing and returns an
-        empty list. It raises what `commit_transaction` raises, and then nothing was applied: a note says
-        so where it is not known whether the transaction was committed. It raises `NotCommittedError` where
-        it can be seen that it was not, or would not be; else what `MultiEventBus.apply` raises. A bus whose
-        class has ``applies_before_commit = True``, an outbox, is applied before `commit_transaction` is
-        called.
-
-    Raises
-    ------
-    TypeError
-        When `event_bus_orchestrator` is neither an orchestrator nor None, when one of the functions cannot
-        be called (``session.commit()`` instead of ``session.commit``), or `rounds` is no int.
-    ValueError
-        When `rounds` is below 1.
-
-    Warns
-    -----
-    UnappliedEventsWarning
-        When the block is left, not by an exception, with events that were never applied. When it is left by
-        one after the commit, a note on the exception says how many, and which, instead.
-
-    Examples
-    --------
-    A process that may be a part of a larger one:
-
-    >>> from commitbus import BasicEventBus, use_orchestrator_or_create_multi_event_bus
-    >>> def say(*, commit: bool) -> None:
-    ...     print("mail sent")
-    >>> def order(event_bus_orchestrator=None):
-    ...     with use_orchestrator_or_create_multi_event_bus(
-    ...         event_bus_orchestrator, True, commit_transaction=lambda: print("committed")
-    ...     ) as (event_bus, commit_and_execute_side_effects):
-    ...         event_bus.wrap(BasicEventBus()).publish(say)
-    ...         return len(commit_and_execute_side_effects())
-    >>> order()
-    committed
-    mail sent
-    1
-
-    Called by another, it leaves commit and side effects to that one:
-
-    >>> with use_orchestrator_or_create_multi_event_bus(None, True) as (event_bus, execute):
-    ...     print(order(event_bus), "applied by the callee")
-    ...     print(len(execute()), "applied by the caller")
-    0 applied by the callee
-    mail sent
-    1 applied by the caller
-    """
-    return unit_of_work(
-        MultiEventBus,
-        event_bus_orchestrator,
-        commit,
-        (commit_transaction, rollback_transaction, on_unapplied),
-        robust,
-        rounds,
-    )
-
-
-use_orchestrator_or_create_multi_event_bus.__module__ = "commitbus.multi_event_bus"
