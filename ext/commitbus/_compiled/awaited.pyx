@@ -7,7 +7,9 @@ from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF
 from cpython.weakref cimport PyWeakref_NewRef
 
-from commitbus._compiled.batch cimport Progress, Source, check, event_at, events_of, failed, look_up, stopped
+from commitbus._compiled.applying cimport stopped
+from commitbus._compiled.batch cimport Progress, Source, event_at, events_of
+from commitbus._compiled.loops cimport check, failed, look_up
 from commitbus._compiled.delayed_event_bus cimport DelayedStore
 from commitbus._compiled.event_bus cimport IS_AWAITED, IS_GROUPED, IS_PLAIN, EventStore, class_flags
 from commitbus._compiled.multi_event_bus cimport MultiStore
@@ -98,9 +100,8 @@ cdef class Loop:
     # `let_go` sees by their number whether anybody else has it.
     cdef Source home
     cdef bint delayed
-    # What is applied, of which the events before `begin` are done already.
+    # What is applied.
     cdef list batch
-    cdef Py_ssize_t begin
     cdef Progress at
     # Whether some of the batch may have callables of their own.
     cdef bint mixed
@@ -179,14 +180,14 @@ cdef class Loop:
     cdef list applied(self):
         if self.batch is None:
             return []
-        batch = self.batch if self.begin == 0 else self.batch[self.begin:]
+        batch = self.batch if self.at.begin == 0 else self.batch[self.at.begin:]
         return events_of(batch) if self.mixed else batch
 
     cdef int stop(self, object error) except -1:
         """Put back what is not done, and note where it stopped."""
         batch, self.batch = self.batch, None  # the traceback keeps the coroutine, and must keep no event
         if batch is not None:
-            stopped(self.home, self.actual(), batch, self.begin, &self.at, None, error, False)
+            stopped(self.home, self.actual(), batch, &self.at, None, error)
         return 0
 
     cdef EventStore actual(self):
@@ -210,10 +211,10 @@ cdef Loop begin(Source home, bint delayed, object commit, object owner):
     loop.calls = method and loop.handler is CALL_AWAITED
     loop.at.width = loop.at.span = 1
     if delayed:
-        loop.batch = (<DelayedStore>home).take_turn(owner, commit, &loop.begin, &loop.mixed)
+        loop.batch = (<DelayedStore>home).take_turn(owner, commit, &loop.at.begin, &loop.mixed)
     else:
-        loop.batch = home.take(&loop.begin)
-    loop.at.done = loop.begin
+        loop.batch = home.take(&loop.at.begin)
+    loop.at.done = loop.at.begin
     return loop
 
 

@@ -2,12 +2,22 @@ from cpython.object cimport PyObject
 
 
 cdef struct Progress:
-    # How far an apply came in its batch: the position of the first event that is not finished.
+    # How far an apply came in its batch: the position of the first event that is not finished, and of the first.
     Py_ssize_t done
+    Py_ssize_t begin
     # The events from `done` on that are tried together, and fail together; and how many they were at first. One,
     # but on a `BatchEventBus`.
     Py_ssize_t width
     Py_ssize_t span
+
+
+cdef struct Handling:
+    # What carries an event out, and whether that is the function of a method; what it is given; and the list that
+    # gathers the events that multi buses apply, or None. Borrowed from `carry_out`, which has them as long as this.
+    PyObject* hook
+    PyObject* commit
+    PyObject* out
+    bint method
 
 
 cdef class Source:
@@ -22,9 +32,7 @@ cdef class Source:
     cdef list take(self, Py_ssize_t* head)
     # Runs a batch from `at.done` on, up to the first event that fails. Gives 0 at the end; 1 after a bus that has
     # added its errors to `failures`, where its position is then, too.
-    cdef int run(
-        self, object hook, bint method, list batch, Progress* at, object commit, object failures, list out
-    ) except -1
+    cdef int run(self, Handling* how, list batch, Progress* at, object failures) except -1
     # Puts a batch back, from `head` on. `begun` is how many of these were tried: they come first.
     cdef int put_back(self, list batch, Py_ssize_t head, Py_ssize_t begun) except -1
     # Registers again with the multi bus that let go of it last.
@@ -45,26 +53,9 @@ cdef class Pair:
     cdef tuple pair
 
 
-cdef int failed() except -1
+cdef int put_back(Source source, list batch, Py_ssize_t begin, Py_ssize_t done, object failures) except -1
+cdef list applied_of(list batch, Progress* at, object positions)
 cdef object event_of(object item)
 cdef object event_at(list batch, Py_ssize_t position)
 cdef list events_of(list items)
 cdef object explicit(tuple pair)
-cdef list carry_out(Source source, object bus, object commit, object failures, list out)
-cdef list apply_all(Source source, object bus, object commit, object robust, object rounds, list out)
-cdef object surround(tuple stack, object bus, object handler)
-cdef list stopped(
-    Source source,
-    object bus,
-    list batch,
-    Py_ssize_t begin,
-    Progress* at,
-    object failures,
-    object error,
-    bint swallowing,
-)
-cdef int call_handler(object bus, object handler, bint method, list batch, Progress* at, object commit) except -1
-cdef int call_events(list batch, Progress* at, object commit) except -1
-cdef int call_event(object event, object commit) except -1
-cdef int check(object function, object result) except -1
-cdef object look_up(object bus, str name, bint* method)

@@ -4,7 +4,8 @@
 
 cimport cython
 
-from commitbus._compiled.batch cimport Progress, call_handler, check, look_up, surround
+from commitbus._compiled.batch cimport Handling, Progress
+from commitbus._compiled.loops cimport call_handler, check, look_up, surround
 from commitbus._compiled.event_bus cimport EventStore
 
 from abc import abstractmethod
@@ -51,13 +52,12 @@ cdef class BatchStore(EventStore):
             return batches(surround(stack, self, (<Batches>hook).function), (<Batches>hook).size)
         return EventStore.surrounded(self, hook, method, stack)
 
-    cdef int run(
-        self, object hook, bint method, list batch, Progress* at, object commit, object failures, list out
-    ) except -1:
+    cdef int run(self, Handling* how, list batch, Progress* at, object failures) except -1:
         cdef Py_ssize_t end
         cdef Py_ssize_t size
+        hook, commit = <object>how.hook, <object>how.commit
         if type(hook) is not Batches:
-            return call_handler(self, hook, method, batch, at, commit)
+            return call_handler(self, how, batch, at)
         function, size = (<Batches>hook).function, (<Batches>hook).size
         while at.done < PyList_GET_SIZE(batch):
             end = PyList_GET_SIZE(batch)

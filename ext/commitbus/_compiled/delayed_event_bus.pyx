@@ -6,15 +6,9 @@ cimport cython
 from cpython.object cimport PyObject
 from cpython.weakref cimport PyWeakref_NewRef
 
-from commitbus._compiled.batch cimport (
-    Progress,
-    Source,
-    apply_all,
-    carry_out,
-    events_of,
-    explicit,
-    look_up,
-)
+from commitbus._compiled.applying cimport apply_all, carry_out
+from commitbus._compiled.batch cimport Handling, Progress, Source, events_of, explicit
+from commitbus._compiled.loops cimport look_up
 from commitbus._compiled.event_bus cimport (
     PUBLISH_IS_OURS,
     EventStore,
@@ -339,11 +333,9 @@ cdef class DelayedStore(Source):
     cdef list take(self, Py_ssize_t* head):
         return self.actual.take(head)
 
-    cdef int run(
-        self, object hook, bint method, list batch, Progress* at, object commit, object failures, list out
-    ) except -1:
+    cdef int run(self, Handling* how, list batch, Progress* at, object failures) except -1:
         cdef EventStore actual = self.actual
-        return actual.run(hook, method, batch, at, commit, failures, out)
+        return actual.run(how, batch, at, failures)
 
     cdef object scope(self, object commit):
         cdef EventStore actual = self.actual

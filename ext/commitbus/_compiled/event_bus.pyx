@@ -5,18 +5,9 @@
 cimport cython
 from cpython.object cimport PyObject
 
-from commitbus._compiled.batch cimport (
-    Progress,
-    Source,
-    apply_all,
-    call_event,
-    call_events,
-    call_handler,
-    carry_out,
-    check,
-    look_up,
-    surround,
-)
+from commitbus._compiled.applying cimport apply_all, carry_out
+from commitbus._compiled.batch cimport Handling, Progress, Source
+from commitbus._compiled.loops cimport call_event, call_events, call_handler, check, look_up, surround
 
 from abc import abstractmethod
 
@@ -384,10 +375,8 @@ cdef class EventStore(Source):
         method[0] = False
         return surround(stack, self, handler)
 
-    cdef int run(
-        self, object hook, bint method, list batch, Progress* at, object commit, object failures, list out
-    ) except -1:
-        return call_handler(self, hook, method, batch, at, commit)
+    cdef int run(self, Handling* how, list batch, Progress* at, object failures) except -1:
+        return call_handler(self, how, batch, at)
 
     # Bound as a function of Python's own is: CPython specialises the call of one, but not of a method descriptor that
     # a subclass inherits. A sixth of the time of publishing.
@@ -596,12 +585,10 @@ cdef class CallableStore(EventStore):
             self.add(event)
         return 0
 
-    cdef int run(
-        self, object hook, bint method, list batch, Progress* at, object commit, object failures, list out
-    ) except -1:
-        if method and hook is CALL_EVENT:
-            return call_events(batch, at, commit)
-        return call_handler(self, hook, method, batch, at, commit)
+    cdef int run(self, Handling* how, list batch, Progress* at, object failures) except -1:
+        if how.method and how.hook == <PyObject*>CALL_EVENT:
+            return call_events(batch, at, how)
+        return call_handler(self, how, batch, at)
 
     @cython.binding(True)  # as in `EventStore`
     def publish(self, event):

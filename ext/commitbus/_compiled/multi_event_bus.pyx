@@ -8,7 +8,9 @@ from cpython.object cimport PyObject
 from cpython.weakref cimport PyWeakref_NewRef
 from libc.stdlib cimport free, malloc
 
-from commitbus._compiled.batch cimport Progress, apply_all, carry_out, check, events_of
+from commitbus._compiled.applying cimport apply_all, carry_out
+from commitbus._compiled.batch cimport Handling, Progress, events_of
+from commitbus._compiled.loops cimport check
 from commitbus._compiled.delayed_event_bus cimport DelayedStore
 from commitbus._compiled.event_bus cimport (
     APPLY_IS_OURS,
@@ -122,13 +124,13 @@ cdef class MultiStore(EventStore):
     cdef object surrounded(self, object hook, bint* method, object stack):
         return hook  # the buses are not events
 
-    cdef int run(
-        self, object hook, bint method, list batch, Progress* at, object commit, object failures, list out
-    ) except -1:
-        cdef bint ours = method and hook is TAKE_TURN
+    cdef int run(self, Handling* how, list batch, Progress* at, object failures) except -1:
+        cdef bint ours = how.method and how.hook == <PyObject*>TAKE_TURN
+        cdef object hook = <object>how.hook, commit = <object>how.commit
+        cdef list out = <object>how.out
         cdef object ref = PyWeakref_NewRef(self, None)
         cdef object outer = None if ours else gathering.get()
-        if method and not ours:
+        if how.method and not ours:
             hook = hook.__get__(self)
         enter_level(" while applying the buses of a MultiEventBus")
         try:

@@ -7,7 +7,8 @@ from cpython.contextvars cimport PyContextVar_Get, PyContextVar_Set
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF
 
-from commitbus._compiled.batch cimport Progress, call_event, call_events, call_handler
+from commitbus._compiled.batch cimport Handling, Progress
+from commitbus._compiled.loops cimport call_event, call_events, call_handler
 from commitbus._compiled.event_bus cimport EventStore
 from commitbus._compiled.side_effects cimport SideEffectCall
 
@@ -117,12 +118,10 @@ cdef class SharedStore(EventStore):
     cdef bint surrounds(self) noexcept:
         return True
 
-    cdef int run(
-        self, object hook, bint method, list batch, Progress* at, object commit, object failures, list out
-    ) except -1:
-        if method and hook is CALL_SHARED:
-            return call_events(batch, at, commit)
-        return call_handler(self, hook, method, batch, at, commit)
+    cdef int run(self, Handling* how, list batch, Progress* at, object failures) except -1:
+        if how.method and how.hook == <PyObject*>CALL_SHARED:
+            return call_events(batch, at, how)
+        return call_handler(self, how, batch, at)
 
     def publish(self, event):
         """Add a side-effect call, in constant time; nothing happens to it until it is applied."""

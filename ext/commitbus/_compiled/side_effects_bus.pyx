@@ -5,18 +5,9 @@
 cimport cython
 from cpython.object cimport PyObject
 
-from commitbus._compiled.batch cimport (
-    Pair,
-    Progress,
-    Source,
-    apply_all,
-    call_event,
-    carry_out,
-    check,
-    events_of,
-    explicit,
-    look_up,
-)
+from commitbus._compiled.applying cimport apply_all, carry_out
+from commitbus._compiled.batch cimport Handling, Pair, Progress, Source, events_of, explicit
+from commitbus._compiled.loops cimport call_event, check, look_up
 from commitbus._compiled.event_bus cimport EventStore, collected
 
 from commitbus import _messages, _naming
@@ -117,18 +108,19 @@ cdef class PairStore(EventStore):
         method[0] = False
         return around
 
-    cdef int run(
-        self, object hook, bint method, list batch, Progress* at, object commit, object failures, list out
-    ) except -1:
+    cdef int run(self, Handling* how, list batch, Progress* at, object failures) except -1:
         cdef EventStore wraps = self.wraps
-        stack = None
-        if type(hook) is Around:
+        cdef Handling within = how[0]
+        cdef list out = <object>how.out
+        hook, commit, stack = <object>how.hook, <object>how.commit, None
+        if type(hook) is Around:  # which whoever has called this has as long as it runs
             stack = (<Around>hook).stack
-            method = (<Around>hook).method
+            within.method = (<Around>hook).method
             hook = (<Around>hook).hook
+            within.hook = <PyObject*>hook
         own = hook[0] if type(hook) is tuple else None
         if own is None and not self.mixed:
-            return wraps.run(hook, method, batch, at, commit, failures, out)
+            return wraps.run(&within, batch, at, failures)
         outer = gathering.get()
         if out is not None and wraps.is_multi():
             gathering.set((wraps, out))

@@ -297,6 +297,11 @@ class DelayedEventBus(DelayedStore, Shown, _state.Stateful, EventBus[T], Generic
         if kept[3] is not None:
             self._commitbus_let_go(weakref.ref(kept[3]))
 
+    def _commitbus_parts(self) -> tuple[AbstractEventBus[T], SideEffectsBus[T] | None]:
+        """Give the wrapped bus, and that of what was collected, or None."""
+        # Here, and not with the rest: `is_delayed` looks for it, class by class.
+        return self._commitbus_wrapped(), self._commitbus_peek()
+
     def _commitbus_keeper(self, always: bool) -> KeptEventBus[T]:
         """Make a bus that keeps what is left of this one."""
         from commitbus._pure.kept_event_bus import KeptEventBus

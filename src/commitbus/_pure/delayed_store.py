@@ -51,10 +51,6 @@ class DelayedStore(Home):
     _commitbus_owner: weakref.ref[Any] | None
     _commitbus_side_effects: SideEffectsBus[Any] | None
 
-    def _commitbus_parts(self) -> tuple[AbstractEventBus[Any], SideEffectsBus[Any] | None]:
-        """Give the wrapped bus, and that of what was collected, or None."""
-        return self._commitbus_wrapped(), self._commitbus_peek()
-
     def _commitbus_wrapped(self) -> AbstractEventBus[Any]:
         try:
             return self._commitbus_actual
