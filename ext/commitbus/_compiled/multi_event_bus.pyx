@@ -1,12 +1,10 @@
 # cython: language_level=3, binding=False, embedsignature=True, embedsignature.format=clinic
 # cython: auto_pickle=False, freethreading_compatible=True, boundscheck=False, wraparound=False
-"""`MultiEventBus` and the unit of work: documented in `commitbus._pure.multi_event_bus`."""
+"""`MultiEventBus`: documented in `commitbus._pure.multi_event_bus`."""
 
 cimport cython
-from cpython.contextvars cimport PyContextVar_Reset, PyContextVar_Set
 from cpython.object cimport PyObject
 from cpython.weakref cimport PyWeakref_NewRef
-from libc.stdlib cimport free, malloc
 
 from commitbus._compiled.applying cimport apply_all, carry_out
 from commitbus._compiled.batch cimport Handling, Progress, events_of
@@ -23,35 +21,24 @@ from commitbus._compiled.event_bus cimport (
     make,
 )
 
-from types import FunctionType
-
-from commitbus import _after_rollback, _lock, _messages, _notes, _outer
+from commitbus import _after_rollback, _messages
 from commitbus._compiled.delayed_event_bus import DelayedEventBus
-from commitbus._compiled.event_bus import EXTENSION_TYPES, AbstractEventBus, use_covers
-from commitbus._context import committed as _committed
+from commitbus._compiled.event_bus import EXTENSION_TYPES, AbstractEventBus
 from commitbus._context import gathering, gathering_of
 from commitbus._interfaces import EventBusOrchestrator, iterate
 from commitbus._looking import events_to_apply
-from commitbus._commit import watch
-from commitbus._transactions import see_errors_of
-from commitbus._rounds import check_rounds
-from commitbus._unit_end import Rest
-from commitbus._unit_of_work import Yielded, check_callbacks
-from commitbus._marks import Mark, numbers, refuse_open
+from commitbus._marks import refuse_open
 
 # What stands for an argument that was not given.
 cdef object MISSING = _messages.MISSING
+# Covers the plain buses by a savepoint: of `cover`, which builds on this module.
+cdef object COVER = None
 
 
 cdef extern from "Python.h":
     # No checks of type or index; borrowed.
     PyObject* PyList_GET_ITEM(object list, Py_ssize_t index)
     Py_ssize_t PyList_GET_SIZE(object list)
-    ctypedef struct PyTypeObject
-    ctypedef object (*newfunc)(PyTypeObject*, object, PyObject*)
-    ctypedef struct PyTypeObject:
-        # Returns a new reference, or NULL with an exception set.
-        newfunc tp_new
     # Takes over the reference, and forgets the one that it replaces.
     void PyList_SET_ITEM(object list, Py_ssize_t index, PyObject* item)
 
@@ -80,6 +67,12 @@ cdef extern from *:
     # Returns 1 with an exception set when the stack is too deep.
     int enter_level(const char* where) except 1
     void leave_level()
+
+
+def use_cover(function):
+    """Have a function cover what is registered by a savepoint."""
+    global COVER
+    COVER = function
 
 
 cdef class MultiStore(EventStore):
@@ -343,7 +336,7 @@ cdef class MultiStore(EventStore):
 
         To be called in the lock of the savepoints.
         """
-        return cover_plain(self, savepoint)
+        return COVER(self, savepoint)
 
     def _commitbus_running(self):
         """Copy the batches of buses that applies have taken and not finished."""
@@ -469,222 +462,6 @@ cdef int apply_overridden(DelayedStore delayed, object ref, object commit, bint 
     return 0
 
 
-# Savepoints
-
-
-cdef enum:
-    MADE = -1  # into a mark
-    DROPPED = -2
-
-
-@cython.final
-cdef class Cover:
-    """What a savepoint covers of a multi bus: its plain buses, in one pass, and without an object for each.
-
-    Where anything but publishing comes to one of them, a mark is made for it first, as all others have from the
-    beginning: see `commitbus.savepoint`. What is here is called in the lock of the savepoints.
-    """
-
-    cdef object savepoint
-    cdef MultiStore multi
-    # How many of these had been made, this one included.
-    cdef size_t number
-    # The delayed buses that were registered; what covered the bus in each before, or None where nothing did; and where
-    # what was published on that since begins, or what became of it.
-    cdef Py_ssize_t count
-    cdef list delayed, below
-    cdef Py_ssize_t* starts
-
-    def __dealloc__(self):
-        free(self.starts)
-
-    cdef list begin(self, size_t number):
-        """Cover the plain ones of the delayed buses, and give the rest."""
-        cdef Py_ssize_t i
-        cdef DelayedStore delayed
-        cdef EventStore actual
-        cdef list rest = []
-        for i in range(PyList_GET_SIZE(self.delayed)):
-            delayed = <DelayedStore>PyList_GET_ITEM(self.delayed, i)
-            actual = delayed.actual
-            self.starts[i] = MADE
-            if actual is None or actual.marks is not None or delayed.collected is not None:
-                rest.append(delayed)
-            elif not class_flags(actual) & IS_PLAIN:
-                rest.append(delayed)
-            elif delayed.cover_number != number:  # else it is registered twice
-                delayed.cover_number = number
-                if actual.cover is not None:
-                    if self.below is None:
-                        self.below = [None] * PyList_GET_SIZE(self.delayed)
-                    self.below[i] = actual.cover
-                with cython.critical_section(actual):
-                    self.starts[i] = 0 if actual.pending is None else PyList_GET_SIZE(actual.pending)
-                    actual.cover = self
-            self.count += 1
-        return rest
-
-    def holds(self, DelayedStore delayed):
-        """Whether it covers what a delayed bus wraps through that."""
-        cdef Py_ssize_t i
-        for i in range(PyList_GET_SIZE(self.delayed)):
-            if PyList_GET_ITEM(self.delayed, i) == <PyObject*>delayed:
-                return True
-        return False
-
-    def new_in(self, MultiStore multi):
-        """List what was registered with a multi bus since or, where it covers another one, all of that."""
-        cdef list now
-        if multi is not self.multi or not self.count:
-            return multi.items()
-        # Mostly nothing but registering has come.
-        now = multi.items_from(self.count) if self.is_beginning() else multi.items()
-        if not now:
-            return now
-        known = {id(delayed) for delayed in self.delayed} if PyList_GET_SIZE(now) > 16 else None
-        return [new for new in now if not (self.holds(new) if known is None else id(new) in known)]
-
-    cdef bint is_beginning(self):
-        """Whether what is registered begins with what was then."""
-        cdef MultiStore multi = self.multi
-        cdef Py_ssize_t j, left = 0, pending = 0
-        with cython.critical_section(multi):
-            if multi.left is not None:
-                left = PyList_GET_SIZE(multi.left) - multi.head
-            if multi.pending is not None:
-                pending = PyList_GET_SIZE(multi.pending)
-            if left + pending < self.count:
-                return False
-            for j in range(min(left, self.count)):
-                if PyList_GET_ITEM(multi.left, multi.head + j) != PyList_GET_ITEM(self.delayed, j):
-                    return False
-            for j in range(left, self.count):
-                if PyList_GET_ITEM(multi.pending, j - left) != PyList_GET_ITEM(self.delayed, j):
-                    return False
-        return True
-
-    def later(self):
-        """Give a savepoint that was opened later, covers one of the buses, and is open; or None."""
-        cdef Py_ssize_t i = 0
-        cdef EventStore actual
-        cdef Cover other
-        while i < self.count and covers_made != self.number:
-            actual = (<DelayedStore>PyList_GET_ITEM(self.delayed, i)).actual
-            if self.starts[i] != MADE and actual.cover is not self:
-                other = actual.cover
-                if other.savepoint._bus is not None:
-                    return other.savepoint
-                other.end()  # an interrupt has kept it from that
-            else:
-                i += 1
-        return None
-
-    def end(self):
-        """Cover nothing any more."""
-        cdef Py_ssize_t i
-        cdef EventStore actual
-        cdef list above = []
-        for i in reversed(range(self.count)):
-            if self.starts[i] != MADE:
-                actual = (<DelayedStore>PyList_GET_ITEM(self.delayed, i)).actual
-                if actual.cover is self:
-                    with cython.critical_section(actual):
-                        actual.cover = self.before(i)
-                    self.starts[i] = MADE
-                else:
-                    above.append(actual)
-        for actual in above:  # by one that an interrupt has left; what has ended is left out of marks
-            make_marks(actual)
-        self.count = 0
-        self.delayed, self.below = [], None
-
-    cdef object before(self, Py_ssize_t i):
-        """Give what covered a bus before."""
-        return None if self.below is None else <object>PyList_GET_ITEM(self.below, i)
-
-    def drop(self):
-        """Drop what was published since, and give it."""
-        cdef Py_ssize_t i
-        cdef list dropped = []
-        cdef EventStore actual
-        for i in range(self.count):
-            if self.starts[i] >= 0:
-                actual = (<DelayedStore>PyList_GET_ITEM(self.delayed, i)).actual
-                if actual.pending is not None and PyList_GET_SIZE(actual.pending) > self.starts[i]:
-                    dropped += actual._commitbus_cut(self.starts[i], ())
-                if self.starts[i] != MADE:  # by a finalizer, meanwhile
-                    self.starts[i] = DROPPED
-        return dropped
-
-    def make_marks(self):
-        """Make marks for all."""
-        cdef Py_ssize_t i
-        for i in range(self.count):
-            if self.starts[i] != MADE:
-                make_marks((<DelayedStore>PyList_GET_ITEM(self.delayed, i)).actual)
-
-
-cdef size_t covers_made = 0
-
-
-cdef list cover_plain(MultiStore multi, object savepoint):
-    """Cover the plain buses that are registered, and give the others, and those whose turn is under way."""
-    global covers_made
-    cdef Cover cover = Cover.__new__(Cover)
-    cdef list rest
-    if savepoint._covered is not None:  # that of the outer multi bus
-        return [*multi.items(), *(delayed for batch in multi._commitbus_running() for delayed in batch)]
-    covers_made += 1
-    cover.number = covers_made
-    cover.savepoint = savepoint
-    cover.multi = multi
-    # What is registered from here on, by a finalizer say, is newer.
-    cover.delayed = multi.items()
-    cover.starts = <Py_ssize_t*>malloc(max(PyList_GET_SIZE(cover.delayed), 1) * sizeof(Py_ssize_t))
-    if cover.starts is NULL:
-        raise MemoryError
-    savepoint._covered = cover  # who ends that ends this, however far it comes
-    rest = cover.begin(savepoint._number + 1)  # a delayed bus that was never covered has 0
-    for batch in multi._commitbus_running():
-        rest += batch
-    return rest
-
-
-def make_marks(EventStore bus):
-    """Make marks of all that covers a bus."""
-    cdef Cover cover
-    cdef Py_ssize_t i
-    cdef list found = [], marks = []
-    cdef tuple made
-    with _lock.lock:
-        top = bus.cover
-        cover = top
-        while cover is not None:
-            below = None
-            for i in reversed(range(cover.count)):
-                if cover.starts[i] != MADE and (<DelayedStore>PyList_GET_ITEM(cover.delayed, i)).actual is bus:
-                    found.append((cover, i))
-                    below = cover.before(i)
-            cover = below
-        for cover, i in reversed(found):
-            if cover.savepoint._bus is not None:
-                delayed = cover.delayed[i]
-                dropped = cover.starts[i] == DROPPED
-                marks.append(Mark(cover.savepoint, delayed, 0 if dropped else cover.starts[i]))
-                cover.savepoint._adopt(cover.multi, delayed, dropped)
-        made = (bus.marks or ()) + tuple(marks)
-        if bus.cover is not top:  # a finalizer has come here meanwhile
-            return
-        for cover, i in found:
-            cover.starts[i] = MADE
-        with cython.critical_section(bus):
-            bus.marks = made or None
-            bus.cover = None
-
-
-use_covers(make_marks)
-
-
 EXTENSION_TYPES.add(MultiStore)
 cdef object DELAYED = DelayedEventBus
 cdef object DELAYED_APPLY = DelayedStore.apply
@@ -705,174 +482,3 @@ class MultiEventBus(MultiStore, AbstractEventBus[DelayedEventBus], EventBusOrche
     def _commitbus_new():
         """Make one of this twin."""
         return MultiEventBus()
-
-
-# The unit of work
-
-
-cdef object MULTI = MultiEventBus
-cdef object COMMITTED = _committed
-cdef object FUNCTION = FunctionType
-cdef list LOOKS = _outer.looks
-# Give numbers, each larger than those before: of savepoints, and of where a unit of work began.
-cdef object NUMBERS = numbers
-
-
-cdef object yielded(object orchestrator, object execute):
-    """Make the pair, without the look-ups of a call of its class."""
-    return (<PyTypeObject*>Yielded).tp_new(<PyTypeObject*>Yielded, ((orchestrator, execute),), NULL)
-
-
-cdef class UnitStore:
-    # As in `commitbus._unit_of_work`.
-    cdef public MultiStore buses
-    cdef public object commit, commit_transaction, rollback_transaction, on_unapplied, robust, rounds
-    cdef public object begun, kept, doubted, aside, ended_by
-    cdef public bint called, committed, rolled_back, failed, applying, undone
-    cdef public object forks
-
-    def __enter__(self):
-        return yielded(self.buses, self.commit_and_execute_side_effects)
-
-    def __exit__(self, kind, error, traceback):
-        # Mostly all was committed and applied, and there is nothing to see to.
-        if (
-            error is not None
-            or not self.called
-            or self.committed
-            or self.doubted is not None
-            or self.buses.holds_any()
-        ):
-            self.leave(error)
-
-    def commit_and_execute_side_effects(self):
-        """Commit, apply, and return the events that were applied."""
-        cdef bint plainly, committing = False
-        cdef list applied, stored = None
-        if self.applying or self.failed or self.forks is not _lock.forks:
-            self.refuse_call()
-            # A handler calls it again, and there is nothing to commit.
-            return self.buses.gather(self.commit, self.robust, self.rounds)
-        if self.doubted is not None:
-            self.begin_anew()
-        plainly = self.buses.is_plain(False)
-        if not plainly:
-            self.refuse()
-        if self.commit_transaction is None and self.commit and LOOKS:
-            _outer.look(self.buses)
-        self.called = True
-        self.rolled_back = False
-        if self.commit and not self.committed:
-            commit = None
-            try:
-                commit_transaction = self.commit_transaction
-                if not plainly:
-                    stored, commit_transaction = self.store()
-                if commit_transaction is not None:
-                    if type(self.commit_transaction) is not FUNCTION or (
-                        self.rollback_transaction is not None and type(self.rollback_transaction) is not FUNCTION
-                    ):  # else nobody knows whose it is
-                        commit = watch(self.commit_transaction, self.rollback_transaction)
-                    committing = True
-                    result = commit_transaction()
-                    committing = False
-                    self.committed = True
-                    if result is not None or commit is not None:
-                        self.see(result, commit)
-            except BaseException as error:
-                self.fail(error, committing, commit)
-                raise
-            self.committed = True
-        token = PyContextVar_Set(COMMITTED, self.commit)
-        try:
-            self.applying = True
-            if not plainly:
-                self.set_apart()
-            applied = self.buses.gather(self.commit, self.robust, self.rounds)
-        except BaseException as error:
-            stored = None  # the traceback keeps this frame, and must keep no event
-            if not self.commit:
-                self.roll_back(error)
-            _notes.drop_own_frames(error)
-            raise error  # and not only `raise`, which would bring back the frames that were dropped
-        finally:
-            self.applying = False
-            PyContextVar_Reset(COMMITTED, token)
-        self.committed = False
-        if self.kept or self.buses.holds_any():
-            self.end_commit()
-        if not self.commit:
-            applied += self.end_dry_run()
-        return stored + applied if stored else applied
-
-
-class Unit(UnitStore, Rest):
-    """One unit of work: its buses, and how far it came. The block of a ``with`` statement."""
-
-    __slots__ = ()
-
-
-cdef object UNIT = Unit
-
-
-@cython.final
-cdef class Given:
-    """The block of a callee: its caller commits and applies."""
-
-    cdef object orchestrator
-
-    def __enter__(self):
-        return yielded(self.orchestrator, list)
-
-    def __exit__(self, kind, error, traceback):
-        pass
-
-
-cdef bint is_callback(object function):
-    return function is None or callable(function)
-
-
-@cython.embedsignature(False)
-def use_orchestrator_or_create_multi_event_bus(
-    event_bus_orchestrator=MISSING,
-    commit=MISSING,
-    *,
-    commit_transaction=None,
-    rollback_transaction=None,
-    robust=False,
-    rounds=1,
-    on_unapplied=None,
-):
-    """Run in the caller's unit of work or, without one, in a new one."""
-    cdef UnitStore unit
-    cdef Given given
-    if commit is MISSING:
-        both = ("event_bus_orchestrator",) if event_bus_orchestrator is MISSING else ()
-        raise _messages.missing_arguments("use_orchestrator_or_create_multi_event_bus", *both, "commit")
-    if not (is_callback(commit_transaction) and is_callback(rollback_transaction) and is_callback(on_unapplied)):
-        check_callbacks(commit_transaction, rollback_transaction, on_unapplied)
-    if type(rounds) is not int or rounds < 1:
-        check_rounds(rounds)
-    if event_bus_orchestrator is not None:
-        if type(event_bus_orchestrator) is not MULTI and not isinstance(event_bus_orchestrator, EventBusOrchestrator):
-            raise _messages.not_an_orchestrator(event_bus_orchestrator)
-        given = Given.__new__(Given)
-        given.orchestrator = event_bus_orchestrator
-        return given
-    if commit_transaction is not None and type(commit_transaction) is not FUNCTION:
-        see_errors_of(commit_transaction)
-    unit = make(UNIT)
-    unit.buses = make(MULTI)
-    unit.commit = commit
-    unit.commit_transaction = commit_transaction
-    unit.rollback_transaction = rollback_transaction
-    unit.on_unapplied = on_unapplied
-    unit.robust = robust
-    unit.rounds = rounds
-    unit.begun = next(NUMBERS)
-    unit.kept = ()
-    unit.forks = _lock.forks
-    return unit
-
-
-use_orchestrator_or_create_multi_event_bus.__module__ = "commitbus.multi_event_bus"

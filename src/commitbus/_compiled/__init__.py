@@ -12,13 +12,15 @@ if version not in ("", _expected):  # else what it lacks would fail somewhere, l
         "install it again: pip install --force-reinstall commitbus"
     )
 from commitbus._compiled.batch_event_bus import BatchEventBus
+from commitbus._compiled.cover import cover_plain as cover_plain  # which multi buses need
 from commitbus._compiled.delayed_event_bus import DelayedEventBus
 from commitbus._compiled.delayed_event_bus import KeptEventBus as KeptEventBus  # pickles name it
 from commitbus._compiled.event_bus import AbstractEventBus, BasicEventBus
 from commitbus._compiled.event_bus import use_track as use_track  # for the tests of others
-from commitbus._compiled.multi_event_bus import MultiEventBus, use_orchestrator_or_create_multi_event_bus
+from commitbus._compiled.multi_event_bus import MultiEventBus
 from commitbus._compiled.shared_side_effects import SharedSideEffectsEventBus
 from commitbus._compiled.side_effects_bus import SideEffectsBus as SideEffectsBus  # pickles name it
+from commitbus._compiled.unit_of_work import use_orchestrator_or_create_multi_event_bus
 from commitbus._context import SharedSideEffectContext
 from commitbus._interfaces import (
     CommittableFunction,

@@ -171,19 +171,24 @@ class MultiEventBus(MultiStore, AbstractEventBus[DelayedEventBus[Any]], EventBus
             As in `apply`.
         """
         out: list[Any] = []
-        outer = gathering.get()
         try:
             if type(self).apply is MultiEventBus.apply:
                 apply_all(self, self, commit, robust, rounds, out)
             else:
-                gathering.set((self, out))
-                _with_options(self.apply, commit, robust, rounds)
+                self._commitbus_gather_overridden(commit, robust, rounds, out)
         except BaseException:
             out.clear()  # the frames of a traceback keep the list, and must keep no event
             raise
+        return out
+
+    def _commitbus_gather_overridden(self, commit: bool, robust: bool, rounds: int, out: list[Any]) -> None:
+        """Apply by what the class has in the place of `apply`, and gather the events."""
+        outer = gathering.get()
+        try:
+            gathering.set((self, out))
+            _with_options(self.apply, commit, robust, rounds)
         finally:
             gathering.set(outer)
-        return out
 
     def apply_after_rollback(self, commit: bool) -> list[Any]:
         """Apply what is for the case that the transaction was rolled back, and drop the rest.
