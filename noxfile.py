@@ -23,6 +23,12 @@ PYPROJECT = nox.project.load_toml("pyproject.toml")
 # The tests that run in other processes, where neither a mutant nor coverage reaches, or that race against a clock.
 APART = ("build", "drop_in", "example", "histories", "imports", "interrupts", "main", "memory", "sweeps", "threads")
 
+# What the tests look at, to try one twin alone.
+ONE_TWIN = {
+    "--pure": ("COMMITBUS_NO_EXTENSIONS", "COMMITBUS_TEST_PURE_ONLY"),
+    "--compiled": ("COMMITBUS_TEST_COMPILED_ONLY",),
+}
+
 
 def group(name: str) -> list[str]:
     """List what a dependency group needs: pip itself can only since 25.1, and a fresh 3.11 has an older one."""
@@ -47,12 +53,14 @@ def install_flights(session: nox.Session) -> None:
 
 @nox.session(python=[*PYTHONS, "3.14t"])
 def tests(session: nox.Session) -> None:
-    """Run the suite over both twins."""
+    """Run the suite over both twins or, with ``-- --pure`` or ``-- --compiled``, over one; the rest goes to pytest."""
+    options = [option for option in session.posargs if option not in ONE_TWIN]
+    env = {name: "1" for option in session.posargs for name in ONE_TWIN.get(option, ())}
     # Not everything that the guides show has wheels for the newest Python; their tests are skipped without.
     integrations = [] if session.python in {PYTHONS[-1], "3.14t"} else ["integrations"]
     install(session, "test", *integrations)
     install_flights(session)
-    session.run("python", "-m", "pytest", "-q", *session.posargs)
+    session.run("python", "-m", "pytest", "-q", *options, env=env)
 
 
 @nox.session
@@ -168,6 +176,27 @@ def bench(session: nox.Session) -> None:
         # The plots of one Python are kept in the repository; those of the others would say the same.
         report += ["--plots", "--readme"] if version == "3.11" else []
     session.run(*report)
+
+
+@nox.session
+def instructions(session: nox.Session) -> None:
+    """Count the instructions of each door and loop, of a commit and of the tree; needs valgrind (a minute).
+
+    ``-- --base REV`` names the commit to compare with; without it, that is HEAD.
+    """
+    base = session.posargs[session.posargs.index("--base") + 1] if "--base" in session.posargs else "HEAD"
+    tmp = Path(session.create_tmp()).absolute()
+    shutil.rmtree(tmp)
+    (tmp / "tree").mkdir(parents=True)
+    session.run("git", "archive", "-o", str(tmp / "tree.tar"), base, external=True)
+    shutil.unpack_archive(tmp / "tree.tar", tmp / "tree", filter="data")
+    session.install("sqlalchemy>=2", "django>=5.2")
+    for name, source in (("before", tmp / "tree"), ("after", Path.cwd())):
+        shutil.rmtree("build", ignore_errors=True)
+        where = ("--target", str(tmp / name))
+        session.install("--no-deps", "--no-cache-dir", *where, str(source), env=COMPILED)
+    shutil.rmtree("build", ignore_errors=True)
+    session.run("python", "benchmarks/instructions.py", str(tmp / "before"), str(tmp / "after"))
 
 
 @nox.session(python=PYTHONS)

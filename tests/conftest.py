@@ -18,7 +18,9 @@ pytest_plugins = ["pytester"]
 # The one switch: a missing extension is an error, unless somebody says that it is meant to be missing.
 PURE_ONLY = os.environ.get("COMMITBUS_TEST_PURE_ONLY", "") not in {"", "0"}
 CPYTHON = sys.implementation.name == "cpython"
-TWINS = ["pure"] if PURE_ONLY else ["pure", "compiled"]
+# For who changes one: `nox -s tests-3.11 -- --compiled`.
+COMPILED_ONLY = os.environ.get("COMMITBUS_TEST_COMPILED_ONLY", "") not in {"", "0"}
+TWINS = ["pure"] if PURE_ONLY else ["compiled"] if COMPILED_ONLY else ["pure", "compiled"]
 
 
 def load(name: str) -> Any:
@@ -44,8 +46,8 @@ def twin(request: pytest.FixtureRequest) -> Any:
 @pytest.fixture
 def twins() -> tuple[Any, Any]:
     """Both twins' modules, to compare."""
-    if PURE_ONLY:
-        pytest.skip("COMMITBUS_TEST_PURE_ONLY is set: there is only one twin")
+    if PURE_ONLY or COMPILED_ONLY:
+        pytest.skip("only one twin is tried")
     return load("pure"), load("compiled")
 
 
@@ -91,8 +93,8 @@ def make(twin: Any, log: Log) -> Any:
 
 def run_over_the_other_twin(path: str) -> None:
     """Run a file that runs over the twin that was selected over the pure one, too."""
-    if importlib.import_module("commitbus").implementation == "pure":
-        pytest.skip("this is the other one")
+    if COMPILED_ONLY or importlib.import_module("commitbus").implementation == "pure":
+        pytest.skip("this is the other one, or it is not tried")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x", path]
     env = {**os.environ, "COMMITBUS_NO_EXTENSIONS": "1", "COMMITBUS_TEST_PURE_ONLY": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)

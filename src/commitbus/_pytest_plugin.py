@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from collections.abc import Generator
 
     from commitbus.testing import Recording
-from commitbus import _notes
 
 
 @pytest.fixture
@@ -41,7 +40,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Make an error of the warning."""
     if config.getini("commitbus_strict"):
-        from commitbus import testing
+        from commitbus import _notes, testing
 
         _notes.strict = True
         testing.track()

@@ -5,8 +5,6 @@ The fixtures of the pytest plugin that comes with commitbus are made of this.
 
 from __future__ import annotations
 
-import gc
-import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import ndiff
@@ -15,9 +13,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
 
 from commitbus import _lock, _messages
 from commitbus._interfaces import EventBus, PartlyApplied
-from commitbus._looking import Shown, holds_buses, holds_pairs, in_store
+from commitbus._looking import holds_buses, holds_pairs, in_store
 from commitbus._naming import describe, describe_bus, is_delayed
-from commitbus._select import twin
+from commitbus._tracking import all_buses
+from commitbus._tracking import track as track  # for the plugin
 from commitbus.middleware import INNERMOST, OUTERMOST, add_at
 
 if TYPE_CHECKING:
@@ -256,43 +255,6 @@ class Pending(NamedTuple):
     events: tuple[Any, ...]
 
 
-# The buses that were made since `track` began, weakly, and by their identity: some are equal, or cannot be hashed.
-_tracked: dict[int, weakref.ref[Any]] | None = None
-
-
-def track(on: bool = True) -> None:
-    """Note each bus that is made, so that `pending` need not look at all objects each time: for strict mode."""
-    global _tracked
-    if not on:
-        twin.use_track(None)
-        _tracked = None
-    elif _tracked is None:
-        before = _all_buses()
-        _tracked = {}
-        twin.use_track(_note_bus)
-        for bus in before:
-            _note_bus(bus)
-
-
-def _note_bus(bus: Any) -> None:
-    known = cast("dict[int, weakref.ref[Any]]", _tracked)
-    key = id(bus)
-
-    def forget(_: object) -> None:
-        known.pop(key, None)
-
-    known[key] = weakref.ref(bus, forget)
-
-
-def _all_buses() -> list[Any]:
-    """List the buses that have events of their own, and the `side_effects_bus` of delayed ones."""
-    if _tracked is not None:
-        return [bus for reference in list(_tracked.values()) if (bus := reference()) is not None]
-    # By their classes, and not by isinstance(), which asks the object.
-    found = [thing for thing in gc.get_objects() if issubclass(cast("Any", type(thing)), Shown)]
-    return [bus for bus in found if not is_delayed(bus)]
-
-
 def pending() -> list[Pending]:
     """Find every bus in the process that has events that nobody applied.
 
@@ -318,7 +280,7 @@ def pending() -> list[Pending]:
     [Pending(bus=<BasicEventBus: 1 pending>, events=(<built-in function print>,))]
     """
     found: list[Pending] = []
-    for store in _all_buses():
+    for store in all_buses():
         if holds_buses(store):
             continue
         bus: Any = store

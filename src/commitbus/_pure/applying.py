@@ -10,8 +10,8 @@ from commitbus._failures import Failures
 from commitbus._marks import check_open
 from commitbus._pure import loops
 from commitbus._pure.batch import event_of, position_of, see_to, take
-from commitbus._pure.loops import iter_from, run, run_robustly
-from commitbus._rounds import in_rounds, leave
+from commitbus._pure.loops import iter_from, run, run_first, run_robustly, start
+from commitbus._rounds import check_rounds, in_rounds, leave
 
 if TYPE_CHECKING:
     from commitbus._batch import PlainBatch
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def carry_out(
-    home: Home, bus: object, hook: Any, commit: bool, failures: Failures | None, out: list[Any] | None
+    home: Home, bus: object, hook: Any, commit: bool, failures: Failures | list[Failures] | None, out: list[Any] | None
 ) -> list[Any]:
     """Apply what is pending: the one path behind every apply, but for the plainest of them.
 
@@ -34,8 +34,9 @@ def carry_out(
         What `home` applies an event with, looked up before anything is taken.
     commit : bool
         As in `AbstractEventBus.apply`.
-    failures : Failures, optional
-        Filled by a robust apply; None for one that stops at the first error.
+    failures : Failures or list, optional
+        Filled by a robust apply; an empty list, to which these are added once something has failed; None for an apply
+        that stops at the first error.
     out : list, optional
         Gathers the events that multi buses apply.
 
@@ -49,7 +50,7 @@ def carry_out(
         check_open(source)
     running = new_batch([])
     batch: Any = running
-    before = 0 if failures is None else len(failures.errors)
+    before = 0
     applied: list[Any] = []
     whole: list[Any] = []
     scope: Run | None = None
@@ -64,14 +65,18 @@ def carry_out(
             if (scope := home._commitbus_scope(commit)) is not None:
                 whole = batch.events.copy()  # for what it swallows: what is done of a batch that was put back may go
                 scope.enter()
-            start(batch, bus, failures)
-            handler = home._commitbus_choose(hook, failures, out, batch)
+            batch.iterator = iter_from(batch.events, batch.begin)
+            known = None if isinstance(failures, list) else failures
+            handler = home._commitbus_choose(hook, known, out, batch)
             if failures is None:
                 run(handler, batch, commit)
-                applied = batch.events[batch.begin :] if batch.begin else batch.events
+            elif isinstance(failures, list):
+                failures = run_first(handler, batch, commit, bus, failures)
             else:
+                before = len(failures.errors)
+                start(batch, bus, failures)
                 run_robustly(handler, batch, commit, bus, failures)
-                applied = end_robustly(home, bus, batch, failures)
+            applied = end(home, bus, batch, failures)
             batch = None
         except BaseException:
             put_back(home, batch)
@@ -84,6 +89,7 @@ def carry_out(
             # fmt: off
             # One line, without a call: there may be no stack left, or an interrupt have come into `put_back`.
             if not batch.settled: batch.behind, home._commitbus_left, batch.settled = home._commitbus_left, batch, True  # noqa: E701
+            if isinstance(failures, list): failures = failures[0] if failures else None  # noqa: E701
             # One line: that of a `try` alone is covered by no handler, not even by the `finally` below.
             try: stopped(home, batch, bus, error, failures)  # noqa: E701, SIM105
             # fmt: on
@@ -101,18 +107,9 @@ def carry_out(
             scope.over = True
 
 
-def start(batch: Batch, bus: object, failures: Failures | None) -> None:
-    """Begin a batch that was taken, but for what has failed in an earlier round."""
-    skipped = 0
-    if failures is not None:
-        skipped = failures.start(bus, batch.events, batch.begin, event_of(batch.events[batch.begin]))
-        batch.failed = failures.positions
-    batch.iterator = iter_from(batch.events, batch.begin + skipped)
-
-
-def end_robustly(home: Home, bus: object, batch: Batch, failures: Failures) -> list[Any]:
+def end(home: Home, bus: object, batch: Batch, failures: Failures | None) -> list[Any]:
     """Put back what has failed of a batch that was run to its end, and give what was applied."""
-    if not batch.failed:
+    if failures is None or not batch.failed:
         return batch.events[batch.begin :] if batch.begin else batch.events
     applied = applied_of(batch.events, batch, len(batch.events))
     failures.set_aside(bus, batch.events)
@@ -129,17 +126,26 @@ def applied_of(events: list[Any], batch: PlainBatch, done: int) -> list[Any]:
 
 def apply_all(home: Any, bus: object, commit: bool, robust: bool, rounds: int, out: list[Any] | None) -> list[Any]:
     """Apply what is pending, robustly or in several rounds; raises what failed."""
-    failures = Failures() if robust else None
-    try:
-        if rounds != 1:
+    failures: list[Failures] | None = None
+    if rounds != 1:
+        check_rounds(rounds)
+        if robust or home._commitbus_scope(commit) is not None:
             return apply_in_rounds(home, bus, commit, robust, rounds, out)
-        applied = carry_out(home, bus, home._commitbus_hook(), commit, failures, out)
+    elif robust:
+        # Of a bus of events, nothing is made before something fails.
+        failures = [Failures()] if home._commitbus_applies_buses() else []
+    applied: list[Any] = []
+    try:
+        applied = carry_out(home, bus, home._commitbus_hook(), commit, failures[0] if failures else failures, out)
+        if rounds != 1 and applied and home._commitbus_holds_any():
+            applied += apply_in_rounds(home, bus, commit, robust, rounds - 1, out)
     except BaseException as error:
+        applied = []  # the traceback keeps this frame, and must keep no event
         _notes.drop_own_frames(error)
         raise
-    if failures is not None and failures.errors:
-        del applied  # the traceback keeps this frame, and must keep no event
-        raise failures.end(bus)
+    if failures and failures[0].errors:
+        applied = []
+        raise failures[0].end(bus)
     return applied
 
 

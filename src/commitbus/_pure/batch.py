@@ -53,6 +53,10 @@ class Home:
         """Give what carries out the items of a batch that was taken, by the hook that was looked up before."""
         return hook
 
+    def _commitbus_applies_buses(self) -> bool:
+        """Whether what is applied are buses, whose own failures count."""
+        return False
+
     def _commitbus_start(self, batch: Batch) -> None:
         """Note that a batch is about to be taken and run."""
 
@@ -195,7 +199,8 @@ def see_to(home: Home, batch: PlainBatch) -> int:
         begun = len(events) - iterator.__length_hint__()
         tried = [*(events[i] for i in batch.failed), *events[position_of(batch) : begun]]
     tidy(home)
-    home._commitbus_back(tried)
+    if events:  # else there is nothing to be registered for
+        home._commitbus_back(tried)
     return len(tried)
 
 

@@ -184,9 +184,15 @@ class AbstractEventBus(EventStore, Shown, _state.Stateful, EventBus[T], Generic[
         RuntimeError
             When a savepoint that covers this bus is open.
         """
-        if rounds != 1 or robust or self._commitbus_left is not None or not self._commitbus_plain:
-            return apply_all(self, self, commit, robust, rounds, None)
-        return self._commitbus_run(self, self, self._apply_event, commit)
+        if (
+            rounds == 1
+            and not robust
+            and self._commitbus_plain
+            and self._commitbus_left is None
+            and self._commitbus_marks is None
+        ):
+            return self._commitbus_run(self, self, self._apply_event, commit)
+        return apply_all(self, self, commit, robust, rounds, None)
 
     def _commitbus_run(self, home: Home, bus: object, hook: Handler, commit: bool) -> list[T]:
         """Do what `carry_out` does, without what is not needed where nothing was put back before."""

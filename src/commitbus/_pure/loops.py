@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 from commitbus import _notes
 from commitbus._batch import BETWEEN
+from commitbus._failures import Failures
 from commitbus._pure.batch import event_of
 from commitbus.middleware import tell_changes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from commitbus._failures import Failures
     from commitbus._pure.batch import Handler
     from commitbus.middleware import Middleware
 
@@ -56,31 +56,66 @@ def run(handler: Handler, batch: Any, commit: bool) -> None:
         batch = event = None  # the traceback keeps this frame, and must keep no event
 
 
+def run_first(handler: Handler, batch: Any, commit: bool, bus: object, made: list[Failures]) -> Failures | None:
+    """Do the same as long as nothing fails; then go on robustly, and give the `Failures`, which are added to `made`."""
+    try:
+        try:
+            run(handler, batch, commit)
+            return None
+        except Exception as error:
+            failures = Failures()
+            made.append(failures)
+            start(batch, bus, failures)
+            failures.errors.append(error)
+            _notes.drop_own_frames(error)
+            note_failed(batch, bus, failures, 0, False)
+        run_robustly(handler, batch, commit, bus, failures)
+        return failures
+    finally:
+        batch = None  # the frame of a handler that failed leads to this one, and it must keep no event
+
+
+def start(batch: Any, bus: object, failures: Failures) -> None:
+    """Pass over what has failed in an earlier round."""
+    skipped = failures.start(bus, batch.events, batch.begin, event_of(batch.events[batch.begin]))
+    batch.failed = failures.positions
+    if skipped:
+        skip(batch.iterator, batch.begin + skipped)
+
+
 def run_robustly(handler: Handler, batch: Any, commit: bool, bus: object, failures: Failures) -> None:
     """Do the same, whatever `Exception` the events raise; `failures` is filled."""
-    event: Any = BETWEEN
-    events, failed, known = batch.iterator, batch.failed, len(failures.errors)
+    event = batch.event = BETWEEN
+    known = len(failures.errors)
     try:
-        for event in events:
+        for event in batch.iterator:
             if (event := attempt(handler, event, commit, failures)) is not None:
-                position = len(batch.events) - events.__length_hint__() - 1
-                width, span = batch.width, batch.span
-                together = range(position, position + width)
-                if event is AGAIN:
-                    failures.again.add(position)
-                # One line: the events have failed, or are not done yet.
-                failed += together; event = BETWEEN; skip(events, position + width)  # fmt: skip  # noqa: E702
-                with suppress(Exception):  # where there is no stack left, this costs a note
-                    failures.note(known, bus, event_of(batch.events[position]), position, width, span)
+                again = event is AGAIN
+                # One line, after which the batch alone tells what is under way.
+                batch.event = event; event = BETWEEN  # fmt: skip  # noqa: E702
+                note_failed(batch, bus, failures, known, again)
                 known = len(failures.errors)
-                batch.width = batch.span = 1
             event = BETWEEN
-        batch.event = BETWEEN
     except BaseException:
-        batch.event = event
+        if event is not BETWEEN:
+            batch.event = event
         raise
     finally:
-        batch = event = events = None  # the frame of a handler that failed leads to this one, and it must keep no event
+        batch = event = None  # the frame of a handler that failed leads to this one, and it must keep no event
+
+
+def note_failed(batch: Any, bus: object, failures: Failures, known: int, again: bool) -> None:
+    """Count the event that is under way, and those that were tried with it, as failed; note it on the newer errors."""
+    events, width, span = batch.iterator, batch.width, batch.span
+    position = len(batch.events) - events.__length_hint__() - 1
+    together = range(position, position + width)
+    if again:
+        failures.again.add(position)
+    # One line: the events have failed, or are not done yet.
+    batch.failed += together; batch.event = BETWEEN; skip(events, position + width)  # fmt: skip  # noqa: E702
+    with suppress(Exception):  # where there is no stack left, this costs a note
+        failures.note(known, bus, event_of(batch.events[position]), position, width, span)
+    batch.width = batch.span = 1
 
 
 def attempt(handler: Handler, event: Any, commit: bool, failures: Failures) -> object:

@@ -292,6 +292,9 @@ class MultiEventBus(MultiStore, AbstractEventBus[DelayedEventBus[Any]], EventBus
             raise _messages.not_delayed(event)
         self._commitbus_turn(event, weakref.ref(self), commit, None, gathering_of(self))
 
+    def _commitbus_applies_buses(self) -> bool:
+        return True
+
     def _commitbus_surrounded(self, hook: Any, stack: tuple[Middleware, ...]) -> Any:  # noqa: ARG002
         return hook  # the buses are not events
 

@@ -139,6 +139,9 @@ class SideEffectsBus(AbstractEventBus[Pair[T]], Generic[T]):
         ours = is_method(hook, SideEffectsBus._apply_event, self)
         return self._commitbus_wrapped()._commitbus_hook() if ours else (hook,)
 
+    def _commitbus_applies_buses(self) -> bool:
+        return self._commitbus_wraps._commitbus_multi
+
     def _commitbus_start(self, batch: Batch) -> None:
         self._commitbus_wraps._commitbus_start(batch)
 
