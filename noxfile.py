@@ -309,32 +309,52 @@ def coverage(session: nox.Session) -> None:
 
 @nox.session
 def mutate(session: nox.Session) -> None:
-    """Change the pure twin in a copy, mutant by mutant, and see which ones the tests let live (half an hour)."""
-    copy = Path(session.create_tmp()).absolute()
-    install(session, "test")
+    """Change one file after another in a copy, mutant by mutant, and see which ones the tests let live (hours).
+
+    ``-- _pure/batch.py`` names files of the package; without any, those of the pure twin. What was tried is kept in
+    ``.mutants``, a file for each: a run that was stopped goes on, and one that is to begin anew needs that removed.
+    ``--tests "test_outcome test_aio"`` names the tests that are to tell.
+    """
+    copy, kept = Path(session.create_tmp()).absolute(), Path(".mutants").absolute()
+    install(session, "test", "integrations")
     session.install("cosmic-ray>=8")
     shutil.rmtree(copy / "commitbus", ignore_errors=True)
     where = "import commitbus, pathlib; print(pathlib.Path(commitbus.__file__).parent)"
-    package = str(session.run("python", "-c", where, silent=True)).strip()
+    package = Path(str(session.run("python", "-c", where, silent=True)).strip())
     shutil.copytree(package, copy / "commitbus")
-    here = Path.cwd()
+    kept.mkdir(exist_ok=True)
+    options = list(session.posargs)
+    named: list[str] = []
+    if "--tests" in options:
+        at = options.index("--tests")
+        named = options[at + 1].split()
+        del options[at : at + 2]
+    files = options or [f"_pure/{path.name}" for path in sorted((package / "_pure").glob("*.py"))]
     # What runs in other processes is not changed there, as the documentation is not.
-    left_out = {f"test_{name}" for name in (*APART, "docs")}
-    tests = " ".join(str(path) for path in sorted(here.glob("tests/test_*.py")) if path.stem not in left_out)
-    (copy / "mutate.toml").write_text(
-        "[cosmic-ray]\n"
-        'module-path = "commitbus/_pure"\n'
-        "timeout = 30.0\n"
-        "excluded-modules = []\n"
-        f"test-command = \"env PYTHONPATH={copy} python -m pytest -x -q -k 'pure or twins' -p no:cacheprovider "
-        f'--rootdir {here} -c {here / "pyproject.toml"} {tests}"\n'
-        '[cosmic-ray.distributor]\nname = "local"\n'
-        "[cosmic-ray.filters.operators-filter]\n"
-        'exclude-operators = ["core/ReplaceBinaryOperator_BitOr_.*"]\n'
+    left_out = {f"test_{name}" for name in (*APART, "architecture", "docs")}
+    tests = [path for path in sorted(Path.cwd().glob("tests/test_*.py")) if path.stem not in left_out]
+    tests = [path for path in tests if not named or path.stem in named]
+    select = [] if named else ["-k", "'pure or twins'"]
+    run = ["python", "-m", "pytest", "-x", "-q", *select, "-p", "no:cacheprovider", "--rootdir", str(Path.cwd())]
+    command = " ".join(
+        ["env", f"PYTHONPATH={copy}", *run, "-c", str(Path("pyproject.toml").absolute()), *map(str, tests)]
     )
-    with session.chdir(copy):
-        session.run("cosmic-ray", "init", "--force", "mutate.toml", "mutants.sqlite")
-        # In annotations, which are never evaluated, each | makes eleven mutants that change nothing.
-        session.run("cr-filter-operators", "mutants.sqlite", "mutate.toml")
-        session.run("cosmic-ray", "exec", "mutate.toml", "mutants.sqlite")
-        session.run("cr-report", "--surviving-only", "mutants.sqlite")
+    for name in files:
+        config, tried = kept / f"{name.replace('/', '.')}.toml", kept / f"{name.replace('/', '.')}.sqlite"
+        config.write_text(
+            "[cosmic-ray]\n"
+            f'module-path = "commitbus/{name}"\n'
+            "timeout = 60.0\n"
+            "excluded-modules = []\n"
+            f'test-command = "{command}"\n'
+            '[cosmic-ray.distributor]\nname = "local"\n'
+            "[cosmic-ray.filters.operators-filter]\n"
+            'exclude-operators = ["core/ReplaceBinaryOperator_BitOr_.*"]\n'
+        )
+        with session.chdir(copy):
+            if not tried.exists():
+                session.run("cosmic-ray", "init", str(config), str(tried))
+                # In annotations, which are never evaluated, each | makes eleven mutants that change nothing.
+                session.run("cr-filter-operators", str(tried), str(config))
+            session.run("cosmic-ray", "exec", str(config), str(tried))
+            session.run("cr-report", "--surviving-only", str(tried))

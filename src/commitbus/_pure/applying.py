@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from commitbus import _notes
 from commitbus._batch import Batch, new_batch, put_back
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from commitbus._context import Run
     from commitbus._pure.batch import Home
 
+Filled: TypeAlias = "Failures | list[Failures] | None"  # described below
 
-def carry_out(
-    home: Home, bus: object, hook: Any, commit: bool, failures: Failures | list[Failures] | None, out: list[Any] | None
-) -> list[Any]:
+
+def carry_out(home: Home, bus: object, hook: Any, commit: bool, failures: Filled, out: list[Any] | None) -> list[Any]:
     """Apply what is pending: the one path behind every apply, but for the plainest of them.
 
     Parameters
@@ -66,8 +66,7 @@ def carry_out(
                 whole = batch.events.copy()  # for what it swallows: what is done of a batch that was put back may go
                 scope.enter()
             batch.iterator = iter_from(batch.events, batch.begin)
-            known = None if isinstance(failures, list) else failures
-            handler = home._commitbus_choose(hook, known, out, batch)
+            handler = home._commitbus_choose(hook, None if isinstance(failures, list) else failures, out, batch)
             if failures is None:
                 run(handler, batch, commit)
             elif isinstance(failures, list):
@@ -89,7 +88,6 @@ def carry_out(
             # fmt: off
             # One line, without a call: there may be no stack left, or an interrupt have come into `put_back`.
             if not batch.settled: batch.behind, home._commitbus_left, batch.settled = home._commitbus_left, batch, True  # noqa: E701
-            if isinstance(failures, list): failures = failures[0] if failures else None  # noqa: E701
             # One line: that of a `try` alone is covered by no handler, not even by the `finally` below.
             try: stopped(home, batch, bus, error, failures)  # noqa: E701, SIM105
             # fmt: on
@@ -162,7 +160,7 @@ def apply_in_rounds(
     )
 
 
-def stopped(home: Home, batch: PlainBatch, bus: object, error: BaseException, failures: Failures | None) -> None:
+def stopped(home: Home, batch: PlainBatch, bus: object, error: BaseException, failures: Filled) -> None:
     """See to a batch that was put back: bring it into order, and make the note."""
     events, begin, done = batch.events, batch.begin, position_of(batch)
     event = event_of(events[done]) if done < len(events) else None
@@ -174,5 +172,6 @@ def stopped(home: Home, batch: PlainBatch, bus: object, error: BaseException, fa
         _notes.note_stopped(error, bus, event, place, earlier)
     elif left:
         _notes.note_interrupted(error, bus, done - begin, count)
-    if failures is not None and not isinstance(error, Exception):
-        failures.chain(error, bus)
+    made = failures if isinstance(failures, list) else [failures]
+    if made and made[0] is not None and not isinstance(error, Exception):
+        made[0].chain(error, bus)
