@@ -28,7 +28,8 @@ def parameters(function: Any) -> list[tuple[str, Any, Any]]:
 
 def test_public_names(twins: tuple[Any, Any]) -> None:
     pure, compiled = twins
-    assert pure.__all__ == compiled.__all__ == sorted(pure.__all__)
+    assert pure.__all__ == sorted(pure.__all__)
+    assert {name for name in pure.__all__ if not hasattr(compiled, name)} == set()
     for name in CLASSES:
         assert names(getattr(pure, name)) == names(getattr(compiled, name)), name
 

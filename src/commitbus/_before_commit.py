@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, cast
 
 from commitbus import _messages
-from commitbus._context import committed
+from commitbus._context import before_commit_or_by_hand
 from commitbus._looking import events_to_apply
 from commitbus._steps import given, run, steps
 
@@ -44,8 +44,7 @@ def apply_each(buses: Any, apply: Callable[[Any], Any]) -> Generator[Any, Any, l
     applied: list[Any] = []
     if not before_commit(buses):
         return applied
-    token = committed.set(False)  # this may be the unit of work of a handler that runs after another commit
-    try:
+    with before_commit_or_by_hand():  # this may be the unit of work of a handler that runs after another commit
         for _ in range(ROUNDS):  # the handlers of one may publish on another
             found = [delayed for delayed in before_commit(buses) if events_to_apply(delayed)]
             if not found:
@@ -53,8 +52,6 @@ def apply_each(buses: Any, apply: Callable[[Any], Any]) -> Generator[Any, Any, l
             for delayed in found:
                 applied += cast("list[Any]", (yield from apply(delayed)))
         raise _messages.too_many_rounds(ROUNDS)
-    finally:
-        committed.reset(token)
 
 
 def apply_now(delayed: Any) -> list[Any]:

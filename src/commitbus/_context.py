@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, AsyncExitStack, ExitStack
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, AsyncExitStack, ExitStack, contextmanager
 from contextvars import ContextVar
 from inspect import isawaitable
 from threading import get_ident
@@ -13,7 +13,7 @@ from commitbus import _messages, _notes
 
 if TYPE_CHECKING:
     from asyncio import Event
-    from collections.abc import Awaitable, Callable, Hashable
+    from collections.abc import Awaitable, Callable, Generator, Hashable
 
 __all__ = ["SharedSideEffectContext"]
 
@@ -131,6 +131,18 @@ def note_entered(run: Run) -> None:
 
 # True while a unit of work applies after its commit: what would belong to the transaction comes too late.
 committed: ContextVar[bool] = ContextVar("commitbus_committed", default=False)
+
+
+@contextmanager
+def before_commit_or_by_hand() -> Generator[None]:
+    """Have outboxes store: no commit is over, or whoever applies one by hand answers for the transaction."""
+    token = committed.set(False)
+    try:
+        yield
+    finally:
+        committed.reset(token)
+
+
 running_now: ContextVar[Run | None] = ContextVar("commitbus_running", default=None)
 
 

@@ -1,7 +1,8 @@
 """The compiled twin: its modules are built from ``ext/commitbus/_compiled``."""
 
-# Type checkers read the pure twin.
-# pyright: reportMissingImports=false, reportUnknownVariableType=false, reportMissingModuleSource=false
+# Its names are those of the pure twin, which type checkers read: `tests/test_twins.py` compares them.
+# ruff: noqa: F401
+# pyright: reportUnusedImport=false, reportMissingImports=false, reportUnknownVariableType=false, reportMissingModuleSource=false
 
 from commitbus._compiled.side_effects import SideEffectCall, if_committed, version  # isort: skip (its absence says that nothing was built)
 from commitbus import __version__ as _expected
@@ -30,22 +31,3 @@ from commitbus._interfaces import (
     PartlyApplied,
     UnappliedEventsWarning,
 )
-
-__all__ = [
-    "AbstractEventBus",
-    "BasicEventBus",
-    "BatchEventBus",
-    "CommittableFunction",
-    "DelayedEventBus",
-    "EventBus",
-    "EventBusOrchestrator",
-    "MultiEventBus",
-    "NotCommittedError",
-    "PartlyApplied",
-    "SharedSideEffectContext",
-    "SharedSideEffectsEventBus",
-    "SideEffectCall",
-    "UnappliedEventsWarning",
-    "if_committed",
-    "use_orchestrator_or_create_multi_event_bus",
-]

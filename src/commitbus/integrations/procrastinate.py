@@ -6,7 +6,7 @@ import json
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-from commitbus._context import committed
+from commitbus._context import before_commit_or_by_hand, committed
 from commitbus._messages import too_late_to_store
 from commitbus._naming import describe_bus, type_name
 from commitbus._notes import add_note
@@ -232,11 +232,8 @@ class ProcrastinateEventBus(BatchEventBus[Job], _Outbox):  # in this order: the 
         RuntimeError
             When the transaction cannot store them, or a savepoint that covers this bus is open.
         """
-        token = committed.set(False)  # by hand, whoever calls it answers for the transaction
-        try:
+        with before_commit_or_by_hand():
             return super().apply(commit, robust=robust, rounds=rounds)
-        finally:
-            committed.reset(token)
 
     def _apply_events(self, events: list[Job], commit: bool) -> None:
         if not commit:
@@ -327,11 +324,8 @@ class AsyncProcrastinateEventBus(AsyncBatchEventBus[Job], _Outbox):
         RuntimeError
             When the transaction cannot store them, or a savepoint that covers this bus is open.
         """
-        token = committed.set(False)  # by hand, whoever calls it answers for the transaction
-        try:
+        with before_commit_or_by_hand():
             return await super().apply_async(commit, robust=robust, rounds=rounds)
-        finally:
-            committed.reset(token)
 
     async def _apply_events_async(self, events: list[Job], commit: bool) -> None:
         if not commit:
