@@ -17,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
 from commitbus import (
+    AbstractEventBus,
     BasicEventBus,
     UnappliedEventsWarning,
     aio,
@@ -60,6 +61,38 @@ def test_within_the_transaction_of_a_session_that_has_buses(session: Session) ->
     session.rollback()
     unit(log)
     assert log == [1] * 6
+
+
+def test_within_a_transaction_that_on_leftovers_has_begun(session: Session) -> None:
+    """It was forgotten as the one before it ended."""
+
+    class Failing(AbstractEventBus[int]):
+        applies_after_rollback = True
+
+        def _apply_event(self, event: int, commit: bool) -> None:
+            raise ValueError(event)
+
+    def take(left: Any) -> None:
+        left.discard_pending_events()
+        session.connection()
+
+    log: list[Any] = []
+    bus: Any = orchestrator(session, on_leftovers=take).wrap(Failing())
+    session.connection()
+    bus.publish(1)
+    try:
+        raise KeyError
+    except KeyError:
+        session.rollback()  # what fails after it is chained to the error that there is
+    assert session.in_transaction()
+    with (
+        pytest.warns(RuntimeWarning, match="a session that has buses"),
+        use_orchestrator_or_create_multi_event_bus(None, True) as (buses, execute),
+    ):
+        buses.wrap(BasicEventBus()).publish(if_committed(log.append, 1))
+        execute()
+    session.rollback()
+    assert log == [1]
 
 
 def test_within_the_transaction_of_an_awaited_session() -> None:

@@ -203,13 +203,14 @@ class Bound(Ends):
                 if self.awaiting:
                     return
                 self.apply(session)
+                self.committing = self.ending = None
             elif transaction is self.committing:  # left by an exception; by what else is not known here
                 self.set_apart(self.doubted())
+                self.committing = self.ending = None
             else:
                 self.committed.clear()
-                self.committing = self.ending = None
+                self.committing = self.ending = None  # first: `on_leftovers` may begin the next transaction
                 self.roll_back(session)
-            self.committing = self.ending = None
 
     def check_heard(self) -> None:
         """Keep what a commit has not applied, which was not heard, and say why; nothing where it was."""
