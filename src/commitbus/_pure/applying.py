@@ -10,7 +10,7 @@ from commitbus._failures import Failures
 from commitbus._marks import check_open
 from commitbus._pure import loops
 from commitbus._pure.batch import event_of, position_of, see_to, take
-from commitbus._pure.loops import iter_from, run, run_first, run_robustly, start
+from commitbus._pure.loops import begin, run, run_first, run_robustly
 from commitbus._rounds import check_rounds, in_rounds, leave
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def carry_out(home: Home, bus: object, hook: Any, commit: bool, failures: Filled
         check_open(source)
     running = new_batch([])
     batch: Any = running
-    before = 0
+    before = len(failures.errors) if isinstance(failures, Failures) else 0
     applied: list[Any] = []
     whole: list[Any] = []
     scope: Run | None = None
@@ -65,15 +65,13 @@ def carry_out(home: Home, bus: object, hook: Any, commit: bool, failures: Filled
             if (scope := home._commitbus_scope(commit)) is not None:
                 whole = batch.events.copy()  # for what it swallows: what is done of a batch that was put back may go
                 scope.enter()
-            batch.iterator = iter_from(batch.events, batch.begin)
+            begin(batch, bus, failures)
             handler = home._commitbus_choose(hook, None if isinstance(failures, list) else failures, out, batch)
             if failures is None:
                 run(handler, batch, commit)
             elif isinstance(failures, list):
                 failures = run_first(handler, batch, commit, bus, failures)
             else:
-                before = len(failures.errors)
-                start(batch, bus, failures)
                 run_robustly(handler, batch, commit, bus, failures)
             applied = end(home, bus, batch, failures)
             batch = None
@@ -162,16 +160,16 @@ def apply_in_rounds(
 
 def stopped(home: Home, batch: PlainBatch, bus: object, error: BaseException, failures: Filled) -> None:
     """See to a batch that was put back: bring it into order, and make the note."""
-    events, begin, done = batch.events, batch.begin, position_of(batch)
+    events, first, done = batch.events, batch.begin, position_of(batch)
     event = event_of(events[done]) if done < len(events) else None
-    earlier, count, left = len(batch.failed), len(events) - begin, done < len(events)
+    earlier, count, left = len(batch.failed), len(events) - first, done < len(events)
     tried = see_to(home, batch)
     _notes.drop_own_frames(error)
     if tried > earlier:
-        place = (done - begin, batch.width, batch.span, count)
+        place = (done - first, batch.width, batch.span, count)
         _notes.note_stopped(error, bus, event, place, earlier)
     elif left:
-        _notes.note_interrupted(error, bus, done - begin, count)
+        _notes.note_interrupted(error, bus, done - first, count)
     made = failures if isinstance(failures, list) else [failures]
     if made and made[0] is not None and not isinstance(error, Exception):
         made[0].chain(error, bus)

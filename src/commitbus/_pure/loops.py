@@ -32,6 +32,16 @@ def use_middleware(stack: tuple[Middleware, ...] | None) -> None:
 tell_changes(use_middleware)
 
 
+def begin(batch: Any, bus: object, failures: Failures | list[Failures] | None) -> None:
+    """Begin a batch that was taken, but for what has failed in an earlier round."""
+    skipped = 0
+    if isinstance(failures, Failures):
+        skipped = failures.start(bus, batch.events, batch.begin, event_of(batch.events[batch.begin]))
+        batch.failed = failures.positions
+    # Last: until then, nothing of it was begun, and what has failed is not looked at.
+    batch.iterator = iter_from(batch.events, batch.begin + skipped)
+
+
 def run(handler: Handler, batch: Any, commit: bool) -> None:
     """Call a handler for each event of a batch that is not done.
 
@@ -65,7 +75,8 @@ def run_first(handler: Handler, batch: Any, commit: bool, bus: object, made: lis
         except Exception as error:
             failures = Failures()
             made.append(failures)
-            start(batch, bus, failures)
+            failures.start(bus, batch.events, batch.begin, event_of(batch.events[batch.begin]))
+            batch.failed = failures.positions
             failures.errors.append(error)
             _notes.drop_own_frames(error)
             note_failed(batch, bus, failures, 0, False)
@@ -73,14 +84,6 @@ def run_first(handler: Handler, batch: Any, commit: bool, bus: object, made: lis
         return failures
     finally:
         batch = None  # the frame of a handler that failed leads to this one, and it must keep no event
-
-
-def start(batch: Any, bus: object, failures: Failures) -> None:
-    """Pass over what has failed in an earlier round."""
-    skipped = failures.start(bus, batch.events, batch.begin, event_of(batch.events[batch.begin]))
-    batch.failed = failures.positions
-    if skipped:
-        skip(batch.iterator, batch.begin + skipped)
 
 
 def run_robustly(handler: Handler, batch: Any, commit: bool, bus: object, failures: Failures) -> None:

@@ -56,7 +56,7 @@ async def _refuse_failed(session: Any) -> None:
         raise NotCommittedError(FAILED)
 
 
-class AsyncUnit(Unit):
+class _AsyncUnit(Unit):
     """One unit of work of a coroutine: its buses, and how far it came."""
 
     cancellations = (asyncio.CancelledError,)
@@ -352,7 +352,7 @@ def use_orchestrator_or_create_multi_event_bus(
     if event_bus_orchestrator is not None:
         return nullcontext(_pair(event_bus_orchestrator, _nothing))
     functions = (commit_transaction, rollback_transaction, on_unapplied)
-    unit = AsyncUnit(AsyncMultiEventBus(), commit, functions, robust, rounds)
+    unit = _AsyncUnit(AsyncMultiEventBus(), commit, functions, robust, rounds)
     unit.concurrency = concurrency
     return unit
 
