@@ -71,3 +71,10 @@ def remove(there: list[int], event: Any) -> bool:
     """Count one off."""
     there.remove(id(event))
     return True
+
+
+def uncollect(delayed: Any) -> None:
+    """Move what a delayed bus has collected back to the bus that it wraps, before what is pending there."""
+    actual, store = delayed._commitbus_parts()
+    if store is not None:
+        hand_over(store, actual, lambda items: [event for event, _ in store._commitbus_look(items)])

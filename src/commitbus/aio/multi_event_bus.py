@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 from commitbus import _after_rollback
 from commitbus._context import gathering, gathering_of
 from commitbus._marks import refuse_open
-from commitbus._moving import hand_over
+from commitbus._moving import uncollect
 from commitbus._select import implementation
 from commitbus.aio import _loop
 from commitbus.aio._loop import ONE, How, Turn, Work, carry_out, check_concurrency, in_rounds, within
@@ -148,20 +148,20 @@ class AsyncMultiEventBus(MultiEventBus):
         async def apply_once(failures: Failures | None) -> list[Any]:
             if failures is None and concurrency == 1 and not _loop.surrounded:
                 return await run_buses(self, self, commit, [] if out is None else out)
-            return await take_turns(self, self, How(commit, failures, concurrency), [] if out is None else out)
+            return await _take_turns(self, self, How(commit, failures, concurrency), [] if out is None else out)
 
         return in_rounds(self, rounds, robust, apply_once)
 
     def _take_turn(self, multi: Any, delayed: Any, commit: bool, out: list[Any]) -> Coroutine[Any, Any, None]:
         """Take the turn of a bus that needs more than the loop over all of them does."""
-        return BusTurn(self, multi, delayed, How(commit), out)(commit)
+        return _BusTurn(self, multi, delayed, How(commit), out)(commit)
 
     async def _run_plainly(self, function: Callable[[], None]) -> None:
         """Run the turn of a bus that is not asynchronous."""
         function()
 
 
-class BusTurn(Turn):
+class _BusTurn(Turn):
     """One bus's turn in an `AsyncMultiEventBus`: collects what is pending in it, and applies it."""
 
     __slots__ = ("delayed", "how", "multi", "out", "root")
@@ -232,7 +232,7 @@ class BusTurn(Turn):
         uncollect(delayed)
         delayed._commitbus_let_go(weakref.ref(self.multi))
         failures = None if self.how.failures is None else self.how.failures.inner()
-        await take_turns(self.root, inner, How(commit, failures, self.how.concurrency), self.out)
+        await _take_turns(self.root, inner, How(commit, failures, self.how.concurrency), self.out)
         self.again = failures is not None and bool(failures.positions)
 
     def _apply_plainly(self, commit: bool) -> None:
@@ -252,7 +252,7 @@ def _is_plain_multi(bus: Any) -> bool:
     )
 
 
-async def take_turns(root: AsyncMultiEventBus, multi: Any, how: How, out: list[Any]) -> list[Any]:
+async def _take_turns(root: AsyncMultiEventBus, multi: Any, how: How, out: list[Any]) -> list[Any]:
     """Apply the buses that are registered with a multi bus."""
     turns: list[list[Any]] = []
 
@@ -261,7 +261,7 @@ async def take_turns(root: AsyncMultiEventBus, multi: Any, how: How, out: list[A
         multi._commitbus_begin(items)
         turns.append(items)
         return [
-            Work(delayed, [delayed], BusTurn(root, multi, delayed, how, out), at)
+            Work(delayed, [delayed], _BusTurn(root, multi, delayed, how, out), at)
             for at, delayed in enumerate(items[start:], start)
         ]
 
@@ -271,10 +271,3 @@ async def take_turns(root: AsyncMultiEventBus, multi: Any, how: How, out: list[A
     finally:
         for items in turns:
             multi._commitbus_end(items)
-
-
-def uncollect(delayed: Any) -> None:
-    """Move what a delayed bus has collected back to the bus that it wraps, before what is pending there."""
-    actual, store = delayed._commitbus_parts()
-    if store is not None:
-        hand_over(store, actual, lambda items: [event for event, _ in store._commitbus_look(items)])

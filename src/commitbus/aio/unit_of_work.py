@@ -14,6 +14,7 @@ from commitbus._commit import after_commit, watch
 from commitbus._context import committed
 from commitbus._interfaces import EventBusOrchestrator, NotCommittedError
 from commitbus._marks import refuse_open
+from commitbus._moving import uncollect
 from commitbus._outcome import FAILED, never
 from commitbus._rounds import check_rounds
 from commitbus._transactions import ask, needs_asking, see_errors_of, session_of
@@ -23,7 +24,7 @@ from commitbus.aio._loop import ONE, check_concurrency, check_loop
 from commitbus.aio._messages import committing, not_awaitable
 from commitbus.aio._tasks import of_this_task, to_the_end
 from commitbus.aio.event_bus import AsyncEventBus
-from commitbus.aio.multi_event_bus import AsyncMultiEventBus, uncollect
+from commitbus.aio.multi_event_bus import AsyncMultiEventBus
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
