@@ -19,6 +19,7 @@ from conftest import notes, run_over_the_other_twin
 import commitbus
 from commitbus import AbstractEventBus, BasicEventBus, DelayedEventBus, MultiEventBus, UnappliedEventsWarning, aio
 from commitbus.aio import AsyncEventBus, AsyncMultiEventBus, BasicAsyncEventBus, _tasks
+from commitbus.middleware import add_middleware
 from commitbus.testing import InjectedFailure, every_failure, record
 
 if TYPE_CHECKING:
@@ -223,6 +224,65 @@ def test_concurrency_is_how_many_are_under_way() -> None:
     bus.publish_all([handler] * 10)
     assert len(run(bus.apply_async(True, concurrency=4))) == 10
     assert most == [4]
+
+
+def test_rule_24_middleware_that_comes_while_events_are_under_way() -> None:
+    """It is read once an apply, before anything is taken: not by each worker."""
+    seen: list[Any] = []
+    removes: list[Any] = []
+
+    def middleware(call: Any, bus: Any, event: Any, commit: bool) -> Any:
+        seen.append(event)
+        return call()
+
+    class Bus(AsyncEventBus[int]):
+        async def _apply_event_async(self, event: int, commit: bool) -> None:
+            if event == 1:
+                removes.append(add_middleware(middleware))
+            await asyncio.sleep(0)
+
+    bus = Bus()
+    bus.publish_all([1, 2, 3, 4])
+    try:
+        run(bus.apply_async(True, concurrency=2))
+    finally:
+        removes[0]()
+    assert seen == []
+
+
+@pytest.mark.parametrize("awaits", [False, True])
+def test_rule_8b_a_robust_apply_that_failed_keeps_no_event(awaits: bool) -> None:
+    class Event: ...
+
+    class Bus(AsyncEventBus[Event]):
+        fails = True
+
+        def _apply_event_async(self, event: Event, commit: bool) -> Any:
+            del event
+            if self.fails and not awaits:
+                raise ValueError
+
+            async def wait() -> None:
+                if self.fails:
+                    raise ValueError
+
+            return wait()
+
+    async def main() -> None:
+        bus = Bus()
+        events = [Event(), Event()]
+        refs = [weakref.ref(event) for event in events]
+        bus.publish_all(events)
+        del events
+        with pytest.raises(ExceptionGroup) as caught:
+            await bus.apply_async(True, robust=True)
+        bus.fails = False
+        await bus.apply_async(True)
+        gc.collect()
+        assert [ref() for ref in refs] == [None, None]
+        assert len(caught.value.exceptions) == 2
+
+    run(main())
 
 
 def test_concurrency_the_first_failure_cancels_the_others() -> None:

@@ -283,3 +283,15 @@ def test_rule_4d_how_many_buses_there_are_and_not_how_many_turns(twin: Any, make
     with pytest.raises(ExceptionGroup) as caught:
         buses.apply(True, robust=True, rounds=9)
     assert str(caught.value).startswith("1 of 1 bus failed in ")
+
+
+def test_rule_22_a_savepoint_that_a_handler_leaves_open(twin: Any, make: Any, log: Log) -> None:
+    """The next round is refused, though nothing is left for it."""
+    bus = make()
+    opened: list[Any] = []
+    log.on(1, lambda: opened.append(bus.savepoint()))
+    bus.publish(1)
+    with pytest.raises(RuntimeError, match="while <Savepoint"):
+        bus.apply(True, rounds=2)
+    opened[0].release()
+    assert log.events == [1]

@@ -8,6 +8,7 @@ import importlib
 import linecache
 import sys
 import threading
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -369,3 +370,60 @@ def _frames() -> list[Any]:
         frames.append(frame)
         frame = frame.f_back
     return frames
+
+
+@pytest.mark.parametrize("error", [TimeoutError, KeyboardInterrupt])
+@pytest.mark.parametrize("batches", [False, True])
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_rule_4_what_no_handler_has_raised_is_no_failure_of_an_event(
+    twin: Any, rounds: int, batches: bool, error: type[BaseException]
+) -> None:
+    """A robust apply takes a signal handler's `TimeoutError` between two events for none of theirs."""
+
+    def act(number: int) -> Any:
+        log: list[Any] = []
+
+        class One(twin.AbstractEventBus):
+            def _apply_event(self, event: Any, commit: bool) -> None:
+                log.append(event)
+                if event == "b" and log.count("b") == 1:
+                    bus.publish("e")
+                    raise Boom
+
+        class Some(twin.BatchEventBus):
+            batch_size = 1
+
+            def _apply_events(self, events: list[Any], commit: bool) -> None:
+                One._apply_event(self, events[0], commit)
+
+        bus: Any = Some() if batches else One()
+        bus.publish_all("abcd")
+        count = 0
+        where = None
+
+        def trace(frame: Any, what: str, arg: Any) -> Any:
+            nonlocal count, where
+            # A handler has begun or ended there, or is still under way, and the loop does not know it yet.
+            name = frame.f_code.co_name
+            if not frame.f_code.co_filename.startswith(PACKAGE) or name in {"attempt", "apply_some", "publish"}:
+                return None
+            count += 1
+            if count == number:
+                sys.settrace(None)
+                where = (Path(frame.f_code.co_filename).name, frame.f_code.co_name, frame.f_lineno, what)
+                raise error
+            return trace
+
+        sys.settrace(trace)
+        with suppress(Exception, KeyboardInterrupt):
+            bus.apply(True, robust=True, rounds=rounds)
+        sys.settrace(None)
+        while bus.pending_events():
+            with suppress(Boom):
+                bus.apply(True)
+        assert sorted(log) == ["a", "b", "b", "c", "d", "e"], f"{where}: {log}"
+        return where
+
+    number = 1
+    while act(number):
+        number += 1

@@ -133,7 +133,8 @@ def apply_all(home: Any, bus: object, commit: bool, robust: bool, rounds: int, o
     applied: list[Any] = []
     try:
         applied = carry_out(home, bus, home._commitbus_hook(), commit, failures[0] if failures else failures, out)
-        if rounds != 1 and applied and home._commitbus_holds_any():
+        # Where a handler has left a savepoint open, the next round is refused.
+        if rounds != 1 and applied and (home._commitbus_holds_any() or home._commitbus_marks is not None):
             applied += apply_in_rounds(home, bus, commit, robust, rounds - 1, out)
     except BaseException as error:
         applied = []  # the traceback keeps this frame, and must keep no event

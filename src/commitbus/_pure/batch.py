@@ -148,6 +148,12 @@ def position_of(batch: PlainBatch) -> int:
     return max(begin, begun, batch.done)
 
 
+def is_under_way(batch: PlainBatch) -> bool:
+    """Whether an event was begun, and is not finished."""
+    begun: int = len(batch.events) - batch.iterator.__length_hint__()
+    return position_of(batch) < begun
+
+
 def tidy(home: Home) -> PlainBatch | None:
     """Bring what is left into its one form, and give it: one batch, which begins with the first event that is not done.
 

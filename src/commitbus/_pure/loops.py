@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 from commitbus import _notes
 from commitbus._batch import BETWEEN
 from commitbus._failures import Failures
-from commitbus._pure.batch import event_of
+from commitbus._pure.batch import event_of, is_under_way
 from commitbus.middleware import tell_changes
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def begin(batch: Any, bus: object, failures: Failures | list[Failures] | None) -
     """Begin a batch that was taken, but for what has failed in an earlier round."""
     skipped = 0
     if isinstance(failures, Failures):
+        batch.event = BETWEEN  # first: what is passed over is not under way
         skipped = failures.start(bus, batch.events, batch.begin, event_of(batch.events[batch.begin]))
         batch.failed = failures.positions
     # Last: until then, nothing of it was begun, and what has failed is not looked at.
@@ -73,6 +74,8 @@ def run_first(handler: Handler, batch: Any, commit: bool, bus: object, made: lis
             run(handler, batch, commit)
             return None
         except Exception as error:
+            if not is_under_way(batch):
+                raise  # a signal handler has raised it, say, between two events: that is no failure of either
             failures = Failures()
             made.append(failures)
             failures.start(bus, batch.events, batch.begin, event_of(batch.events[batch.begin]))

@@ -17,7 +17,7 @@ from commitbus.aio._messages import failed_at_once, needs_asyncio, not_a_concurr
 from commitbus.middleware import Middleware, added, tell_changes
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine
+    from collections.abc import Awaitable, Callable, Coroutine, Iterator
 
     from commitbus._context import AsyncRun
 
@@ -98,13 +98,15 @@ async def carry_out(
             pass
         raise error
     finally:
-        running.works, items, batch = [], [], None  # the traceback keeps this frame, and must keep no event
+        # The frames of a traceback keep what runs, and must keep no event.
+        items, batch = [], None
+        running.forget()
 
 
 class Running:
     """A batch that is run by one worker or several: what it has, and how far it came."""
 
-    __slots__ = ("batch", "bus", "count", "how", "items", "published_on", "stopped", "todo", "works")
+    __slots__ = ("batch", "bus", "count", "how", "items", "published_on", "stack", "stopped", "todo", "works")
 
     def __init__(self, bus: Any, published_on: Any, how: How) -> None:
         self.bus, self.published_on, self.how = bus, published_on, how
@@ -112,7 +114,13 @@ class Running:
         self.batch: Any = plain_batch(self.items, SPARSE)
         self.batch.event = self.count = 0
         self.works: list[Work] = []
+        self.todo: Iterator[Work] = iter(())  # shared by all workers: each goes to one
         self.stopped = False
+        self.stack = added() if published_on is not None else None  # before anything is taken
+
+    def forget(self) -> None:
+        """Keep nothing of what was run."""
+        self.items, self.works, self.todo, self.batch = [], [], iter(()), None
 
     async def run(self, look: Callable[[list[Any], int], list[Work]]) -> None:
         """Run all that was taken."""
@@ -129,13 +137,12 @@ class Running:
 
     async def work(self) -> None:
         """Make one call after another, as long as there are any."""
-        stack = added() if self.published_on is not None else None
-        commit, batch = self.how.commit, self.batch
-        for one in self.todo:  # shared by all workers: each goes to one
+        commit, stack = self.how.commit, self.stack
+        for one in self.todo:
             if self.stopped:
                 return
             event, events, handler, start = one
-            batch.event = max(batch.event, start + len(events))
+            self.batch.event = max(self.batch.event, start + len(events))
             try:
                 if stack is None:
                     await finish(handler, commit, event)
