@@ -1056,7 +1056,7 @@ def test_rule_18d_an_interrupt_at_every_line_of_the_listeners(tmp_path: Any, end
 
 
 SIGNALS = """
-import gc, random, signal, sys, time
+import gc, random, signal, sys
 from contextlib import suppress
 from sqlalchemy import create_engine, text
 from sqlalchemy.orm import Session
@@ -1071,7 +1071,7 @@ def interrupt(*_):
         armed[0] = False
         raise SoftTimeLimit
 signal.signal(signal.SIGALRM, interrupt)
-url, table, way, count = *sys.argv[1:4], int(sys.argv[4])
+url, table, way, count, longest = *sys.argv[1:4], int(sys.argv[4]), float(sys.argv[5])
 engine = create_engine(url)
 chooser = random.Random()
 sent, told, interrupted = [], set(), 0
@@ -1099,19 +1099,11 @@ def once(session, n):
         bus.publish(call)
         session.commit()
 
-# Signals come within three times the time that one takes here: where they come much later, few would meet anything.
-times = []
-for n in range(count, count + 10):
-    began = time.perf_counter()
-    with Session(engine) as session:
-        once(session, n)
-    times.append(time.perf_counter() - began)
-longest = 3 * sorted(times)[5]
 for n in range(count):
     session = Session(engine)
     try:
         armed[0] = True
-        signal.setitimer(signal.ITIMER_REAL, chooser.uniform(longest / 20, longest))
+        signal.setitimer(signal.ITIMER_REAL, chooser.uniform(0.0003, longest))
         once(session, n)
         armed[0] = False
     except Exception:
@@ -1135,11 +1127,11 @@ def test_rule_18d_signals_at_random_moments(driver: str, way: str) -> None:
     """A worker's soft time limit: also where SQLAlchemy gives a connection back to its pool in a transaction."""
     database = _database(SYNC, driver)
     command = [sys.executable, "-W", "ignore", "-c", SIGNALS, f"{database.dialect}://{database.where}", TABLE, way]
-    command += ["120"]
+    command += ["120", "0.004" if driver == "psycopg" else "0.02"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout, done.stderr[-3000:]
     interrupted, _, *wrong = map(int, done.stdout.split())
-    assert interrupted > 10
+    assert interrupted > 0  # few of 120, on a machine that is fast, or busy
     assert wrong == [0, 0, 0], "lost, doubled, phantom"
     database.drop()
 
