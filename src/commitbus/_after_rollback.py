@@ -6,12 +6,16 @@ A bus says by its class that it is for that. What was published on it in a savep
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from commitbus import _messages
 from commitbus._context import committed
 from commitbus._looking import collected_in, events_to_apply, holds_buses
 from commitbus._naming import is_delayed
+from commitbus._steps import given, run, steps
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
 
 ROUNDS = 100  # how often to go on with what their handlers publish for a rollback
 
@@ -113,34 +117,25 @@ def apply(buses: Any, commit: bool) -> list[Any]:
     RuntimeError
         When handlers publish again and again.
     """
-    from commitbus._leftovers import new_multi
 
-    applied: list[Any] = []
-    for _ in range(ROUNDS):
-        taken = new_multi(buses)
-        try:
-            take(buses, taken)
-            if not taken._commitbus_holds_any():
-                return applied
-            applied += taken.apply_and_get_applied_events(commit, robust=True)
-        except ExceptionGroup as group:
-            applied = []
-            raise _failed(group) from None
-        except BaseException:
-            applied = []  # the traceback keeps this frame, and must keep no event
-            raise
-        finally:
-            give_back(taken, buses)
-    raise _messages.too_many_rounds(ROUNDS)
+    def apply_robustly(taken: Any) -> Any:
+        return given(taken.apply_and_get_applied_events(commit, robust=True))
 
-
-def _failed(group: ExceptionGroup[Any]) -> ExceptionGroup[Any]:
-    """Make the same group of what has failed, that does not name a bus of ours."""
-    return ExceptionGroup(_messages.failed_after_rollback(len(group.exceptions)), group.exceptions)
+    return cast("list[Any]", run(apply_each(buses, apply_robustly)))
 
 
 async def apply_async(buses: Any, commit: bool) -> list[Any]:
     """Do the same, awaited."""
+
+    def apply_robustly(taken: Any) -> Any:
+        return taken.apply_and_get_applied_events_async(commit, robust=True)
+
+    return cast("list[Any]", await apply_each(buses, apply_robustly))
+
+
+@steps
+def apply_each(buses: Any, apply: Callable[[Any], Any]) -> Generator[Any, Any, list[Any]]:
+    """Do that by a function that may be awaited, for the multi bus of each round."""
     from commitbus._leftovers import new_multi
 
     applied: list[Any] = []
@@ -150,12 +145,14 @@ async def apply_async(buses: Any, commit: bool) -> list[Any]:
             take(buses, taken)
             if not taken._commitbus_holds_any():
                 return applied
-            applied += await taken.apply_and_get_applied_events_async(commit, robust=True)
+            applied += cast("list[Any]", (yield from apply(taken)))
         except ExceptionGroup as group:
             applied = []
-            raise _failed(group) from None
+            # The same group, but one that does not name a bus of ours.
+            failed = ExceptionGroup(_messages.failed_after_rollback(len(group.exceptions)), group.exceptions)
+            raise failed from None
         except BaseException:
-            applied = []
+            applied = []  # the traceback keeps this frame, and must keep no event
             raise
         finally:
             give_back(taken, buses)

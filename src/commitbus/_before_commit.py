@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from commitbus import _messages
 from commitbus._context import before_commit_or_by_hand
-from commitbus._looking import events_to_apply
+from commitbus._looking import events_to_apply, in_store
+from commitbus._marks import stores_in
 from commitbus._steps import given, run, steps
 
 if TYPE_CHECKING:
@@ -31,6 +32,15 @@ def before_commit(buses: Any, seen: tuple[Any, ...] = ()) -> list[Any]:
         elif actual._commitbus_multi:
             found += before_commit(actual, (*seen, buses))
     return found
+
+
+def asynchronous_in(buses: Any) -> Any:
+    """Give an asynchronous bus that has something to apply, or None."""
+    for store in stores_in(buses):
+        bus = getattr(store, "_commitbus_wrapped_bus", None) or store
+        if bus._commitbus_awaited and in_store(store):
+            return bus
+    return None
 
 
 def apply_before_commit(buses: Any) -> list[Any]:

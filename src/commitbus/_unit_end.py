@@ -10,7 +10,7 @@ import sys
 from typing import TYPE_CHECKING, Any, cast
 
 from commitbus import _after_rollback, _lock, _messages, _notes
-from commitbus._before_commit import apply_before_commit, before_commit
+from commitbus._before_commit import apply_before_commit, asynchronous_in, before_commit
 from commitbus._commit import after_commit, refuse_if_open
 from commitbus._interfaces import NotCommittedError
 from commitbus._looking import events_to_apply, holds_buses, in_store
@@ -73,8 +73,8 @@ class Rest:
     def refuse(self) -> None:
         """Refuse before the commit what an apply would refuse after it."""
         refuse_open(self.buses)
-        if "commitbus.aio" in sys.modules:
-            self.refuse_asynchronous()
+        if "commitbus.aio" in sys.modules and (bus := asynchronous_in(self.buses)) is not None:
+            raise _messages.not_applied_async(bus)
         self.refuse_without_rollback()
 
     def store(self) -> tuple[list[Any], Callable[[], object] | None]:
@@ -109,14 +109,6 @@ class Rest:
             for delayed in before_commit(self.buses):
                 if events_to_apply(delayed):
                     raise _messages.needs_rollback(delayed.actual_event_bus)
-
-    def refuse_asynchronous(self) -> None:
-        """Refuse a bus whose handlers nothing here would await."""
-        base = sys.modules["commitbus.aio"].AsyncEventBus
-        for store in stores_in(self.buses):
-            bus = getattr(store, "_commitbus_wrapped_bus", None) or store
-            if isinstance(bus, base) and in_store(store):
-                raise _messages.not_applied_async(bus)
 
     # A commit that has failed
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from types import FunctionType
 from typing import TYPE_CHECKING, Any, cast
 
 from commitbus import _lock, _messages, _notes, _outer
@@ -11,13 +9,10 @@ from commitbus._commit import watch
 from commitbus._context import committed
 from commitbus._interfaces import EventBusOrchestrator
 from commitbus._marks import numbers
-from commitbus._rounds import check_rounds
-from commitbus._transactions import see_errors_of
 from commitbus._unit_end import Rest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from contextlib import AbstractContextManager
     from types import TracebackType
 
     from commitbus._commit import Commit
@@ -157,28 +152,3 @@ def check_callbacks(commit_transaction: object, rollback_transaction: object, on
         raise _messages.not_callbacks(
             commit_transaction=commit_transaction, rollback_transaction=rollback_transaction, on_unapplied=on_unapplied
         )
-
-
-def unit_of_work(
-    create: Callable[[], Any],
-    event_bus_orchestrator: EventBusOrchestrator | None,
-    commit: bool,
-    functions: tuple[Any, Any, Any],
-    robust: bool,
-    rounds: int,
-) -> AbstractContextManager[Yielded, bool | None]:
-    """Do what `use_orchestrator_or_create_multi_event_bus` says, with the multi bus that `create` makes.
-
-    `functions` are what commits, what rolls back, and ``on_unapplied``.
-    """
-    check_callbacks(*functions)
-    if type(rounds) is not int or rounds < 1:
-        check_rounds(rounds)
-    if event_bus_orchestrator is None:
-        commit_transaction: Any = functions[0]
-        if commit_transaction is not None and type(commit_transaction) is not FunctionType:
-            see_errors_of(commit_transaction)
-        return Unit(create(), commit, functions, robust, rounds)
-    if not isinstance(event_bus_orchestrator, EventBusOrchestrator):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise _messages.not_an_orchestrator(event_bus_orchestrator)
-    return nullcontext(Yielded((event_bus_orchestrator, list)))

@@ -37,10 +37,16 @@ def begin(batch: Any, bus: object, failures: Failures | list[Failures] | None) -
     skipped = 0
     if isinstance(failures, Failures):
         batch.event = BETWEEN  # first: what is passed over is not under way
-        skipped = failures.start(bus, batch.events, batch.begin, event_of(batch.events[batch.begin]))
-        batch.failed = failures.positions
+        skipped = start(batch, bus, failures)
     # Last: until then, nothing of it was begun, and what has failed is not looked at.
     batch.iterator = iter_from(batch.events, batch.begin + skipped)
+
+
+def start(batch: Any, bus: object, failures: Failures) -> int:
+    """Have a batch's failures counted; give how many there are of an earlier round."""
+    skipped = failures.start(bus, batch.events, batch.begin, event_of(batch.events[batch.begin]))
+    batch.failed = failures.positions
+    return skipped
 
 
 def run(handler: Handler, batch: Any, commit: bool) -> None:
@@ -78,8 +84,7 @@ def run_first(handler: Handler, batch: Any, commit: bool, bus: object, made: lis
                 raise  # a signal handler has raised it, say, between two events: that is no failure of either
             failures = Failures()
             made.append(failures)
-            failures.start(bus, batch.events, batch.begin, event_of(batch.events[batch.begin]))
-            batch.failed = failures.positions
+            start(batch, bus, failures)
             failures.errors.append(error)
             _notes.drop_own_frames(error)
             note_failed(batch, bus, failures, 0, False)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from types import FunctionType
 from typing import TYPE_CHECKING
 
+from commitbus import _messages
+from commitbus._interfaces import EventBusOrchestrator
 from commitbus._pure.multi_event_bus import MultiEventBus
-from commitbus._unit_of_work import unit_of_work
+from commitbus._rounds import check_rounds
+from commitbus._transactions import see_errors_of
+from commitbus._unit_of_work import Unit, Yielded, check_callbacks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
     from typing import Any
-
-    from commitbus._interfaces import EventBusOrchestrator
 
 
 def use_orchestrator_or_create_multi_event_bus(
@@ -107,14 +111,17 @@ def use_orchestrator_or_create_multi_event_bus(
     mail sent
     1 applied by the caller
     """
-    return unit_of_work(
-        MultiEventBus,
-        event_bus_orchestrator,
-        commit,
-        (commit_transaction, rollback_transaction, on_unapplied),
-        robust,
-        rounds,
-    )
+    functions = (commit_transaction, rollback_transaction, on_unapplied)
+    check_callbacks(*functions)
+    if type(rounds) is not int or rounds < 1:
+        check_rounds(rounds)
+    if event_bus_orchestrator is None:
+        if commit_transaction is not None and type(commit_transaction) is not FunctionType:
+            see_errors_of(commit_transaction)
+        return Unit(MultiEventBus(), commit, functions, robust, rounds)
+    if not isinstance(event_bus_orchestrator, EventBusOrchestrator):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise _messages.not_an_orchestrator(event_bus_orchestrator)
+    return nullcontext(Yielded((event_bus_orchestrator, list)))
 
 
 use_orchestrator_or_create_multi_event_bus.__module__ = "commitbus.multi_event_bus"

@@ -13,7 +13,7 @@ from sqlalchemy.util import await_only, greenlet_spawn
 from sqlalchemy.util.concurrency import in_greenlet as _in_greenlet
 
 from commitbus import _after_rollback, _lock, _notes
-from commitbus._before_commit import ROUNDS, apply_before_commit, before_commit
+from commitbus._before_commit import ROUNDS, apply_before_commit, asynchronous_in, before_commit
 from commitbus._context import committed
 from commitbus._interfaces import NotCommittedError
 from commitbus._looking import events_to_apply
@@ -137,7 +137,7 @@ class Bound(Ends):
         if nested and not self.buses.has_awaited:
             return  # what is registered by hand is seen to at the outermost commit
         plainly = cast("Any", self.buses)._commitbus_is_plain(False)
-        if not plainly and not in_greenlet() and (bus := self.asynchronous()) is not None:
+        if not plainly and not in_greenlet() and (bus := asynchronous_in(self.buses)) is not None:
             raise _messages.not_applied_in_commit(bus)
         if nested:
             return

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, cast
 from sqlalchemy.util import await_only
 
 from commitbus import _after_rollback, _leftovers, _lock, _notes
+from commitbus._before_commit import asynchronous_in
 from commitbus._context import committed
 from commitbus._looking import events_to_apply
 from commitbus._marks import open_marks, roll_back_in, stores_in
 from commitbus._messages import too_many_rounds
 from commitbus._outcome import Outcome, mark
-from commitbus.aio import AsyncEventBus, AsyncMultiEventBus
+from commitbus.aio import AsyncMultiEventBus
 from commitbus.aio._tasks import to_the_end
 from commitbus.integrations._messages import note_not_applied_after_rollback
 from commitbus.integrations.sqlalchemy import _messages
@@ -90,14 +91,6 @@ class Ends:
     def is_plain(self) -> bool:
         """Whether nothing in the buses is asynchronous, an outbox, nested, or covered by a savepoint."""
         return cast("bool", cast("Any", self.buses)._commitbus_is_plain(False))
-
-    def asynchronous(self) -> Any:
-        """Give an asynchronous bus that has something to apply, or None."""
-        for store in stores_in(self.buses):
-            bus = getattr(store, "_commitbus_wrapped_bus", None) or store
-            if isinstance(bus, AsyncEventBus) and store._commitbus_events():
-                return cast("Any", bus)
-        return None
 
     def settle(self) -> None:
         """Keep what was committed where somebody's listener, of a class, has hidden the end of the transaction."""
@@ -238,7 +231,7 @@ class Ends:
             if in_greenlet() if self.awaited is None else self.awaited:
                 await_only(_apply_async(self.buses, True, robust=self.robust, rounds=self.rounds))
             # Published by a listener, after `before_commit` had looked.
-            elif not self.is_plain() and (bus := self.asynchronous()) is not None:
+            elif not self.is_plain() and (bus := asynchronous_in(self.buses)) is not None:
                 raise _messages.not_awaited_in_commit(bus)
             else:
                 _apply(self.buses, True, robust=self.robust, rounds=self.rounds)
