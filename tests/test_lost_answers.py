@@ -1099,7 +1099,10 @@ def once(session, n):
         bus.publish(call)
         session.commit()
 
-for n in range(count):
+# At least as often as that, and until enough signals have met something: how many do is a matter of the machine.
+for n in range(100 * count):
+    if n >= count and interrupted > 10:
+        break
     session = Session(engine)
     try:
         armed[0] = True
@@ -1126,12 +1129,14 @@ print(interrupted, len(rows), len(rows - set(sent) - told), len(sent) - len(set(
 def test_rule_18d_signals_at_random_moments(driver: str, way: str) -> None:
     """A worker's soft time limit: also where SQLAlchemy gives a connection back to its pool in a transaction."""
     database = _database(SYNC, driver)
-    command = [sys.executable, "-W", "ignore", "-c", SIGNALS, f"{database.dialect}://{database.where}", TABLE, way]
-    command += ["120", "0.004" if driver == "psycopg" else "0.02"]
+    # A driver that was interrupted within an answer may wait for one that does not come.
+    longest, options = ("0.004", "") if driver == "psycopg" else ("0.02", "?read_timeout=1")
+    url = f"{database.dialect}://{database.where}{options}"
+    command = [sys.executable, "-W", "ignore", "-c", SIGNALS, url, TABLE, way, "120", longest]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout, done.stderr[-3000:]
     interrupted, _, *wrong = map(int, done.stdout.split())
-    assert interrupted > 0  # few of 120, on a machine that is fast, or busy
+    assert interrupted > 10
     assert wrong == [0, 0, 0], "lost, doubled, phantom"
     database.drop()
 
