@@ -206,7 +206,12 @@ cdef object event_of(object item):
 
 
 cdef list events_of(list items):
-    return [event_of(item) for item in items]
+    # A loop, as wherever a list is made of what is made here: the list comprehension of Cython 3.3 lets go of such an
+    # item twice where the list cannot grow. `tests/test_build.py` looks for it.
+    cdef list events = []
+    for item in items:
+        events.append(event_of(item))
+    return events
 
 
 cdef object explicit(tuple pair):

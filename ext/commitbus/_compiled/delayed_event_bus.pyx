@@ -172,10 +172,10 @@ cdef class DelayedStore(Source):
     def _commitbus_get(self):
         cdef EventStore actual = self.wrapped()
         cdef PairStore store = self.collected
-        kept = (actual, [], {}) if store is None else store._commitbus_get()
+        cdef tuple kept = (actual, [], {}) if store is None else store._commitbus_get()
         with cython.critical_section(self):
             owner = self.owner
-        return (*kept, None if owner is None else owner())
+        return kept + (None if owner is None else owner(),)
 
     def _commitbus_set(self, kept):
         DelayedStore.__init__(self, kept[0])
@@ -264,7 +264,9 @@ cdef class DelayedStore(Source):
                 return []
             if not plainly:
                 actual.pair_up(items if head == 0 else items[head:], hook, method, commit, pairs)
-                events = [explicit(pair) for pair in pairs]
+                events = []
+                for pair in pairs:
+                    events.append(explicit(pair))
                 store.mixed = True
                 copied = self.store(collecting or Collecting(actual, self, taken=True), events, None)
         except BaseException as error:
@@ -292,7 +294,7 @@ cdef class DelayedStore(Source):
                 place = store._commitbus_mark()[0]
                 keep, marks = collecting.end(place, PyList_GET_SIZE(items), events)
             if PyList_GET_SIZE(keep) < PyList_GET_SIZE(items):
-                items = [items[i] for i in keep]
+                items = list(map(items.__getitem__, keep))
             copied = list(items)
             if copied:
                 store.extend(items)
@@ -303,7 +305,7 @@ cdef class DelayedStore(Source):
         """Collect by what the wrapped bus's class has in the place of `collect`."""
         cdef EventStore actual = self.wrapped()
         cdef PairStore store = self.collecting()
-        cdef list pairs, copied
+        cdef list pairs, copied, events = [], items = []
         with _lock.lock:
             collecting = Collecting(actual, self)
             collecting.look()
@@ -315,8 +317,10 @@ cdef class DelayedStore(Source):
                 collecting.fail()
             raise
         store.mixed = True
-        events = [event for event, _ in pairs]
-        copied = self.store(collecting, [explicit((event, function)) for event, function in pairs], events)
+        for event, function in pairs:
+            events.append(event)
+            items.append(explicit((event, function)))
+        copied = self.store(collecting, items, events)
         if copied:
             store.register()
         return events_of(copied)

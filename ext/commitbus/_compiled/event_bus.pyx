@@ -408,12 +408,11 @@ cdef class EventStore(Source):
     def collect(self, commit=MISSING):
         """Take the pending events, each with the callable that applies it."""
         cdef Py_ssize_t head = 0
-        cdef list pairs = []
+        cdef list items, batch, pairs = [], made = []
         cdef bint method = False
         if commit is MISSING:
             raise _messages.missing_arguments("AbstractEventBus.collect", "commit")
         collect_event = look_up(self, "_collect_event", &method)
-        cdef list items, batch
         if is_covered(self) and may_collect(self):
             with _lock.lock:  # no savepoint is opened meanwhile
                 items = self.take_within(&head, begun_anew(self))
@@ -424,7 +423,9 @@ cdef class EventStore(Source):
         try:
             if is_default(collect_event, method):
                 batch = self.look(items if head == 0 else items[head:])
-                return [(event, collected(self, event)) for event in batch]
+                for event in batch:
+                    made.append((event, collected(self, event)))
+                return made
             self.pair_up(items if head == 0 else items[head:], collect_event, method, commit, pairs)
         except BaseException as error:
             self.uncollected(items, head, pairs, error)

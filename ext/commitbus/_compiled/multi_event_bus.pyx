@@ -341,12 +341,15 @@ cdef class MultiStore(EventStore):
     def _commitbus_running(self):
         """Copy the batches of buses that applies have taken and not finished."""
         cdef list batches = []
+        cdef list running = []
         with cython.critical_section(self):
             if self.running is not None:
                 batches.append(self.running)
             if self.others is not None:
                 batches.extend(self.others)
-        return [events_of(batch) for batch in batches]
+        for batch in batches:
+            running.append(events_of(batch))
+        return running
 
     def _commitbus_unregister(self, identities):
         """Take buses out of what is registered, each given by its identity."""

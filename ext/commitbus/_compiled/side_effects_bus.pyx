@@ -81,7 +81,10 @@ cdef class PairStore(EventStore):
         return (<Pair>item).pair if type(item) is Pair else (item, collected(self.wraps, item))
 
     cdef list look(self, list items):
-        return [self.pair_of(item) for item in items]
+        cdef list pairs = []
+        for item in items:
+            pairs.append(self.pair_of(item))
+        return pairs
 
     cdef bint keeps_events(self) noexcept:
         return False
