@@ -24,8 +24,6 @@ def test_isolated(script: str, name: str) -> None:
         pytest.skip("reference counts are exact only with the GIL")
     if script == "deep" and "asan" in os.environ.get("LD_PRELOAD", ""):
         pytest.skip("a stack frame with sanitizers takes ten times the memory")
-    if script == "nomemory" and sys.version_info >= (3, 12):
-        pytest.skip("the interpreter crashes or hangs later; the cause is not found: docs/guarantees.md")
     command = [sys.executable, "-X", "faulthandler", str(FOLDER / f"{script}.py"), name]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
