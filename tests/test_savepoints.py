@@ -328,6 +328,23 @@ def test_rule_22_a_nested_bus_that_is_wrapped_twice(twin: Any, make: Any) -> Non
     assert outer.events_to_apply() == []
 
 
+@pytest.mark.parametrize("covered", [True, False])
+def test_rule_22_what_is_dropped_of_a_bus_that_is_registered_twice(twin: Any, make: Any, covered: bool) -> None:
+    """In the order of an apply, which comes to it first at its first turn; random histories found it."""
+    multi = twin.MultiEventBus()
+    first, second = twin.DelayedEventBus(make()), twin.DelayedEventBus(make())
+    older = first.actual_event_bus.savepoint() if covered else None
+    for delayed in (first, second, first):
+        multi.publish(delayed)
+    savepoint = multi.savepoint()
+    second.publish(2)
+    first.publish(1)
+    assert multi.events_to_apply() == [1, 2]
+    assert savepoint.rollback() == [1, 2]
+    if older is not None:
+        assert older.rollback() == []
+
+
 def test_rule_22_a_bus_that_was_applied_before_the_block(twin: Any, make: Any, log: Log) -> None:
     """It is registered again by what is published in the block, and let go of again."""
     multi = twin.MultiEventBus()

@@ -334,7 +334,9 @@ class Opened:
                 if known:  # all of them the same way, for the order of what was dropped
                     self._covered.make_marks()
                 dropped += self._covered.drop()
-        place = {id(delayed): number for number, delayed in enumerate(multi._commitbus_get())} if len(known) > 1 else {}
+        order = multi._commitbus_get() if len(known) > 1 else ()
+        # Backwards, as a bus that is registered twice has its first turn first.
+        place = {id(order[number]): number for number in reversed(range(len(order)))}
         for delayed in sorted(known.values(), key=lambda one: place.get(id(one), -1)):
             dropped += self._drop_delayed(delayed, done, multi)
         # What is kept for the end of the transaction, stays.
