@@ -128,11 +128,11 @@ class Lock:
 
 def run(twin: Any, program: Program, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Run a program by a plan, and account for every event; give how many other threads there were at each step."""
-    world_ = World(twin, program.kind)
+    world = World(twin, program.kind)
     if program.left:
-        world_.leave()
+        world.leave()
     for fails in program.pending:
-        world_.bus.publish(world_.new(fails))
+        world.bus.publish(world.new(fails))
     token = Token(plan)
     ids = threading.local()
     errors: list[BaseException] = []
@@ -146,7 +146,7 @@ def run(twin: Any, program: Program, plan: Plan, monkeypatch: pytest.MonkeyPatch
         def enter(frame: FrameType, what: str, arg: Any) -> Any:
             code = frame.f_code
             # The call itself is no step: the first line of what is called comes right after it.
-            return trace if code.co_filename.startswith(PACKAGE) or code in world_.handlers else None
+            return trace if code.co_filename.startswith(PACKAGE) or code in world.handlers else None
 
         return enter
 
@@ -157,7 +157,7 @@ def run(twin: Any, program: Program, plan: Plan, monkeypatch: pytest.MonkeyPatch
             for act in program.scripts[me]:
                 sys.settrace(trace_of(me))
                 try:
-                    world_.quiet(lambda act=act: ACTS[act](world_))
+                    world.quiet(lambda act=act: ACTS[act](world))
                 finally:
                     sys.settrace(None)
         except BaseException as error:
@@ -175,7 +175,7 @@ def run(twin: Any, program: Program, plan: Plan, monkeypatch: pytest.MonkeyPatch
             each.join(30)
         assert not any(each.is_alive() for each in threads), f"{says} waits: {token.where}"
     assert not errors, f"{says}: {errors}, {token.where}"
-    world_.check(f"{says}: {token.where}")
+    world.check(f"{says}: {token.where}")
     return token.choices
 
 
