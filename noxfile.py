@@ -249,7 +249,8 @@ def sanitize(session: nox.Session) -> None:
         for name in ("libasan.so", "libubsan.so")
     ]
     session.run(
-        *("python", "-m", "pytest", "-m", "not build", *session.posargs),
+        # A report ends the process: what had been captured of it would be lost.
+        *("python", "-m", "pytest", "--capture=sys", "-m", "not build", *session.posargs),
         env={
             "LD_PRELOAD": " ".join(libraries),
             "PYTHONMALLOC": "malloc",
