@@ -408,7 +408,7 @@ cdef class EventStore(Source):
     def collect(self, commit=MISSING):
         """Take the pending events, each with the callable that applies it."""
         cdef Py_ssize_t head = 0
-        cdef list items, batch, pairs = [], made = []
+        cdef list items, pairs = []
         cdef bint method = False
         if commit is MISSING:
             raise _messages.missing_arguments("AbstractEventBus.collect", "commit")
@@ -421,11 +421,6 @@ cdef class EventStore(Source):
         if items is None:
             return pairs
         try:
-            if is_default(collect_event, method):
-                batch = self.look(items if head == 0 else items[head:])
-                for event in batch:
-                    made.append((event, collected(self, event)))
-                return made
             self.pair_up(items if head == 0 else items[head:], collect_event, method, commit, pairs)
         except BaseException as error:
             self.uncollected(items, head, pairs, error)
