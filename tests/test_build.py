@@ -92,8 +92,8 @@ def test_with_a_compiler(sdist: Path, tmp_path: Path) -> None:
     assert {"commitbus/py.typed", "shared/side_effects/__init__.py", "shared/event_bus/__init__.py"} <= set(names)
     assert "shared/__init__.py" not in names
     assert not [name for name in names if name.endswith((".pyx", ".c")) or name.startswith(("tests", "ext"))]
-    # About 40 KB for each of thirteen modules, a little more by a newer gcc, and 200 for the Python files.
-    assert (tmp_path / wheel).stat().st_size < 800 * 1024
+    # About 40 KB for each of thirteen modules, and 200 for the Python files; a little more by the gcc of newer Pythons.
+    assert (tmp_path / wheel).stat().st_size < (760 if sys.version_info < (3, 13) else 800) * 1024
     # What Cython 3.3 makes of a list comprehension of new objects frees one twice where memory runs out.
     twice = re.compile(r"__Pyx_ListComp_AppendAndDecref\(__pyx_t")
     generated = list((tmp_path / "source" / "build").rglob("*.c"))

@@ -21,13 +21,11 @@ class World:
     """A bus in a delayed bus in a multi bus in another, and an account of every event."""
 
     def __init__(self, twin: Any, kind: str) -> None:
-        self.twin = twin
         self.applied: list[int] = []
         self.dropped: list[int] = []
         self.published: list[int] = []
         self.fails: set[int] = set()
         self.publishes: set[int] = set()
-        self.refused = 0
         world = self
 
         def handle(event: int) -> None:
@@ -84,7 +82,6 @@ class World:
         except RuntimeError as error:  # a savepoint is open
             if "while" not in str(error):
                 raise
-            self.refused += 1
             return None
 
     def leave(self) -> None:
