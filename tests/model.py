@@ -6,6 +6,7 @@ Nothing here is fast, safe in threads or complete: it has what a history can sho
 from __future__ import annotations
 
 from contextlib import contextmanager
+from operator import itemgetter
 from typing import Any
 
 
@@ -35,12 +36,18 @@ class Rounds:
 rounds_now: Rounds | None = None
 
 
-def run(bus: Any, batch: list[Any], do: Any, robust: bool, put_back: Any, size: Any = 1) -> list[Any]:
+def itself(event: Any) -> Any:
+    return event
+
+
+def run(
+    bus: Any, batch: list[Any], do: Any, robust: bool, put_back: Any, size: Any = 1, known_by: Any = itself
+) -> list[Any]:
     """Apply a batch; put back what was not applied, those that were tried first."""
     aside = rounds_now.aside.get(id(bus), []) if rounds_now is not None and robust else []
     failed: list[Any] = []
     for event, other in zip(batch, aside, strict=False):
-        if event is not other:
+        if known_by(event) is not known_by(other):
             break
         failed.append(event)
     raised = list(failed)
@@ -185,7 +192,8 @@ class Savepoint:
 
     def check_new(self, buses: list[Any]) -> None:
         for delayed in buses:
-            if delayed.bus.marks and delayed.bus.marks[-1] is not self:
+            marks = delayed.bus.marks
+            if marks and marks[-1] is not self and (delayed.collected or delayed.bus.left or delayed.bus.pending):
                 raise RuntimeError
             if isinstance(delayed.bus, MultiBus):
                 inner = [event for event, _ in delayed.collected if isinstance(event, DelayedBus)]
@@ -222,7 +230,11 @@ class Savepoint:
         if self in delayed.bus.marks:
             delayed.owner = multi
             pairs, delayed.collected = delayed.collected, []
-            return [event for event, _ in pairs]
+            return [
+                one
+                for event, _ in pairs
+                for one in (self.let_go(event, delayed.bus) if isinstance(event, DelayedBus) else [event])
+            ]
         events: list[Any] = []
         if isinstance(delayed.bus, MultiBus):
             pairs, delayed.collected = delayed.collected, []
@@ -232,9 +244,12 @@ class Savepoint:
             for one in dict.fromkeys(inner):
                 events += self.let_go(one, delayed.bus)
             delayed.bus.left = delayed.bus.pending = []
-        events += delayed.events()
-        delayed.drop(multi)
-        return events
+        rest = delayed.events()
+        if rest:
+            delayed.drop(multi)
+        else:
+            delayed.let_go(multi)
+        return events + rest
 
 
 class Bus:
@@ -449,8 +464,9 @@ class DelayedBus:
                 self.register()
                 self.bus.forget_again([event for event, _ in tried])
 
-        key = self  # the bus that notes name
-        return [event for event, _ in run(key, batch, do if size == 1 else do_some, robust, put_back, size)]
+        # What failed is known by the event in a later round, where nothing else is stored.
+        known_by = itself if mixed else itemgetter(0)
+        return [event for event, _ in run(self, batch, do if size == 1 else do_some, robust, put_back, size, known_by)]
 
     def pending_events(self) -> tuple[Any, ...]:
         return self.bus.pending_events()

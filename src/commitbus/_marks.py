@@ -64,23 +64,30 @@ def open_marks(bus: Any) -> tuple[Mark, ...] | None:
     return found
 
 
-def stores_of(buses: Iterable[Any]) -> list[Any]:
-    """List what delayed buses wrap and have collected, those of nested ones included, each once."""
-    stores: list[Any] = []
-    seen: set[int] = set()
+def delayed_in(buses: Iterable[Any]) -> list[Any]:
+    """List delayed buses, those of nested ones included, each once."""
+    found: dict[int, Any] = {}
     rest = list(buses)
     while rest:
         delayed = rest.pop()
-        if not is_delayed(delayed) or id(delayed) in seen:
+        if not is_delayed(delayed) or id(delayed) in found:
             continue
-        seen.add(id(delayed))
-        actual, collected = delayed._commitbus_parts()
-        if delayed._commitbus_kept:
-            stores.append(collected)
-            continue
-        stores += [actual] if collected is None else [actual, collected]
-        if holds_buses(actual):
+        found[id(delayed)] = delayed
+        actual, _ = delayed._commitbus_parts()
+        if not delayed._commitbus_kept and holds_buses(actual):
             rest += [*actual._commitbus_get(), *collected_in(delayed)]
+    return list(found.values())
+
+
+def stores_of(buses: Iterable[Any]) -> list[Any]:
+    """List what delayed buses wrap and have collected, those of nested ones included, each once."""
+    stores: list[Any] = []
+    for delayed in delayed_in(buses):
+        actual, collected = delayed._commitbus_parts()
+        if not delayed._commitbus_kept:
+            stores.append(actual)
+        if collected is not None:
+            stores.append(collected)
     return stores
 
 

@@ -188,9 +188,10 @@ def savepoint_ended() -> RuntimeError:
     return RuntimeError("this savepoint has ended; open another with savepoint()")
 
 
-def savepoint_not_last(savepoint: object, last: object) -> RuntimeError:
-    """Refuse to end savepoints in another order than they were opened in."""
-    return RuntimeError(f"{savepoint!r} cannot end before {last!r}, which was opened later; end that one first")
+def savepoint_not_last(savepoint: object, last: object, later: bool) -> RuntimeError:
+    """Refuse to end savepoints in another order than they were opened in, or to drop what an older one covers."""
+    why = "was opened later" if later else "covers a bus that was registered since"
+    return RuntimeError(f"{savepoint!r} cannot end before {last!r}, which {why}; end that one first")
 
 
 def not_a_number(name: str, kinds: str, least: int, value: object, advice: str) -> Exception:

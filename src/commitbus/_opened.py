@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from commitbus import _lock, _messages, _notes
 from commitbus._looking import collected_in, flatten, holds_buses
-from commitbus._marks import Mark, numbers, open_marks, stores_of
+from commitbus._marks import Mark, delayed_in, numbers, open_marks, stores_of
 from commitbus._naming import describe_bus, is_delayed
 
 if TYPE_CHECKING:
@@ -94,9 +94,9 @@ class Opened:
         return dropped
 
     def _see_to_last(self, last: Opened) -> None:
-        """End one that was opened later, if nobody has it any more; refuse to end before it otherwise."""
+        """End another one first, if nobody has that any more; refuse to end before it otherwise."""
         if last._savepoint() is not None:
-            raise _messages.savepoint_not_last(self, last)
+            raise _messages.savepoint_not_last(self, last, last._number > self._number)
         last._end_left(self._bus)
 
     def _end_left(self, bus: Any) -> None:
@@ -248,10 +248,13 @@ class Opened:
         return None
 
     def _check_new(self, buses: Iterable[Any]) -> Opened | None:
-        """Give another savepoint that covers buses which were registered since."""
-        for store in stores_of(buses):
-            marks = open_marks(store)
-            if marks is not None and all(mark.savepoint is not self for mark in marks):
+        """Give another savepoint that covers what is in buses which were registered since: its marks would be wrong."""
+        for delayed in delayed_in(buses):
+            actual, collected = delayed._commitbus_parts()
+            marks = None if delayed._commitbus_kept else open_marks(actual)
+            if marks is None or any(mark.savepoint is self for mark in marks):
+                continue
+            if actual._commitbus_events() or (collected is not None and collected._commitbus_events()):
                 return marks[-1].savepoint
         return None
 
@@ -375,8 +378,7 @@ class Opened:
         if self._covers(delayed):
             # What it wraps is in another delayed bus, too, which was there before: that one sees to it.
             delayed._commitbus_remember(weakref.ref(multi))
-            pairs: list[Any] = [] if collected is None else collected._commitbus_cut(0, ())
-            return [event for event, _ in pairs]
+            return self._drop_collected(delayed)
         dropped: list[Any] = []
         if type(actual).applies_after_rollback:
             from commitbus._leftovers import keep
@@ -390,8 +392,25 @@ class Opened:
             for one in inner.values():
                 dropped += self._let_go(one, actual)
             actual._commitbus_unregister(set(inner))
-        dropped += flatten((delayed,))
-        multi._commitbus_discard(delayed)
+        if rest := flatten((delayed,)):
+            multi._commitbus_discard(delayed)
+        else:
+            # Another savepoint, which was opened before, may cover it and refuse that anything is dropped.
+            delayed._commitbus_let_go(weakref.ref(multi))
+        return dropped + rest
+
+    def _drop_collected(self, delayed: Any) -> list[Any]:
+        """Drop all that a delayed bus has collected, and what older savepoints know of it."""
+        dropped: list[Any] = []
+        with _lock.lock:
+            actual, collected = delayed._commitbus_parts()
+            pairs = [] if collected is None else collected._commitbus_cut(0, ())
+            marks = open_marks(actual) or ()
+            actual._commitbus_marks = tuple(
+                Mark(one.savepoint, delayed, one.start) if one.delayed is delayed else one for one in marks
+            )
+        for event, _ in pairs:
+            dropped += self._let_go(event, actual) if is_delayed(event) else [event]
         return dropped
 
     def _covers(self, delayed: Any) -> bool:
