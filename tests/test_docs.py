@@ -116,7 +116,7 @@ def test_pages(page: Path, name: str) -> None:
 
 
 SESSIONS = """
-import doctest, re, sys
+import doctest, gc, re, sys
 sys.path.append(sys.argv[1])
 import conftest  # it has doctest compare notes
 text = sys.stdin.read()
@@ -124,7 +124,12 @@ names = {"__name__": "__main__"}
 exec("\\n".join(re.findall(r"```python\\n(.*?)```", text, re.DOTALL)), names)
 session = "\\n".join(re.findall(r"```pycon\\n(.*?)```", text, re.DOTALL))
 test = doctest.DocTestParser().get_doctest(session, names, "page", None, 0)
-results = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test)
+class Runner(doctest.DocTestRunner):
+    def report_start(self, *args):
+        if not conftest.CPYTHON:
+            gc.collect()  # what nobody has any more is still there
+        super().report_start(*args)
+results = Runner(optionflags=doctest.ELLIPSIS).run(test)
 sys.exit(f"{results.failed} of {results.attempted} failed" if results.failed or not results.attempted else 0)
 """
 

@@ -74,12 +74,15 @@ def _mysql_is_open(connection: Any) -> bool:
     return bool(connection.server_status & SERVER_STATUS_IN_TRANS)
 
 
+_SQLITE = Driver(is_open=_sqlite_is_open, is_open_after=_sqlite_is_open)
+
 DRIVERS: dict[str, Driver] = {
     "psycopg": _of_libpq(_status_of_psycopg),
     "psycopg2": _of_libpq(_status_of_psycopg2),
     "pg8000": Driver(_pg8000_has_failed, _pg8000_is_open),
     "asyncpg": Driver(is_open=_asyncpg_is_open),
-    "sqlite3": Driver(is_open=_sqlite_is_open, is_open_after=_sqlite_is_open),
+    "sqlite3": _SQLITE,
+    "_sqlite3": _SQLITE,  # on PyPy
     "aiosqlite": Driver(is_open=_sqlite_is_open, is_open_after=_aiosqlite_is_open_after),
     "pymysql": Driver(is_open=_mysql_is_open),
     "aiomysql": Driver(is_open=_mysql_is_open),

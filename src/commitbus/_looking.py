@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import groupby
-from types import WrapperDescriptorType
+from types import FunctionType, WrapperDescriptorType
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from commitbus import _messages
@@ -30,7 +30,9 @@ class ClassSignature:
         init = owner.__init__
         if instance is not None:  # a bus that a subclass made callable
             raise AttributeError("__signature__")
-        if isinstance(init, WrapperDescriptorType):
+        # On PyPy, the two types are one.
+        in_c = isinstance(init, WrapperDescriptorType) and not isinstance(init, FunctionType)
+        if in_c or init is object.__init__:
             names = () if init is object.__init__ else self.parameters
             return Signature([Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in names])
         given = signature(init)
