@@ -21,7 +21,10 @@ PYTHONS = ["3.11", "3.12", "3.13", "3.14", "3.15"]
 COMPILED = {"COMMITBUS_REQUIRE_EXTENSIONS": "1"}
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 # The tests that run in other processes, where neither a mutant nor coverage reaches, or that race against a clock.
-APART = ("build", "drop_in", "example", "histories", "imports", "interrupts", "main", "memory", "sweeps", "threads")
+APART = (
+    *("aio_sweeps", "build", "drop_in", "example", "histories", "imports", "interrupts", "main", "memory", "races"),
+    *("schedules", "sweeps", "threads"),
+)
 
 # What the tests look at, to try one twin alone.
 ONE_TWIN = {
@@ -285,11 +288,11 @@ def debug(session: nox.Session) -> None:
 
 @nox.session
 def coverage(session: nox.Session) -> None:
-    """Measure lines and branches of the pure twin, and lines of the compiled one, in a copy of the tree."""
+    """Measure lines and branches of the package, and lines of the compiled twin, in a copy of the tree."""
     copy = Path(session.create_tmp()) / "tree"
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(".", copy, ignore=shutil.ignore_patterns(".*", "build", "dist", "*.so", "*.c"))
-    session.install(*group("test"), "coverage>=7.10")
+    session.install(*group("test"), *group("integrations"), "coverage>=7.10")
     with session.chdir(copy):
         # The plugin needs the .c beside the .pyx, and line tracing, which makes the extension slow.
         flags = "-DCYTHON_TRACE=1 -DCYTHON_USE_SYS_MONITORING=0"
@@ -302,8 +305,7 @@ def coverage(session: nox.Session) -> None:
         build = f"from setuptools import Extension, setup; setup(ext_modules=[{', '.join(extensions)}])"
         session.run("python", "-c", build, "build_ext", "--build-lib", "src", "-q", env={"CFLAGS": flags})
         env = {"PYTHONPATH": "src", "COVERAGE_CORE": "ctrace"}
-        # A test that sets a trace function of its own would end the measuring.
-        tests = ["-q", "-k", "not every_line", *(f"--ignore=tests/test_{name}.py" for name in APART)]
+        tests = ["-q", "-k", "not both_twins", *(f"--ignore=tests/test_{name}.py" for name in APART)]
         session.run("python", "-m", "coverage", "run", "-m", "pytest", *tests, env=env)
         session.run("python", "-m", "coverage", "report", "--show-missing")
 

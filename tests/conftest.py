@@ -9,9 +9,12 @@ import subprocess
 import sys
 import traceback
 import types
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 pytest_plugins = ["pytester"]
 
@@ -49,6 +52,15 @@ def twins() -> tuple[Any, Any]:
     if PURE_ONLY or COMPILED_ONLY:
         pytest.skip("only one twin is tried")
     return load("pure"), load("compiled")
+
+
+if (MEASURING := sys.gettrace()) is not None:
+
+    @pytest.fixture(autouse=True)
+    def measure_on() -> Iterator[None]:
+        """Have `nox -s coverage` measure on after a test that traces, and takes its tracer away."""
+        yield
+        sys.settrace(MEASURING)
 
 
 class Log:
