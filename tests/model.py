@@ -243,7 +243,7 @@ class Savepoint:
             events += [event for event, _ in pairs if not isinstance(event, DelayedBus)]
             for one in dict.fromkeys(inner):
                 events += self.let_go(one, delayed.bus)
-            delayed.bus.left = delayed.bus.pending = []
+            delayed.bus.left, delayed.bus.pending = [], []
         rest = delayed.events()
         if rest:
             delayed.drop(multi)

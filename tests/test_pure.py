@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from conftest import load
 
 PURE: Any = load("pure")
 LOCK: Any = importlib.import_module("commitbus._lock")
+PURE_LOOPS: Any = importlib.import_module("commitbus._pure.loops")
 
 
 def without_atomic_lines(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,3 +108,68 @@ def test_rule_8_the_lock_is_renewed() -> None:
     before = LOCK.lock
     LOCK.renew()
     assert LOCK.lock is not before
+
+
+def test_rule_4_the_note_of_an_apply_that_is_stopped_between_two_events() -> None:
+    """It counts what this apply has done, and not what one before it had."""
+
+    class Stop(BaseException):
+        pass
+
+    package = str(Path(LOCK.__file__).parent)
+    notes: list[str] = []
+    number, met = 0, True
+    while met:
+        number, met, count, log = number + 1, False, 0, list[int]()
+
+        class Bus(PURE.AbstractEventBus):
+            fails = True
+
+            def _apply_event(self, event: int, commit: bool, log: list[int] = log) -> None:
+                if self.fails and event == 2:
+                    raise KeyError
+                log.append(event)
+
+        bus = Bus()
+        bus.publish_all([1, 2, 3, 4])
+        with pytest.raises(KeyError):
+            bus.apply(True)
+        bus.fails = False
+        log.clear()
+
+        def trace(frame: Any, what: str, arg: Any, number: int = number) -> Any:
+            nonlocal count, met
+            if not frame.f_code.co_filename.startswith(package):
+                return None
+            count += what == "line"
+            if count == number:
+                sys.settrace(None)
+                met = True
+                raise Stop
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            bus.apply(True)
+        except Stop as error:
+            told = [note for note in getattr(error, "__notes__", []) if "stopped after" in note]
+            assert not told or f"stopped after event {len(log)} of 3 in" in told[0], (told, log)
+            notes += told
+        finally:
+            sys.settrace(before)
+    assert len(set(notes)) == 3
+
+
+@pytest.mark.parametrize("skipped", [0, 1, 3])
+def test_the_iterator_of_where_a_list_iterator_cannot_go_on_elsewhere(skipped: int) -> None:
+    """PyPy's cannot."""
+    for make in (PURE_LOOPS.ITERATE, PURE_LOOPS.Skipping):
+        iterator: Any = make([1, 2, 3])
+        assert iter(iterator) is iterator
+        assert next(iterator) == 1
+        assert iterator.__length_hint__() == 2
+        iterator.__setstate__(skipped)
+        assert iterator.__length_hint__() == 3 - skipped
+        assert list(iterator) == [1, 2, 3][skipped:]
+        assert next(iterator, None) is None
