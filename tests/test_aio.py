@@ -148,6 +148,20 @@ def test_rule_4d_rounds() -> None:
     assert len(run(bus.apply_async(True, rounds=2))) == 1
 
 
+def test_rule_4d_a_round_in_which_all_failed_is_followed_by_the_next() -> None:
+    bus = Bus()
+
+    def publish_and_fail() -> None:
+        bus.publish("second")
+        raise Boom
+
+    bus.publish(publish_and_fail)
+    with pytest.raises(ExceptionGroup):
+        run(bus.apply_async(True, robust=True, rounds=2))
+    assert bus.log[-1] == "second"
+    assert bus.pending_events() == (publish_and_fail,)
+
+
 def test_rule_4c_what_the_awaited_gives() -> None:
     async def inner() -> None: ...
 

@@ -477,6 +477,26 @@ def test_rule_21_leaving_fails_or_swallows(how: str) -> None:
     assert left == [bad]
 
 
+def test_rule_21_leaving_swallows_the_errors_of_its_own_bus_alone() -> None:
+    class Swallows(Client):
+        async def __aexit__(self, *error: object) -> Any:
+            return True
+
+    async def fail(*, commit: bool) -> None:
+        await current().enter_async_context(Swallows([]))
+        raise ValueError
+
+    async def fail_too(*, commit: bool) -> None:
+        raise Boom
+
+    multi = AsyncMultiEventBus()
+    multi.wrap(AsyncSharedSideEffectsEventBus()).publish(SideEffectCall(fail_too))
+    multi.wrap(AsyncSharedSideEffectsEventBus()).publish(SideEffectCall(fail))
+    with pytest.raises(ExceptionGroup) as caught:
+        run(multi.apply_async(True, robust=True))
+    assert [type(error) for error in caught.value.exceptions] == [Boom]
+
+
 def test_rule_21_rounds_and_nested_applies_share() -> None:
     log: list[Any] = []
     bus = AsyncSharedSideEffectsEventBus()
