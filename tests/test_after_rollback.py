@@ -1019,6 +1019,28 @@ def test_rule_25_savepoints_within_savepoints(twin: Any) -> None:
     assert buses.apply_and_get_applied_events(True) == []
 
 
+def test_rule_25_a_savepoint_after_an_apply_by_hand_that_failed(twin: Any) -> None:
+    """What that has left, and what it has done, is older than the savepoint."""
+
+    class UndoHere(twin.AbstractEventBus):
+        applies_after_rollback = True
+        __init__, _apply_event = Log.__init__, Log._apply_event
+
+    log: list[Any] = []
+    buses = twin.MultiEventBus()
+    undos = buses.wrap(UndoHere(log))
+    undos.publish_all(["done", "done, too", Boom(), "left"])
+    with pytest.raises(Boom):
+        undos.actual_event_bus.apply(True)
+    savepoint = buses.savepoint()
+    undos.publish_all(["new", "new, too"])
+    assert savepoint.rollback() == []
+    assert len(undos.pending_events()) == 2
+    log.clear()
+    assert buses.apply_and_get_applied_events(True) == ["new", "new, too"]
+    assert log == [("new", True), ("new, too", True)]
+
+
 def test_rule_25_what_is_published_when_there_is_no_transaction_any_more(twin: Any) -> None:
     class UndoHere(twin.AbstractEventBus):
         applies_after_rollback = True
