@@ -162,7 +162,77 @@ def test_rule_4d_a_round_in_which_all_failed_is_followed_by_the_next() -> None:
     assert bus.pending_events() == (publish_and_fail,)
 
 
-def test_rule_4c_what_the_awaited_gives() -> None:
+def test_rule_4b_a_robust_multi_bus_counts_the_buses_that_failed() -> None:
+    multi = AsyncMultiEventBus()
+    first, second = multi.wrap(Bus()), multi.wrap(Bus())
+    first.publish(Boom())
+    second.publish(1)
+    with pytest.raises(ExceptionGroup, match="^1 of 2 buses failed in .*AsyncMultiEventBus and stays registered"):
+        run(multi.apply_async(True, robust=True))
+    assert multi.pending_events() == (first,)
+
+
+def test_rule_4b_an_interrupt_keeps_what_had_failed_before_in_sight() -> None:
+    bus = Bus()
+    error = Boom()
+    bus.publish_all([error, KeyboardInterrupt(), 1])
+
+    async def main() -> None:
+        with pytest.raises(KeyboardInterrupt) as raised:
+            await bus.apply_async(True, robust=True)
+        context = raised.value.__context__
+        assert isinstance(context, ExceptionGroup)
+        assert context.exceptions == (error,)
+
+    run(main())
+    assert len(bus.pending_events()) == 3
+
+
+@pytest.mark.parametrize("options", [{"robust": True}, {"rounds": 2}])
+def test_without_concurrency_the_handlers_run_in_the_task_of_the_caller(options: dict[str, Any]) -> None:
+    tasks: set[Any] = set()
+
+    async def main() -> None:
+        bus = Bus()
+        bus.publish_all([lambda: tasks.add(asyncio.current_task())] * 2)
+        await bus.apply_async(True, **options)
+        assert tasks == {asyncio.current_task()}
+
+    run(main())
+
+
+@pytest.mark.parametrize("when", ["twice", "late"])
+def test_rule_24_what_call_gives_is_awaited_once(when: str) -> None:
+    bus = Bus()
+    kept: list[Any] = []
+    met: list[str] = []
+
+    async def around(call: Any, bus: object, event: object, commit: bool) -> None:
+        if kept:
+            met.append("late")
+            with pytest.raises(RuntimeError, match="call"):
+                await kept[0]
+        step = call()
+        await step
+        if when == "late":
+            kept.append(step)
+            return
+        met.append("twice")
+        with pytest.raises(RuntimeError, match="call"):
+            await step
+
+    remove = add_middleware(around)
+    try:
+        bus.publish_all([1, 2])
+        run(bus.apply_async(True))
+    finally:
+        remove()
+    assert bus.log == [1, 2]
+    assert set(met) == {when}
+
+
+@pytest.mark.parametrize("robust", [False, True])
+def test_rule_4c_what_the_awaited_gives(robust: bool) -> None:
     async def inner() -> None: ...
 
     async def forgotten(*, commit: bool) -> object:
@@ -174,8 +244,11 @@ def test_rule_4c_what_the_awaited_gives() -> None:
     for event in (forgotten, generator):
         bus = BasicAsyncEventBus()
         bus.publish(event)
-        with pytest.raises(TypeError, match=event.__name__):
-            run(bus.apply_async(True))
+        with pytest.raises((TypeError, ExceptionGroup)) as caught:
+            run(bus.apply_async(True, robust=robust))
+        error: Any = caught.value.exceptions[0] if isinstance(caught.value, ExceptionGroup) else caught.value
+        assert isinstance(error, TypeError)
+        assert f"{event.__name__} " in str(error)
         assert bus.pending_events() == (event,)
 
 

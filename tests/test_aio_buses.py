@@ -497,6 +497,21 @@ def test_rule_21_leaving_swallows_the_errors_of_its_own_bus_alone() -> None:
     assert [type(error) for error in caught.value.exceptions] == [Boom]
 
 
+def test_rule_21_a_handler_that_fails_is_not_said_to_fail_on_leaving() -> None:
+    bus = AsyncSharedSideEffectsEventBus()
+
+    async def fail(*, commit: bool) -> None:
+        await current().enter_async_context(Client([]))
+        raise Boom
+
+    bus.publish(SideEffectCall(fail))
+    with pytest.raises(Boom) as caught:
+        run(bus.apply_async(True))
+    assert len(notes(caught.value)) == 1
+    assert "fail" in notes(caught.value)[0]
+    assert "leaving the shared context" not in notes(caught.value)[0]
+
+
 def test_rule_21_rounds_and_nested_applies_share() -> None:
     log: list[Any] = []
     bus = AsyncSharedSideEffectsEventBus()
