@@ -471,11 +471,6 @@ cdef class EventStore(Source):
             return []
         return self.look(items if head == 0 else items[head:])
 
-    def _commitbus_put(self, events):
-        """Append events that were pending before, whatever a subclass overrides."""
-        for event in events:
-            self.add(event)
-
     def _commitbus_bring_back(self, Py_ssize_t count, marks):
         """Bring the last events that were put back to what is pending, and set the marks: collecting them failed."""
         cdef Py_ssize_t begin
@@ -560,10 +555,6 @@ cdef class EventStore(Source):
                 self.put_back(taken, head, 0)
                 raise
         return 0
-
-    def _commitbus_put_back(self, list items, Py_ssize_t begun):
-        """Put items back before what is pending; the first `begun` of them were tried."""
-        self.put_back(items, 0, begun)
 
     def _commitbus_look(self, list items):
         """Give the events that items stand for."""

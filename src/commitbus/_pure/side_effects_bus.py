@@ -197,10 +197,6 @@ class SideEffectsBus(AbstractEventBus[Pair[T]], Generic[T]):
     def _commitbus_look(self, items: list[Any]) -> list[Any]:
         return list(map(self._commitbus_pair, items))
 
-    def _commitbus_put(self, events: list[Pair[T]]) -> None:
-        self._commitbus_mixed = True
-        self._commitbus_append(list(map(Explicit, events)))
-
     def _commitbus_get(self) -> Any:
         items = self._commitbus_items()
         explicit = {i: item.pair for i, item in enumerate(items) if type(item) is Explicit}

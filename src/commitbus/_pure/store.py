@@ -47,12 +47,6 @@ class EventStore(Source):
         """Drop what is pending from a mark on, but for some spans, and give it."""
         return self._commitbus_look(cut(self._commitbus_pending, start, kept))
 
-    def _commitbus_put(self, events: list[Any]) -> None:
-        """Append events that were pending before, whatever a subclass overrides."""
-        self._commitbus_pending.extend(events)
-        if self._commitbus_owner is not None:
-            self._commitbus_register()
-
     def _commitbus_bring_back(self, count: int, marks: tuple[Mark, ...] | None) -> None:
         """Bring the last events that were put back to what is pending, and set the marks: collecting them failed."""
         while (left := tidy(self)) is not None and count:
@@ -95,12 +89,6 @@ class EventStore(Source):
             if batch is not None:
                 put_back(self, batch)
             raise
-
-    def _commitbus_put_back(self, items: list[Any], begun: int) -> None:
-        """Put items back before what is pending; the first `begun` of them were tried."""
-        batch, tried = new_batch(items), items[:begun]
-        put_back(self, batch)
-        self._commitbus_back(tried)
 
     def _commitbus_holds_any(self) -> bool:
         return bool(self._commitbus_pending) or tidy(self) is not None
