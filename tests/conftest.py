@@ -58,7 +58,7 @@ if (MEASURING := sys.gettrace()) is not None:
 
     @pytest.fixture(autouse=True)
     def measure_on() -> Iterator[None]:
-        """Have `nox -s coverage` measure on after a test that traces, and takes its tracer away."""
+        """Have `nox -s coverage_compiled` measure on after a test that traces, and takes its tracer away."""
         yield
         sys.settrace(MEASURING)
 
