@@ -534,6 +534,8 @@ class MultiBus(Bus):
         try:
             if plain and delayed.bus.marks:
                 raise RuntimeError
+            if plain:
+                delayed.owner = None  # what it collects in its turn registers nothing
             with gather(delayed.bus, out if multi and not plain else None):
                 delayed.apply(commit)
                 delayed.let_go(self)
