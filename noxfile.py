@@ -305,7 +305,7 @@ def coverage(session: nox.Session) -> None:
     session.run(
         *("python", "-m", "coverage", "run", "-m", "pytest", "-q", "-m", "not build", *session.posargs),
         env={"COVERAGE_CORE": "sysmon"},
-        success_codes=[0, 1],
+        success_codes=[0, 1],  # what looks at branches raises within a line where the stack ends: docs/guarantees.md
     )
     session.run("python", "-m", "coverage", "combine", "-q")
     session.run("python", "-m", "coverage", "report", "--show-missing")
