@@ -86,6 +86,14 @@ def test_it_applies_in_order_and_hands_on_the_commit() -> None:
     assert isinstance(bus, AbstractEventBus)
 
 
+def test_a_bus_without_a_handler_cannot_be_made() -> None:
+    class Without(AsyncEventBus[int]):
+        pass
+
+    with pytest.raises(TypeError, match="_apply_event_async"):
+        Without()  # type: ignore[abstract]
+
+
 @pytest.mark.parametrize("concurrency", [1, 3])
 def test_rule_3_what_a_handler_publishes_waits(concurrency: int) -> None:
     bus = Bus()

@@ -673,3 +673,20 @@ def test_rule_17_a_bus_that_is_registered_twice_and_fails_in_a_nested_one(twin: 
     savepoint.release()
     outer.apply(True)
     assert wrapper.collected_events() == ()
+
+
+@pytest.mark.parametrize("publish", ["publish", "publish_all"])
+@pytest.mark.parametrize("registered", [False, True])
+def test_rule_17b_a_bus_that_is_wrapped_twice_registers_both(
+    twin: Any, make: Any, publish: str, registered: bool
+) -> None:
+    """By an event on either: the one that it was published on, and the one that was let go of last."""
+    one, two = twin.MultiEventBus(), twin.MultiEventBus()
+    first = one.wrap(make())
+    second = two.wrap(first.actual_event_bus)
+    if not registered:
+        one.apply(True)
+    two.apply(True)
+    getattr(first, publish)("x" if publish == "publish" else ["x"])
+    assert one.pending_events() == (first,)
+    assert two.pending_events() == (second,)

@@ -743,6 +743,15 @@ def test_rule_22_a_nested_bus_that_another_had_collected_from(twin: Any, make: A
     assert log.events == [2]
 
 
+def test_rule_22_a_delayed_bus_that_has_collected_nothing_refuses_too(twin: Any, make: Any) -> None:
+    delayed = twin.DelayedEventBus(make())
+    with delayed.savepoint(), pytest.raises(RuntimeError, match="while <Savepoint"):
+        delayed.apply_without_delay(True)
+    assert delayed.apply_without_delay(True) == []
+    with pytest.raises(ValueError, match="rounds must be 1 or more"):
+        delayed.apply_without_delay(True, rounds=0)
+
+
 def test_rule_22_what_an_older_one_keeps_moves_with_what_a_newer_one_drops(twin: Any, make: Any) -> None:
     delayed: Any = None
     opened: list[Any] = []
