@@ -215,7 +215,9 @@ class Savepoint:
         if bus in done:
             return []
         done.append(bus)
-        for delayed in self.registered[bus]:
+        order = bus.left + bus.pending
+        # In the order of an apply: what was collected from it comes first.
+        for delayed in sorted(self.registered[bus], key=lambda one: order.index(one) if one in order else -1):
             dropped += self.drop(delayed, done)
         new = [delayed for delayed in bus.left + bus.pending if delayed not in self.registered[bus]]
         bus.left = [delayed for delayed in bus.left if delayed not in new]
