@@ -690,3 +690,19 @@ def test_rule_17b_a_bus_that_is_wrapped_twice_registers_both(
     getattr(first, publish)("x" if publish == "publish" else ["x"])
     assert one.pending_events() == (first,)
     assert two.pending_events() == (second,)
+
+
+def test_rule_17b_a_bus_that_could_not_be_discarded_is_registered_once(twin: Any, multi: Any, make: Any) -> None:
+    class Stubborn(make):
+        def discard_pending_events(self) -> Any:
+            raise Boom
+
+    good, bad = multi.wrap(make()), multi.wrap(Stubborn())
+    good.publish(1)
+    bad.publish(2)
+    with pytest.raises(Boom):
+        multi.discard_pending_events()
+    assert multi.pending_events() == (bad,)
+    bad.publish(3)
+    bad.actual_event_bus.publish(4)
+    assert multi.pending_events() == (bad,)
