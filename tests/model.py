@@ -315,11 +315,17 @@ class Bus:
         return lambda *, commit: self._apply_event(event, commit)
 
     def collect(self, commit: Any) -> list[Any]:
+        left, pending = self.left, self.pending
         batch = self.take_all() if self.collecting else self.take()
         try:
             return [(event, self._collect_event(event, commit)) for event in batch]
         except BaseException:
-            self.put_back(batch, [])
+            if self.collecting and self.marks:
+                # What was published since a savepoint is newer than that still.
+                self.left, self.pending = left + self.left, pending + self.pending
+                self.register()
+            else:
+                self.put_back(batch, [])
             raise
 
     def pending_events(self) -> tuple[Any, ...]:
