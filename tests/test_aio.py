@@ -1639,3 +1639,145 @@ def test_a_loop_that_ends_before_the_commit_has_begun() -> None:
 
     if sys.version_info < (3, 12):  # from then on, it begins at once
         asyncio.run(main())
+
+
+# What ends a unit of work that is awaited
+
+
+class Calls(list[str]):
+    """Logs that the transaction was committed, or rolled back."""
+
+    async def commit(self) -> None:
+        self.append("commit")
+
+    async def rollback(self) -> None:
+        self.append("rollback")
+
+    def unit(self, commit: bool = True, **options: Any) -> Any:
+        functions = {"commit_transaction": self.commit, "rollback_transaction": self.rollback}
+        return unit_of_work(None, commit, **{**functions, **options})
+
+
+def test_rule_22_a_savepoint_that_is_open_is_refused_before_the_commit() -> None:
+    calls = Calls()
+
+    async def main() -> None:
+        async with calls.unit() as (buses, execute):
+            bus = buses.wrap(Bus())
+            bus.publish(1)
+            savepoint = buses.savepoint()
+            with pytest.raises(RuntimeError, match="while <Savepoint"):
+                await execute()
+            assert calls == []
+            savepoint.release()
+            assert await execute() == [1]
+
+    run(main())
+    assert calls == ["commit"]
+
+
+def test_rule_18c_what_belongs_to_the_transaction_is_awaited_before_the_commit() -> None:
+    calls = Calls()
+    seen: list[Any] = []
+
+    class Outbox(AsyncEventBus[Any]):
+        applies_before_commit = True
+
+        async def _apply_event_async(self, event: Any, commit: bool) -> None:
+            await asyncio.sleep(0)
+            seen.append((event, list(calls)))
+
+    async def main() -> None:
+        async with calls.unit() as (buses, execute):
+            buses.wrap(Bus()).publish("after")
+            outbox = buses.wrap(Outbox())
+            outbox.publish("collected")
+            outbox.apply(True)
+            outbox.publish("pending")
+            assert await execute() == ["collected", "pending", "after"]
+
+    run(main())
+    assert seen == [("collected", []), ("pending", [])]
+
+
+def test_rule_18_a_dry_run_whose_handler_fails_is_rolled_back() -> None:
+    calls = Calls()
+
+    async def main() -> None:
+        with pytest.raises(Boom):
+            async with calls.unit(False) as (buses, execute):
+                buses.wrap(Bus()).publish(Boom())
+                await execute()
+
+    run(main())
+    assert calls == ["rollback"]
+
+
+def test_rule_18_what_a_rollback_gives() -> None:
+    async def inner() -> None: ...
+
+    async def forgotten() -> object:
+        return inner()
+
+    calls = Calls()
+
+    async def main() -> None:
+        with pytest.raises(TypeError, match="forgotten"):
+            async with calls.unit(False, rollback_transaction=forgotten) as (_, execute):
+                await execute()
+
+    run(main())
+
+
+@pytest.mark.parametrize("awaits", [False, True])
+@pytest.mark.parametrize("fails", [False, True])
+def test_rule_19_on_unapplied_that_fails(fails: bool, awaits: bool) -> None:
+    calls = Calls()
+
+    async def later() -> None:
+        await asyncio.sleep(0)
+        raise ValueError("mine")
+
+    def on_unapplied(buses: Any) -> Any:
+        if awaits:
+            return later()
+        raise ValueError("mine")
+
+    async def main() -> None:
+        with pytest.raises(Boom if fails else ValueError) as caught:
+            async with calls.unit(on_unapplied=on_unapplied) as (buses, execute):
+                buses.wrap(Bus()).publish(Boom() if fails else 1)
+                if fails:
+                    await execute()
+        assert (isinstance(caught.value.__context__, ValueError)) == fails
+
+    run(main())
+
+
+def test_rule_19_on_unapplied_that_is_cancelled_keeps_what_came_before_in_sight() -> None:
+    calls = Calls()
+    begun: list[Any] = []
+
+    async def keep(buses: Any) -> None:
+        begun.append(buses.events_to_apply())
+        await asyncio.sleep(0.02)
+        begun.append("kept")
+
+    async def work() -> None:
+        async with calls.unit(on_unapplied=keep) as (buses, execute):
+            buses.wrap(Bus()).publish(Boom())
+            await execute()
+
+    async def main() -> None:
+        task = asyncio.ensure_future(work())
+        for _ in range(1000):
+            await asyncio.sleep(0)
+            if begun:
+                break
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError) as caught:
+            await task
+        assert begun[1:] == ["kept"]
+        assert isinstance(caught.value.__cause__, Boom)
+
+    run(main())
