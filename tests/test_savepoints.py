@@ -7,6 +7,7 @@ import gc
 import importlib
 import linecache
 import pickle
+import re
 import sys
 import threading
 import warnings
@@ -155,6 +156,18 @@ def test_rule_22_in_that_order_alone(twin: Any, make: Any, kind: str) -> None:
     outer.release()
     assert scene.left() == [1]
     scene.apply()
+
+
+def test_rule_22_the_error_names_the_one_that_ends_first(twin: Any, make: Any) -> None:
+    multi = twin.MultiEventBus()
+    buses = [multi.wrap(make()) for _ in range(3)]
+    outer = multi.savepoint()
+    later = [bus.savepoint() for bus in (buses[1], buses[2].actual_event_bus, buses[0])]
+    while later:
+        with pytest.raises(RuntimeError, match=re.escape(f" cannot end before {later[-1]!r}, which was opened later")):
+            outer.rollback()
+        later.pop().release()
+    outer.release()
 
 
 def test_rule_22_an_exception_takes_those_that_were_opened_later(twin: Any, make: Any) -> None:

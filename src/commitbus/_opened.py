@@ -235,17 +235,18 @@ class Opened:
             )
 
     def _check(self) -> Opened | None:
-        """Give one that was opened later, and has not ended."""
+        """Give the one that was opened last, if that is not this one, and has not ended."""
         if self._bus is None:
             raise _messages.savepoint_ended()
+        last: Opened = self
         if self._covered is not None and (later := self._covered.later()) is not None:
-            return cast("Opened", later)
+            last = later
         for store in self._stores:
             marks = store._commitbus_marks
             # Else the last one may be of a savepoint that an interrupt has ended.
-            if marks[-1].savepoint is not self and (last := cast("Any", open_marks(store))[-1].savepoint) is not self:
-                return cast("Opened", last)
-        return None
+            if marks[-1].savepoint is not self:
+                last = max(last, cast("Any", open_marks(store))[-1].savepoint, key=_number_of)
+        return None if last is self else last
 
     def _check_new(self, buses: Iterable[Any]) -> Opened | None:
         """Give another savepoint that covers what is in buses which were registered since: its marks would be wrong."""
@@ -416,6 +417,10 @@ class Opened:
     def _covers(self, delayed: Any) -> bool:
         """Whether what a delayed bus wraps is covered, through another bus."""
         return any(mark.savepoint is self for mark in delayed._commitbus_parts()[0]._commitbus_marks or ())
+
+
+def _number_of(opened: Opened) -> int:
+    return opened._number
 
 
 def _newer(store: Any, start: int, kept: tuple[tuple[int, int], ...] = ()) -> list[Any]:

@@ -114,20 +114,22 @@ cdef class Cover:
         return True
 
     def later(self):
-        """Give a savepoint that was opened later, covers one of the buses, and is open; or None."""
+        """Give the savepoint that was opened last, if it covers one of the buses and is open; or None."""
         cdef Py_ssize_t i = 0
         cdef EventStore actual
         cdef Cover other
+        last = None
         while i < self.count and covers_made != self.number:
             actual = (<DelayedStore>PyList_GET_ITEM(self.delayed, i)).actual
             if self.starts[i] != MADE and actual.cover is not self:
                 other = actual.cover
-                if other.savepoint._bus is not None:
-                    return other.savepoint
-                other.end()  # an interrupt has kept it from that
-            else:
-                i += 1
-        return None
+                if other.savepoint._bus is None:
+                    other.end()  # an interrupt has kept it from that
+                    continue
+                if last is None or other.savepoint._number > last._number:
+                    last = other.savepoint
+            i += 1
+        return last
 
     def end(self):
         """Cover nothing any more."""
