@@ -706,3 +706,23 @@ def test_rule_17b_a_bus_that_could_not_be_discarded_is_registered_once(twin: Any
     bad.publish(3)
     bad.actual_event_bus.publish(4)
     assert multi.pending_events() == (bad,)
+
+
+@pytest.mark.parametrize("collected", [False, True])
+def test_rule_17b_a_second_turn_registers_nothing_by_what_it_collects(
+    twin: Any, multi: Any, make: Any, log: Log, collected: bool
+) -> None:
+    """What is published after the first turn registers the bus that was let go of last, and that is all."""
+    bus = make()
+    first, again, other = multi.wrap(bus), multi.wrap(bus), multi.wrap(make())
+    multi.publish(first)
+    if collected:
+        first.publish("collected")
+        first.apply(True)
+    other.publish("publishes")
+    log.on("publishes", lambda: bus.publish("in the second turn"))
+    multi.apply(True)
+    assert log.events[-1] == "in the second turn"
+    assert multi.pending_events() == (again,)
+    assert multi.apply(True) == [again]
+    assert multi.pending_events() == ()

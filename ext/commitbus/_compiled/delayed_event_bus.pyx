@@ -370,6 +370,7 @@ cdef class DelayedStore(Source):
             self.let_go(ref)
             applied = carry_out(self, self, commit, failures, out)
         else:
+            self.hold()  # where it has another turn, too: what it collects here registers nothing
             self.collect(commit)
             self.let_go(ref)
             store = self.collecting()
@@ -393,10 +394,10 @@ cdef class DelayedStore(Source):
         if self.collected is None and collects_plainly(self.actual):
             self.let_go(ref)
             return self.actual.take(head)
+        self.hold()
         self.collect(commit)
         self.let_go(ref)
-        self.collecting()
-        taken = self.collected.take(head)
+        taken = self.collecting().take(head)
         mixed[0] = self.collected.mixed  # only now: another thread may have added a pair before
         return taken
 

@@ -200,6 +200,7 @@ class DelayedStore(Home):
             else:
                 applied = carry_out(self, self, actual._commitbus_hook(), commit, failures, out)
         else:
+            self._commitbus_hold()  # where it has another turn, too: what it collects here registers nothing
             self._commitbus_collect(commit)
             self._commitbus_let_go(ref)
             collected = self._commitbus_collected()
@@ -224,6 +225,7 @@ class DelayedStore(Home):
             self._commitbus_let_go(ref)
             actual._commitbus_take_into(items)
             return False
+        self._commitbus_hold()
         self._commitbus_collect(commit)
         self._commitbus_let_go(ref)
         collected = self._commitbus_collected()
