@@ -90,8 +90,13 @@ def test_a_bus_without_a_handler_cannot_be_made() -> None:
     class Without(AsyncEventBus[int]):
         pass
 
+    class WithoutBatches(aio.AsyncBatchEventBus[int]):
+        pass
+
     with pytest.raises(TypeError, match="_apply_event_async"):
         Without()  # type: ignore[abstract]
+    with pytest.raises(TypeError, match="_apply_events_async"):
+        WithoutBatches()  # type: ignore[abstract]
 
 
 @pytest.mark.parametrize("concurrency", [1, 3])
@@ -130,7 +135,9 @@ def test_rule_4b_robust() -> None:
         run(bus.apply_async(True, robust=True))
     assert caught.value.exceptions == (one, two)
     assert bus.pending_events() == (one, two, "more")
-    assert any("event 4 of 5" in note for note in notes(two))
+    for number, error in ((2, one), (4, two)):
+        assert len(notes(error)) == 1
+        assert f"event {number} of 5" in notes(error)[0]
 
 
 def test_rule_4b_robust_at_once() -> None:
@@ -154,6 +161,15 @@ def test_rule_4d_rounds() -> None:
     assert bus.log[-2:] == ["second", "third"]
     assert bus.pending_events() == (error,)
     assert len(run(bus.apply_async(True, rounds=2))) == 1
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_rule_4d_one_round_is_the_default(many: bool) -> None:
+    bus, multi = Bus(), AsyncMultiEventBus()
+    delayed = multi.wrap(bus)
+    bus.publish(lambda: bus.publish("next"))
+    run((multi if many else bus).apply_async(True))
+    assert (*bus.pending_events(), *delayed.collected_events()) == ("next",)
 
 
 def test_rule_4d_a_round_in_which_all_failed_is_followed_by_the_next() -> None:
