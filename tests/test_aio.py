@@ -429,9 +429,9 @@ def test_bad_concurrency(concurrency: Any, kind: type[Exception]) -> None:
     bus, buses = Bus(), AsyncMultiEventBus()
     bus.publish(1)
     for apply in (bus.apply_async, buses.apply_async, buses.apply_and_get_applied_events_async):
-        with pytest.raises(kind, match="concurrency must be"):
+        with pytest.raises(kind, match="concurrency must be (an int|1 or more), not"):
             run(apply(True, concurrency=concurrency))
-    with pytest.raises(kind, match="concurrency must be"):
+    with pytest.raises(kind, match="concurrency must be (an int|1 or more), not"):
         unit_of_work(None, True, concurrency=concurrency)
     assert bus.pending_events() == (1,)
     with pytest.raises(ValueError, match="rounds must be"):
