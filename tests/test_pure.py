@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import test_threads
-from conftest import load
+from conftest import CPYTHON, load
 
 PURE: Any = load("pure")
 LOCK: Any = importlib.import_module("commitbus._lock")
@@ -110,6 +110,9 @@ def test_rule_8_the_lock_is_renewed() -> None:
     assert LOCK.lock is not before
 
 
+@pytest.mark.skipif(
+    not CPYTHON, reason="a tracer that raises where the lock is released leaves it: see docs/guarantees.md"
+)
 def test_rule_4_the_note_of_an_apply_that_is_stopped_between_two_events() -> None:
     """It counts what this apply has done, and not what one before it had."""
 

@@ -739,6 +739,22 @@ def test_rule_22_what_an_older_one_covers_goes_where_the_newer_one_covers_what_i
     assert log.events == [3]
 
 
+def test_rule_22_what_an_apply_in_the_block_put_back_goes_with_the_bus(twin: Any, make: Any, log: Log) -> None:
+    """It wraps what the savepoint covers, and was registered while it was applied."""
+    bus = make()
+    delayed, multi = twin.DelayedEventBus(bus), twin.MultiEventBus()
+    delayed.publish_all([1, 2])
+    delayed.apply(True)
+    multi.wrap(bus)
+    savepoint = multi.savepoint()
+    multi.publish(delayed)
+    log.on(1, Boom())
+    with pytest.raises(Boom):
+        delayed.apply_without_delay(True)
+    assert savepoint.rollback() == [1, 2]
+    assert delayed.collected_events() == ()
+
+
 def test_rule_22_a_nested_bus_that_another_had_collected_from(twin: Any, make: Any, log: Log) -> None:
     """A bus that the second one had collected is let go of, and comes back with its next event."""
     inner, multi = twin.MultiEventBus(), twin.MultiEventBus()

@@ -245,7 +245,7 @@ class Opened:
             marks = store._commitbus_marks
             # Else the last one may be of a savepoint that an interrupt has ended.
             if marks[-1].savepoint is not self:
-                last = max(last, cast("Any", open_marks(store))[-1].savepoint, key=_number_of)
+                last = max(last, cast("Any", open_marks(store))[-1].savepoint, key=lambda one: one._number)
         return None if last is self else last
 
     def _check_new(self, buses: Iterable[Any]) -> Opened | None:
@@ -403,9 +403,12 @@ class Opened:
     def _drop_collected(self, delayed: Any) -> list[Any]:
         """Drop all that a delayed bus has collected, and what older savepoints know of it."""
         dropped: list[Any] = []
+        pairs: list[Any] = []
         with _lock.lock:
             actual, collected = delayed._commitbus_parts()
-            pairs = [] if collected is None else collected._commitbus_cut(0, ())
+            if collected is not None:
+                collected._commitbus_bring_back(collected._commitbus_mark()[1], collected._commitbus_marks)
+                pairs = collected._commitbus_cut(0, ())
             marks = open_marks(actual) or ()
             actual._commitbus_marks = tuple(
                 Mark(one.savepoint, delayed, one.start) if one.delayed is delayed else one for one in marks
@@ -417,10 +420,6 @@ class Opened:
     def _covers(self, delayed: Any) -> bool:
         """Whether what a delayed bus wraps is covered, through another bus."""
         return any(mark.savepoint is self for mark in delayed._commitbus_parts()[0]._commitbus_marks or ())
-
-
-def _number_of(opened: Opened) -> int:
-    return opened._number
 
 
 def _newer(store: Any, start: int, kept: tuple[tuple[int, int], ...] = ()) -> list[Any]:
