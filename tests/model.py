@@ -246,7 +246,7 @@ class Savepoint:
             for one in dict.fromkeys(inner):
                 events += self.let_go(one, delayed.bus)
             delayed.bus.left, delayed.bus.pending = [], []
-        rest = delayed.events()
+        rest: list[Any] = delayed.events()
         if rest:
             delayed.drop(multi)
         else:

@@ -245,7 +245,7 @@ def test_rule_24_what_call_gives_is_awaited_once(when: str) -> None:
         with pytest.raises(RuntimeError, match="call"):
             await step
 
-    remove = add_middleware(around)
+    remove = add_middleware(cast("Any", around))
     try:
         bus.publish_all([1, 2])
         run(bus.apply_async(True))
@@ -1670,7 +1670,7 @@ class Calls(list[str]):
         self.append("rollback")
 
     def unit(self, commit: bool = True, **options: Any) -> Any:
-        functions = {"commit_transaction": self.commit, "rollback_transaction": self.rollback}
+        functions: dict[str, Any] = {"commit_transaction": self.commit, "rollback_transaction": self.rollback}
         return unit_of_work(None, commit, **{**functions, **options})
 
 

@@ -703,7 +703,7 @@ def test_rule_22_a_bus_that_an_older_one_covers_is_not_dropped(twin: Any, make: 
     if collects:
         delayed.apply(True)
     refusal = (
-        "^<Savepoint of .*Multi.*> cannot end before <Savepoint of .*Delayed.*>, which covers a bus that was regist"
+        "^<Savepoint of .*Multi.*> cannot end before <Savepoint of .*Delayed.*>, which covers a bus that was"
     )
     with pytest.raises(RuntimeError, match=refusal):
         savepoint.rollback()
