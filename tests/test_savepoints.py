@@ -702,9 +702,7 @@ def test_rule_22_a_bus_that_an_older_one_covers_is_not_dropped(twin: Any, make: 
     delayed.publish(1)  # which registers it again
     if collects:
         delayed.apply(True)
-    refusal = (
-        "^<Savepoint of .*Multi.*> cannot end before <Savepoint of .*Delayed.*>, which covers a bus that was"
-    )
+    refusal = "^<Savepoint of .*Multi.*> cannot end before <Savepoint of .*Delayed.*>, which covers a bus that was"
     with pytest.raises(RuntimeError, match=refusal):
         savepoint.rollback()
     assert multi.events_to_apply() == [1]
@@ -753,6 +751,24 @@ def test_rule_22_what_an_apply_in_the_block_put_back_goes_with_the_bus(twin: Any
         delayed.apply_without_delay(True)
     assert savepoint.rollback() == [1, 2]
     assert delayed.collected_events() == ()
+
+
+def test_rule_22_what_an_apply_in_the_block_put_back_goes_with_a_nested_bus(twin: Any, make: Any, log: Log) -> None:
+    inner, multi = twin.MultiEventBus(), twin.MultiEventBus()
+    delayed, wrapper = inner.wrap(make()), twin.DelayedEventBus(inner)
+    delayed.publish(1)
+    wrapper.apply(True)
+    savepoint = multi.savepoint()
+    multi.publish(wrapper)
+    log.on(1, Boom())
+    with pytest.raises(Boom):
+        wrapper.apply_without_delay(True)
+    assert savepoint.rollback() == [1]
+    assert wrapper.collected_events() == ()
+    log.actions.clear()
+    delayed.publish(2)
+    multi.apply(True)
+    assert log.events == [2]
 
 
 def test_rule_22_a_nested_bus_that_another_had_collected_from(twin: Any, make: Any, log: Log) -> None:

@@ -175,6 +175,15 @@ def cut(pending: list[Any], start: int, kept: tuple[tuple[int, int], ...]) -> li
     return dropped
 
 
+def cut_all(collected: Any) -> list[Any]:
+    """Drop all that a delayed bus has collected, what an apply has put back as well, and give it, pair by pair."""
+    if collected is None:
+        return []
+    collected._commitbus_bring_back(collected._commitbus_mark()[1], collected._commitbus_marks)
+    pairs: list[Any] = collected._commitbus_cut(0, ())
+    return pairs
+
+
 def begun_anew(bus: Any) -> tuple[Mark, ...]:
     """Give the marks of a bus of which all is taken: what is published from now on is newer than any."""
     return tuple(mark.at(0) for mark in open_marks(bus) or ())

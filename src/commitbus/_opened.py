@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from commitbus import _lock, _messages, _notes
 from commitbus._looking import collected_in, flatten, holds_buses
-from commitbus._marks import Mark, delayed_in, numbers, open_marks, stores_of
+from commitbus._marks import Mark, cut_all, delayed_in, numbers, open_marks, stores_of
 from commitbus._naming import describe_bus, is_delayed
 
 if TYPE_CHECKING:
@@ -388,8 +388,7 @@ class Opened:
         elif holds_buses(actual):
             # One by one, as one of them may wrap what is covered.
             inner = {id(one): one for one in (*collected_in(delayed), *actual._commitbus_get()) if is_delayed(one)}
-            if collected is not None:
-                dropped += [event for event, _ in collected._commitbus_cut(0, ()) if not is_delayed(event)]
+            dropped += [event for event, _ in cut_all(collected) if not is_delayed(event)]
             for one in inner.values():
                 dropped += self._let_go(one, actual)
             actual._commitbus_unregister(set(inner))
@@ -403,12 +402,9 @@ class Opened:
     def _drop_collected(self, delayed: Any) -> list[Any]:
         """Drop all that a delayed bus has collected, and what older savepoints know of it."""
         dropped: list[Any] = []
-        pairs: list[Any] = []
         with _lock.lock:
             actual, collected = delayed._commitbus_parts()
-            if collected is not None:
-                collected._commitbus_bring_back(collected._commitbus_mark()[1], collected._commitbus_marks)
-                pairs = collected._commitbus_cut(0, ())
+            pairs = cut_all(collected)
             marks = open_marks(actual) or ()
             actual._commitbus_marks = tuple(
                 Mark(one.savepoint, delayed, one.start) if one.delayed is delayed else one for one in marks
