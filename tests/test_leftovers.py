@@ -286,11 +286,11 @@ def test_counting_what_one_commit_left_does_not_look_at_the_others(session: Sess
 
     for _ in range(3):
         calls()
-    few = calls()
+    few = min(calls() for _ in range(5))  # the garbage collector calls as well, now and then
     for _ in range(200):
         calls()
-    assert calls() == few
-    assert len(leftovers(session).events_to_apply()) == 205
+    assert min(calls() for _ in range(5)) == few
+    assert len(leftovers(session).events_to_apply()) == 213
     assert leftovers(session).discard_pending_events()
 
 

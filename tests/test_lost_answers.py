@@ -27,6 +27,7 @@ pytest.importorskip("sqlalchemy", reason="SQLAlchemy is not installed")
 from conftest import notes, run_over_the_other_twin
 from servers import MARIADB, POSTGRES, cut, through
 from sqlalchemy import create_engine, event, select, text
+from sqlalchemy.engine.base import RootTransaction
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
@@ -1122,6 +1123,64 @@ with create_engine(url).connect() as connection:
     rows = set(connection.execute(text(f"SELECT x FROM {table}")).scalars())
 print(interrupted, len(rows), len(rows - set(sent) - told), len(sent) - len(set(sent)), len(set(sent) - rows))
 """
+
+
+@pytest.mark.parametrize("way", ["unit", "session", "block"])
+def test_rule_18d_an_interrupt_right_after_the_commit(
+    way: str, sent: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before SQLAlchemy has noted that it was made: then it says, by an assertion of its own, that it was not."""
+
+    class SoftTimeLimit(Exception):
+        pass
+
+    def interrupt(self: Any) -> None:
+        monkeypatch.undo()
+        raise SoftTimeLimit
+
+    engine = create_engine(f"sqlite:///{tmp_path / 'rows'}", poolclass=NullPool)
+    with engine.begin() as connection:
+        connection.execute(text(f"CREATE TABLE {TABLE} (x int)"))
+    session, told = Session(engine), list[Any]()
+    insert = text(f"INSERT INTO {TABLE} VALUES (1)")
+
+    def tell(buses: Any) -> None:
+        told.extend(buses.events_to_apply())
+        buses.discard_pending_events()
+
+    def send(to: list[Any], event: int, *, commit: bool) -> None:
+        to.append(event)
+
+    with pytest.raises((SoftTimeLimit, AssertionError)):
+        if way == "block":
+            with session.begin():
+                session.execute(insert)
+                orchestrator(session).wrap(BasicEventBus()).publish(commitbus.SideEffectCall(send, sent, 1))
+                monkeypatch.setattr(RootTransaction, "_deactivate_from_connection", interrupt)
+        elif way == "session":
+            orchestrator(session).wrap(BasicEventBus()).publish(commitbus.SideEffectCall(send, sent, 1))
+            session.execute(insert)
+            monkeypatch.setattr(RootTransaction, "_deactivate_from_connection", interrupt)
+            session.commit()
+        else:
+            with commitbus.use_orchestrator_or_create_multi_event_bus(
+                None,
+                True,
+                commit_transaction=session.commit,
+                rollback_transaction=session.rollback,
+                on_unapplied=tell,
+            ) as (buses, execute):
+                session.execute(insert)
+                buses.wrap(BasicEventBus()).publish(commitbus.SideEffectCall(send, sent, 1))
+                monkeypatch.setattr(RootTransaction, "_deactivate_from_connection", interrupt)
+                execute()
+    session.close()
+    tell(in_doubt(session))
+    with engine.connect() as connection:
+        assert connection.execute(text(f"SELECT x FROM {TABLE}")).scalars().all() == [1]
+    assert sent == []
+    assert len(told) == 1
+    engine.dispose()
 
 
 @pytest.mark.parametrize("driver", ["psycopg", "pymysql"])

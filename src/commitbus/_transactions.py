@@ -71,7 +71,8 @@ def after_of_transaction(transaction: Any, error: BaseException) -> Outcome:
             return Outcome.UNKNOWN
         kept: dict[Any, tuple[Any, ...]] = transaction._connections
         tried = {id(connection): connection for connection, one, *_ in kept.values() if not one.is_active}
-        if state != "PREPARED" or (state == "PREPARED" and not tried) or _is_from_sqlalchemy(error):
+        # Where none was tried, an interrupt may have come right after the COMMIT, before SQLAlchemy has noted that.
+        if state != "PREPARED" or not kept or _is_from_sqlalchemy(error):
             return Outcome.NOT_COMMITTED  # no COMMIT was sent
         if len(tried) == 1 and not transaction.session.twophase:
             return _after_of_sent(error)
