@@ -205,9 +205,7 @@ class Savepoint:
             known = self.registered.get(bus.bus, [])
             new = [pair for pair in bus.collected if pair[0] not in known and pair[0] not in self.known]
             bus.collected = [pair for pair in bus.collected if pair not in new]
-            for event, _ in new:
-                dropped += self.let_go(event, bus.bus) if isinstance(event, DelayedBus) else [event]
-            return dropped + self.drop(bus.bus, done)
+            return self.events_of(new, bus.bus) + self.drop(bus.bus, done)
         if not isinstance(bus, MultiBus):
             dropped = [event for event in bus.pending if event not in self.known]
             bus.pending = [event for event in bus.pending if event in self.known]
@@ -232,11 +230,7 @@ class Savepoint:
         if self in delayed.bus.marks:
             delayed.owner = multi
             pairs, delayed.collected = delayed.collected, []
-            return [
-                one
-                for event, _ in pairs
-                for one in (self.let_go(event, delayed.bus) if isinstance(event, DelayedBus) else [event])
-            ]
+            return self.events_of(pairs, delayed.bus)
         events: list[Any] = []
         if isinstance(delayed.bus, MultiBus):
             pairs, delayed.collected = delayed.collected, []
@@ -252,6 +246,12 @@ class Savepoint:
         else:
             delayed.let_go(multi)
         return events + rest
+
+    def events_of(self, pairs: list[Any], multi: Any) -> list[Any]:
+        events: list[Any] = []
+        for event, _ in pairs:
+            events += self.let_go(event, multi) if isinstance(event, DelayedBus) else [event]
+        return events
 
 
 class Bus:
@@ -540,9 +540,9 @@ class MultiBus(Bus):
         multi = isinstance(delayed.bus, MultiBus)
         plain = cls.apply is DelayedBus.apply and cls.apply_without_delay is DelayedBus.apply_without_delay
         try:
-            if plain and delayed.bus.marks:
-                raise RuntimeError
             if plain:
+                if delayed.bus.marks:
+                    raise RuntimeError
                 delayed.owner = None  # what it collects in its turn registers nothing
             with gather(delayed.bus, out if multi and not plain else None):
                 delayed.apply(commit)

@@ -299,7 +299,6 @@ class Opened:
         actual, _ = delayed._commitbus_parts()
         for_rollback, due = bool(cast("Any", type(actual)).applies_after_rollback), None
         pairs: list[Any] = []
-        dropped: list[Any] = []
         with _lock.lock:  # a thread that collects moves events, and the marks with them
             _, collected = delayed._commitbus_parts()
             marks = open_marks(actual) or ()
@@ -321,11 +320,8 @@ class Opened:
                 self._dropped.add(id(delayed))
         if for_rollback:
             return []
-        for event, _ in pairs:
-            dropped += self._let_go(event, actual) if is_delayed(event) else [event]
-        if holds_buses(actual):
-            return dropped + self._drop_buses(actual, done)
-        return dropped + newer
+        dropped = self._events_of(pairs, actual)
+        return dropped + (self._drop_buses(actual, done) if holds_buses(actual) else newer)
 
     def _drop_buses(self, multi: Any, done: set[int]) -> list[Any]:
         if id(multi) in done:
@@ -401,7 +397,6 @@ class Opened:
 
     def _drop_collected(self, delayed: Any) -> list[Any]:
         """Drop all that a delayed bus has collected, and what older savepoints know of it."""
-        dropped: list[Any] = []
         with _lock.lock:
             actual, collected = delayed._commitbus_parts()
             pairs = cut_all(collected)
@@ -409,9 +404,14 @@ class Opened:
             actual._commitbus_marks = tuple(
                 Mark(one.savepoint, delayed, one.start) if one.delayed is delayed else one for one in marks
             )
+        return self._events_of(pairs, actual)
+
+    def _events_of(self, pairs: list[Any], multi: Any) -> list[Any]:
+        """Give the events of pairs that were dropped; a bus among them, which `multi` holds, is let go of."""
+        events: list[Any] = []
         for event, _ in pairs:
-            dropped += self._let_go(event, actual) if is_delayed(event) else [event]
-        return dropped
+            events += self._let_go(event, multi) if is_delayed(event) else [event]
+        return events
 
     def _covers(self, delayed: Any) -> bool:
         """Whether what a delayed bus wraps is covered, through another bus."""
