@@ -30,11 +30,11 @@ class ClassSignature:
         init = owner.__init__
         if instance is not None:  # a bus that a subclass made callable
             raise AttributeError("__signature__")
-        # On PyPy, the two types are one.
-        in_c = isinstance(init, WrapperDescriptorType) and not isinstance(init, FunctionType)
-        if in_c or init is object.__init__:
-            names = () if init is object.__init__ else self.parameters
-            return Signature([Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in names])
+        if init is object.__init__:
+            return Signature()
+        in_c = isinstance(init, WrapperDescriptorType) and not isinstance(init, FunctionType)  # on PyPy, these are one
+        if in_c:
+            return Signature([Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in self.parameters])
         given = signature(init)
         return given.replace(parameters=list(given.parameters.values())[1:], return_annotation=Signature.empty)
 
