@@ -298,7 +298,8 @@ def debug(session: nox.Session) -> None:
 def coverage(session: nox.Session) -> None:
     """Measure lines and branches of what is in Python, in all processes of the suite.
 
-    Since 3.14, that is done by what tests that trace do not take away. Where servers are is told as for `.ci/run`.
+    Since 3.14, `sys.monitoring` does that, which tests that trace do not take away. Where servers are is told as for
+    `.ci/run`.
     """
     install(session, "test", "integrations")
     session.install("coverage>=7.10")
