@@ -67,6 +67,16 @@ class Undo(Log):
     applies_after_rollback = True
 
 
+def make_undo(twin: Any) -> Any:
+    """Make an `Undo` of one twin."""
+
+    class UndoHere(twin.AbstractEventBus):
+        applies_after_rollback = True
+        __init__, _apply_event = Log.__init__, Log._apply_event
+
+    return UndoHere
+
+
 class AsyncLog(AsyncEventBus[Any]):
     def __init__(self, log: list[Any]) -> None:
         self.log = log
@@ -574,10 +584,7 @@ def test_rule_25_django(kind: str) -> None:
 
 
 def test_rule_25_what_a_handler_raises_never_hides_the_error(twin: Any) -> None:
-    class UndoHere(twin.AbstractEventBus):
-        applies_after_rollback = True
-        __init__, _apply_event = Log.__init__, Log._apply_event
-
+    UndoHere = make_undo(twin)  # noqa: N806
     log: list[Any] = []
     told: list[Any] = []
     error = Boom()
@@ -767,10 +774,7 @@ def test_rule_26_a_forked_child_does_nothing_of_its_parent_s(database: tuple[str
 
 
 def test_rule_25_what_was_in_doubt_and_was_rolled_back(twin: Any) -> None:
-    class UndoHere(twin.AbstractEventBus):
-        applies_after_rollback = True
-        __init__, _apply_event = Log.__init__, Log._apply_event
-
+    UndoHere = make_undo(twin)  # noqa: N806
     for end in ("apply_after_rollback", "apply"):
         for with_rollback in (True, False):
             log: list[Any] = []
@@ -845,10 +849,7 @@ def test_rule_25_it_is_dropped_where_a_commit_has_committed_and_raised(database:
 
 @pytest.mark.parametrize("refused", [True, False])
 def test_rule_25_what_comes_after_an_attempt_that_was_rolled_back(twin: Any, refused: bool) -> None:
-    class UndoHere(twin.AbstractEventBus):
-        applies_after_rollback = True
-        __init__, _apply_event = Log.__init__, Log._apply_event
-
+    UndoHere = make_undo(twin)  # noqa: N806
     log: list[Any] = []
 
     def refuse() -> None:
@@ -893,10 +894,7 @@ def test_rule_25_what_handlers_have_published_before_it_ended(database: tuple[st
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, ValueError])
 def test_rule_25_an_interrupt_of_a_handler_is_told(twin: Any, kind: type[BaseException]) -> None:
-    class UndoHere(twin.AbstractEventBus):
-        applies_after_rollback = True
-        __init__, _apply_event = Log.__init__, Log._apply_event
-
+    UndoHere = make_undo(twin)  # noqa: N806
     told: list[Any] = []
     with (
         pytest.raises((KeyboardInterrupt, LookupError)),
@@ -936,10 +934,7 @@ def test_rule_25_a_timeout_of_an_awaited_handler_is_told() -> None:
 
 
 def test_rule_18f_a_handler_after_a_rollback_does_not_commit(twin: Any) -> None:
-    class UndoHere(twin.AbstractEventBus):
-        applies_after_rollback = True
-        __init__, _apply_event = Log.__init__, Log._apply_event
-
+    UndoHere = make_undo(twin)  # noqa: N806
     calls: list[str] = []
     error = LookupError()
     with (
@@ -991,10 +986,7 @@ def test_rule_25_a_batch_stays_one_and_nested_buses_are_found(twin: Any) -> None
 
 
 def test_rule_25_savepoints_within_savepoints(twin: Any) -> None:
-    class UndoHere(twin.AbstractEventBus):
-        applies_after_rollback = True
-        __init__, _apply_event = Log.__init__, Log._apply_event
-
+    UndoHere = make_undo(twin)  # noqa: N806
     log: list[Any] = []
     buses = twin.MultiEventBus()
     undos = buses.wrap(UndoHere(log))
@@ -1022,10 +1014,7 @@ def test_rule_25_savepoints_within_savepoints(twin: Any) -> None:
 def test_rule_25_a_savepoint_after_an_apply_by_hand_that_failed(twin: Any) -> None:
     """What that has left, and what it has done, is older than the savepoint."""
 
-    class UndoHere(twin.AbstractEventBus):
-        applies_after_rollback = True
-        __init__, _apply_event = Log.__init__, Log._apply_event
-
+    UndoHere = make_undo(twin)  # noqa: N806
     log: list[Any] = []
     buses = twin.MultiEventBus()
     undos = buses.wrap(UndoHere(log))
@@ -1042,10 +1031,7 @@ def test_rule_25_a_savepoint_after_an_apply_by_hand_that_failed(twin: Any) -> No
 
 
 def test_rule_25_what_is_published_when_there_is_no_transaction_any_more(twin: Any) -> None:
-    class UndoHere(twin.AbstractEventBus):
-        applies_after_rollback = True
-        __init__, _apply_event = Log.__init__, Log._apply_event
-
+    UndoHere = make_undo(twin)  # noqa: N806
     log: list[Any] = []
     with twin.use_orchestrator_or_create_multi_event_bus(None, True) as (buses, execute):
         undos = buses.wrap(UndoHere(log))

@@ -1142,37 +1142,32 @@ def test_rule_18d_an_interrupt_right_after_the_commit(
     with engine.begin() as connection:
         connection.execute(text(f"CREATE TABLE {TABLE} (x int)"))
     session, told = Session(engine), list[Any]()
-    insert = text(f"INSERT INTO {TABLE} VALUES (1)")
 
     def tell(buses: Any) -> None:
         told.extend(buses.events_to_apply())
         buses.discard_pending_events()
 
-    def send(to: list[Any], event: int, *, commit: bool) -> None:
-        to.append(event)
+    def work(buses: Any) -> None:
+        session.execute(INSERT)
+        buses.wrap(BasicEventBus()).publish(if_committed(sent.append, 1))
+        monkeypatch.setattr(RootTransaction, "_deactivate_from_connection", interrupt)
 
     with pytest.raises((SoftTimeLimit, AssertionError)):
         if way == "block":
             with session.begin():
-                session.execute(insert)
-                orchestrator(session).wrap(BasicEventBus()).publish(commitbus.SideEffectCall(send, sent, 1))
-                monkeypatch.setattr(RootTransaction, "_deactivate_from_connection", interrupt)
+                work(orchestrator(session))
         elif way == "session":
-            orchestrator(session).wrap(BasicEventBus()).publish(commitbus.SideEffectCall(send, sent, 1))
-            session.execute(insert)
-            monkeypatch.setattr(RootTransaction, "_deactivate_from_connection", interrupt)
+            work(orchestrator(session))
             session.commit()
         else:
-            with commitbus.use_orchestrator_or_create_multi_event_bus(
+            with unit_of_work(
                 None,
                 True,
                 commit_transaction=session.commit,
                 rollback_transaction=session.rollback,
                 on_unapplied=tell,
             ) as (buses, execute):
-                session.execute(insert)
-                buses.wrap(BasicEventBus()).publish(commitbus.SideEffectCall(send, sent, 1))
-                monkeypatch.setattr(RootTransaction, "_deactivate_from_connection", interrupt)
+                work(buses)
                 execute()
     session.close()
     tell(in_doubt(session))

@@ -6,10 +6,10 @@ import importlib
 import os
 import sys
 import threading
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import test_sweeps
 import test_threads
 from conftest import CPYTHON, load
 
@@ -115,52 +115,41 @@ def test_rule_8_the_lock_is_renewed() -> None:
 )
 def test_rule_4_the_note_of_an_apply_that_is_stopped_between_two_events() -> None:
     """It counts what this apply has done, and not what one before it had."""
-
-    class Stop(BaseException):
-        pass
-
-    package = str(Path(LOCK.__file__).parent)
     notes: list[str] = []
-    number, met = 0, True
-    while met:
-        number, met, count, log = number + 1, False, 0, list[int]()
 
-        class Bus(PURE.AbstractEventBus):
-            fails = True
+    class Scene:
+        def __init__(self) -> None:
+            self.log = log = list[int]()
+            self.fails = True
+            scene = self
 
-            def _apply_event(self, event: int, commit: bool, log: list[int] = log) -> None:
-                if self.fails and event == 2:
-                    raise KeyError
-                log.append(event)
+            class Bus(PURE.AbstractEventBus):
+                def _apply_event(self, event: int, commit: bool) -> None:
+                    if scene.fails and event == 2:
+                        raise KeyError
+                    log.append(event)
 
-        bus = Bus()
-        bus.publish_all([1, 2, 3, 4])
-        with pytest.raises(KeyError):
-            bus.apply(True)
-        bus.fails = False
-        log.clear()
+            self.bus = Bus()
+            self.bus.publish_all([1, 2, 3, 4])
+            with pytest.raises(KeyError):
+                self.bus.apply(True)
+            self.fails = False
+            log.clear()
 
-        def trace(frame: Any, what: str, arg: Any, number: int = number) -> Any:
-            nonlocal count, met
-            if not frame.f_code.co_filename.startswith(package):
-                return None
-            count += what == "line"
-            if count == number:
-                sys.settrace(None)
-                met = True
-                raise Stop
-            return trace
+        def act(self) -> None:
+            try:
+                self.bus.apply(True)
+            except test_sweeps.Interrupt as error:
+                told = [note for note in getattr(error, "__notes__", []) if "stopped after" in note]
+                assert not told or f"stopped after event {len(self.log)} of 3 in" in told[0], (told, self.log)
+                notes.extend(told)
 
-        before = sys.gettrace()
-        sys.settrace(trace)
-        try:
-            bus.apply(True)
-        except Stop as error:
-            told = [note for note in getattr(error, "__notes__", []) if "stopped after" in note]
-            assert not told or f"stopped after event {len(log)} of 3 in" in told[0], (told, log)
-            notes += told
-        finally:
-            sys.settrace(before)
+        def check(self, where: object) -> None:
+            pass
+
+    number = 1
+    while test_sweeps.points(cast("Any", Scene()), number, sys.settrace, {"line"}, test_sweeps.interrupt):
+        number += 1
     assert len(set(notes)) == 3
 
 
