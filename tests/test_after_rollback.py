@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import warnings
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from commitbus import (
     AbstractEventBus,
     NotCommittedError,
     UnappliedEventsWarning,
+    _after_rollback,
     aio,
     tree,
     use_orchestrator_or_create_multi_event_bus,
@@ -67,12 +69,20 @@ class Undo(Log):
     applies_after_rollback = True
 
 
+def make_mail(twin: Any) -> Any:
+    """Make a `Log` of one twin."""
+
+    class MailHere(twin.AbstractEventBus):
+        __init__, _apply_event = Log.__init__, Log._apply_event
+
+    return MailHere
+
+
 def make_undo(twin: Any) -> Any:
     """Make an `Undo` of one twin."""
 
-    class UndoHere(twin.AbstractEventBus):
+    class UndoHere(make_mail(twin)):  # type: ignore[misc]
         applies_after_rollback = True
-        __init__, _apply_event = Log.__init__, Log._apply_event
 
     return UndoHere
 
@@ -892,6 +902,86 @@ def test_rule_25_what_handlers_have_published_before_it_ended(database: tuple[st
         leftovers(session).discard_pending_events()
 
 
+@pytest.mark.parametrize("commits", ["not at all", "before", "in part"])
+@pytest.mark.parametrize("with_rollback", [True, False])
+@pytest.mark.parametrize("told", [True, False])
+def test_rule_25_a_block_that_ends_without_a_commit(twin: Any, told: bool, with_rollback: bool, commits: str) -> None:
+    """What is for the rollback that comes next is applied and not told; the rest is told, and dropped."""
+    log: list[Any] = []
+    left: list[Any] = []
+    unit = twin.use_orchestrator_or_create_multi_event_bus(
+        None,
+        True,
+        commit_transaction=lambda: None,
+        rollback_transaction=partial(log.append, "rollback") if with_rollback else None,
+        on_unapplied=(lambda buses: left.append(buses.events_to_apply())) if told else None,
+    )
+    failing = Boom()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with unit as (buses, execute):
+            undos, mails = buses.wrap(make_undo(twin)(log)), buses.wrap(make_mail(twin)(log))
+            if commits == "before":
+                assert execute() == []
+            elif commits == "in part":
+                mails.publish(failing)
+                with pytest.raises(Boom):
+                    execute()
+            undos.publish("undo")
+            mails.publish("mail")
+    rolled_back = with_rollback and commits == "not at all"
+    assert log == (["rollback", ("undo", True)] if rolled_back else [])
+    unapplied = {"not at all": ["mail"] if rolled_back else ["undo", "mail"], "before": ["undo", "mail"]}
+    kept = unapplied.get(commits, [failing, "mail"])
+    assert left == ([kept] if told else [])
+    were = "1 event was" if len(kept) == 1 else "2 events were"
+    assert [str(one.message).startswith(were) for one in caught] == ([] if told else [True])
+    assert buses.events_to_apply() == ([] if rolled_back else kept)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_rule_25_a_handler_that_fails_where_no_error_has_come_before(twin: Any, told: bool) -> None:
+    log: list[Any] = []
+    left: list[Any] = []
+    with (
+        pytest.raises(ExceptionGroup) as caught,
+        twin.use_orchestrator_or_create_multi_event_bus(
+            None,
+            True,
+            rollback_transaction=lambda: None,
+            on_unapplied=(lambda buses: left.append(buses.events_to_apply())) if told else None,
+        ) as (buses, _),
+    ):
+        error = Boom()
+        buses.wrap(make_undo(twin)(log)).publish_all([error, "x"])
+    assert caught.value.exceptions == (error,)
+    behind = caught.value.__context__
+    assert isinstance(behind, ExceptionGroup)  # the one of the apply, which is not shown
+    assert caught.value.__suppress_context__
+    assert behind.__context__ is error.__context__ is None
+    assert log == [("x", True)]
+    assert left == ([[error]] if told else [])
+
+
+@pytest.mark.parametrize("with_rollback", [True, False])
+def test_rule_25_what_a_handler_publishes_for_a_commit(twin: Any, with_rollback: bool) -> None:
+    """No commit comes: it is dropped with the transaction, where that is ended here."""
+    log: list[Any] = []
+    error = Boom()
+    with (
+        pytest.raises(Boom),
+        twin.use_orchestrator_or_create_multi_event_bus(
+            None, True, rollback_transaction=(lambda: None) if with_rollback else None
+        ) as (buses, _),
+    ):
+        undos, mails = buses.wrap(make_undo(twin)(log)), buses.wrap(make_mail(twin)(log))
+        undos.publish(partial(mails.publish, "mail"))
+        raise error
+    assert len(log) == 1
+    assert buses.events_to_apply() == ([] if with_rollback else ["mail"])
+    assert error.__context__ is None
+
+
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, ValueError])
 def test_rule_25_an_interrupt_of_a_handler_is_told(twin: Any, kind: type[BaseException]) -> None:
     UndoHere = make_undo(twin)  # noqa: N806
@@ -1040,6 +1130,47 @@ def test_rule_25_what_is_published_when_there_is_no_transaction_any_more(twin: A
         mails.publish(lambda *, commit: undos.publish("x"))
         execute()
     assert log == []
+
+
+def test_rule_25_what_the_server_has_rolled_back_is_kept(twin: Any) -> None:
+    """What is for a commit is not, nor a bus that is empty; what was kept already is kept once."""
+    log: list[Any] = []
+    buses = twin.MultiEventBus()
+    inner = twin.MultiEventBus()
+    outer = buses.wrap(inner)
+    collected, nested = inner.wrap(make_undo(twin)(log)), inner.wrap(make_undo(twin)(log))
+    collected.publish("collected")
+    outer.apply(True)  # takes it from the inner one
+    nested.publish("nested")
+    undos, mails, empty = (buses.wrap(make(twin)(log)) for make in (make_undo, make_mail, make_undo))
+    undos.publish("undo")
+    mails.publish("mail")
+    buses.publish(empty)
+    for _ in range(2):
+        _after_rollback.keep_due(buses)
+        assert sorted(_after_rollback.left_in(buses)) == ["collected", "nested", "undo"]
+        kept = [delayed for _, delayed in _after_rollback.walk(buses) if delayed._commitbus_always]
+        assert len(kept) == 3
+        assert mails.pending_events() == ("mail",)
+    buses.apply(True)  # of any end of the transaction
+    assert sorted(log) == [("collected", True), ("mail", True), ("nested", True), ("undo", True)]
+
+
+def test_rule_25_handlers_that_publish_for_ever(twin: Any) -> None:
+    log: list[Any] = []
+
+    class Endless(make_undo(twin)):  # type: ignore[misc]
+        def _apply_event(self, event: int, commit: bool) -> None:
+            log.append(event)
+            undos.publish(event + 1)
+
+    error = Boom()
+    with pytest.raises(Boom), twin.use_orchestrator_or_create_multi_event_bus(None, True) as (buses, _):
+        undos = buses.wrap(Endless(log))
+        undos.publish(1)
+        raise error
+    assert log == list(range(1, 101))
+    assert "100 rounds" in str(error.__context__)
 
 
 # Bad input

@@ -144,7 +144,10 @@ def test_the_sqlstate_of_an_error(error: Exception, state: str | None) -> None:
 @pytest.mark.parametrize(
     ("error", "number"),
     [
-        *((error_of(f"{package}.err", 1062, "text"), 1062) for package in ("pymysql", "MySQLdb", "aiomysql", "asyncmy")),
+        *(
+            (error_of(f"{package}.err", 1062, "text"), 1062)
+            for package in ("pymysql", "MySQLdb", "aiomysql", "asyncmy")
+        ),
         (error_of("pymysql.err", "text", 1062), None),
         (error_of("pymysql.err", True), None),
         (error_of("pymysql.err"), None),

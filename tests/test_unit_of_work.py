@@ -554,6 +554,122 @@ def test_rule_18f_called_again_after_a_commit_that_failed(
     assert len(caught) == (0 if rolls_back else 1), "what was not applied is told"
 
 
+class Connection:
+    """A connection that is `sqlite3`'s as far as anybody looks, and whose commit is refused once."""
+
+    __module__ = "sqlite3"
+    in_transaction = True
+
+    def __init__(self) -> None:
+        self.refuses = True
+
+    def commit(self) -> None:
+        if self.refuses:
+            self.refuses = False
+            raise Boom
+
+
+def refuse_once(twin: Any) -> Any:
+    """Make a commit that says once that it has not committed."""
+    errors = [twin.NotCommittedError("refused")]
+
+    def commit() -> None:
+        if errors:
+            raise errors.pop()
+
+    return commit
+
+
+def test_rule_18f_a_second_call_where_nothing_ends_the_transaction(twin: Any, make: Any, log: Log) -> None:
+    """What was refused can be made anew. What the database has refused stands in a transaction that nobody ends."""
+    begin = twin.use_orchestrator_or_create_multi_event_bus
+    with begin(None, True, commit_transaction=refuse_once(twin)) as (buses, execute):
+        mails = buses.wrap(make())
+        mails.publish(1)
+        with pytest.raises(twin.NotCommittedError):
+            execute()
+        assert buses.events_to_apply() == []
+        mails.publish(2)
+        assert execute() == [2]
+
+    with pytest.raises(Boom), begin(None, True, commit_transaction=Connection().commit) as (buses, execute):
+        buses.wrap(make()).publish(3)
+        with pytest.raises(Boom) as first:
+            execute()
+        with pytest.raises(RuntimeError, match="has failed before"):
+            execute()
+        raise first.value
+    assert buses.events_to_apply() == [3]
+
+    async def commit() -> None: ...
+
+    with begin(None, True, commit_transaction=commit) as (_, execute):
+        for _ in range(2):  # not that it "has failed before": nothing was begun
+            with pytest.raises(TypeError, match="so nothing was committed"):
+                execute()
+    assert log.events == [2]
+
+
+@pytest.mark.parametrize("called", [True, False])
+def test_rule_18b_what_an_asynchronous_commit_has_not_committed_is_dropped(
+    twin: Any, make: Any, log: Log, transaction: Transaction, called: bool
+) -> None:
+    async def commit() -> None: ...
+
+    with twin.use_orchestrator_or_create_multi_event_bus(
+        None, True, commit_transaction=commit, rollback_transaction=transaction.rollback
+    ) as (buses, execute):
+        buses.wrap(make()).publish(1)
+        with pytest.raises(TypeError, match="so nothing was committed") as caught:
+            execute()
+        assert transaction.calls == ["rollback"]
+        assert buses.events_to_apply() == []
+        if called:
+            with pytest.raises(TypeError, match="so nothing was committed"):
+                execute()
+    assert notes(caught.value) == []
+    assert transaction.calls == ["rollback"] * (1 + called)
+    assert log.events == []
+
+
+@pytest.mark.parametrize("rolls_back", [True, False])
+@pytest.mark.parametrize("raises", [True, False])
+def test_rule_18d_what_cannot_be_taken_apart_is_chained(
+    twin: Any, make: Any, transaction: Transaction, rolls_back: bool, raises: bool
+) -> None:
+    """Nobody knows whether it was committed; that a bus refuses to let go of its events comes behind that."""
+
+    class Bad(make):
+        def _collect_event(self, event: object, commit: bool) -> object:
+            if raises:
+                raise KeyError
+            return super()._collect_event(event, commit)
+
+        def discard_pending_events(self) -> Any:
+            if raises:
+                raise OSError
+            return super().discard_pending_events()
+
+    error = ConnectionError("cut")
+    transaction.fail["commit"] = error
+    with (
+        pytest.raises(ConnectionError),
+        twin.use_orchestrator_or_create_multi_event_bus(
+            None,
+            True,
+            commit_transaction=transaction.commit,
+            rollback_transaction=transaction.rollback if rolls_back else None,
+        ) as (buses, execute),
+    ):
+        buses.wrap(Bad()).publish(1)
+        execute()
+    behind = error.__context__
+    assert (type(behind) is OSError) is (raises and rolls_back)
+    assert behind is None or raises
+    assert transaction.calls == ["commit", "rollback"][: 1 + rolls_back]
+    assert any("it is not known whether the transaction was committed" in note for note in notes(error))
+
+
 FORKED = """
 import os, sys
 from commitbus import BasicEventBus, use_orchestrator_or_create_multi_event_bus
@@ -796,7 +912,9 @@ class Again(Exception):
     pass
 
 
-def _rolled_back_after_a_commit(twin: Any, bus: Any, publish: Any, **options: Any) -> None:
+def _rolled_back_after_a_commit(twin: Any, bus: Any, publish: Any, **options: Any) -> BaseException | None:
+    """Give what came behind the error by which the block was left."""
+    error = Again()
     with (
         pytest.raises(Again),
         twin.use_orchestrator_or_create_multi_event_bus(
@@ -807,19 +925,21 @@ def _rolled_back_after_a_commit(twin: Any, bus: Any, publish: Any, **options: An
         delayed.publish("order")
         execute()
         publish(buses, delayed)
-        raise Again
+        raise error
+    return error.__context__
 
 
 def test_rule_18b_an_equal_event_is_not_kept_with_that_of_an_earlier_commit(twin: Any, make: Any, log: Log) -> None:
     bus = make()
     log.on("order", lambda: bus.publish("reindex"))
     kept: list[Any] = []
-    _rolled_back_after_a_commit(
+    behind = _rolled_back_after_a_commit(
         twin,
         bus,
         lambda buses, delayed: delayed.publish("reindex"),
         on_unapplied=lambda buses: kept.extend(buses.events_to_apply()),
     )
+    assert behind is None
     assert kept == ["reindex"]
 
 
@@ -848,9 +968,10 @@ def test_rule_18b_a_bus_that_cannot_be_discarded_costs_nothing_that_was_committe
 
     bus = make()
     log.on("order", lambda: bus.publish("left"))
-    _rolled_back_after_a_commit(
+    behind = _rolled_back_after_a_commit(
         twin, bus, lambda buses, delayed: buses.wrap(Bad()).publish(1), on_unapplied=lambda buses: None
     )
+    assert behind is None  # it is not looked at: nothing of it belongs to that commit
     assert bus.pending_events() == ("left",)
 
 
