@@ -15,12 +15,15 @@ import weakref
 from contextlib import suppress
 from itertools import product
 from pathlib import Path
+from random import Random
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from conftest import CPYTHON
 
 import commitbus
+from commitbus import _marks, _opened
 from commitbus._marks import open_marks
 
 if TYPE_CHECKING:
@@ -356,6 +359,100 @@ def test_rule_22_what_is_dropped_of_a_bus_that_is_registered_twice(twin: Any, ma
     assert savepoint.rollback() == [1, 2]
     if older is not None:
         assert older.rollback() == []
+
+
+def test_rule_22_an_outer_one_that_is_open_refuses_after_an_inner_one_was_left(twin: Any, make: Any, log: Log) -> None:
+    """The inner one ends where somebody comes to the bus, and the outer one is there still."""
+    bus = make()
+    outer = bus.savepoint()
+    bus.publish(1)
+    inner = bus.savepoint()
+    inner.__enter__()
+    bus.publish(2)
+    del inner
+    with pytest.warns(RuntimeWarning, match="was left without ending it"), pytest.raises(RuntimeError, match="open"):
+        bus.apply(True)
+    assert bus.pending_events() == (1,)
+    outer.release()
+    bus.apply(True)
+    assert log.events == [1]
+
+
+@pytest.mark.parametrize("where", ["the same", "nested", "collected"])
+def test_rule_22_what_is_refused_leaves_all_as_it_was(twin: Any, make: Any, where: str) -> None:
+    """Also what comes before the bus that a savepoint covers."""
+    multi, inner = twin.MultiEventBus(), twin.MultiEventBus()
+    first = multi.wrap(make())
+    first.publish(1)
+    covered = multi.wrap(make()) if where == "the same" else multi.wrap(inner).actual_event_bus.wrap(make())
+    covered.publish(2)
+    if where == "collected":
+        covered.apply(True)
+    savepoint = covered.actual_event_bus.savepoint() if where != "collected" else covered.savepoint()
+    with pytest.raises(RuntimeError, match="cannot be applied, collected or emptied while"):
+        multi.discard_pending_events()
+    assert first.pending_events() == (1,)
+    assert sorted(multi.events_to_apply()) == [1, 2]
+    savepoint.release()
+
+
+def test_rule_22_nothing_is_kept_of_a_bus_on_which_nothing_was_published(twin: Any, make: Any) -> None:
+    class Undo(make):
+        applies_after_rollback = True
+
+    multi = twin.MultiEventBus()
+    delayed = multi.wrap(Undo())
+    delayed.publish(1)
+    savepoint = multi.savepoint()
+    assert savepoint.rollback() == []
+    assert multi.pending_events() == (delayed,)
+
+
+def test_rule_22_three_within_each_other(twin: Any, make: Any) -> None:
+    """The error names the one that ends first, the last of all."""
+    multi = twin.MultiEventBus()
+    delayed = multi.wrap(make())
+    other = multi.wrap(make())
+    savepoints = []
+    for number, opener in enumerate((multi, delayed.actual_event_bus, multi, other.actual_event_bus)):
+        savepoints.append(opener.savepoint())
+        delayed.publish(number)
+        other.publish(number)
+    for open_one in savepoints[:3]:
+        with pytest.raises(RuntimeError, match="was opened later") as caught:
+            open_one.release()
+        assert repr(savepoints[3]).strip("<>").partition(" of ")[2] in str(caught.value)
+    for savepoint, count in zip(reversed(savepoints), (1, 3, 1, 3), strict=True):
+        assert len(savepoint.rollback()) == count
+
+
+def test_where_older_events_are_once_newer_ones_are_cut_out() -> None:
+    """By a model: each event that an older savepoint keeps is found where it has moved to."""
+    random = Random(26)
+    for _ in range(2000):
+        events = list(range(random.randrange(1, 12)))
+        begins = random.randrange(len(events) + 1)  # where what is newer than this mark begins, but for what it keeps
+        here = sorted(random.sample(events[begins:], random.randrange(len(events) - begins + 1)))
+        kept = tuple((event, 1) for event in here)
+        if random.random() < 0.5:  # spans of more than one
+            kept = _spans(here)
+        older = sorted(random.sample([*range(begins), *here], random.randrange(begins + len(here) + 1)))
+        spans = _spans(older)
+        mark: Any = SimpleNamespace(collected=begins, kept=kept)
+        moved = _opened._shifted(spans, mark)
+        left = list(events)
+        assert _marks.cut(left, begins, kept) == [event for event in events[begins:] if event not in here]
+        assert [left[at] for begin, size in moved for at in range(begin, begin + size)] == older
+
+
+def _spans(numbers: list[int]) -> tuple[tuple[int, int], ...]:
+    spans: list[tuple[int, int]] = []
+    for number in numbers:
+        if spans and sum(spans[-1]) == number:
+            spans[-1] = (spans[-1][0], spans[-1][1] + 1)
+        else:
+            spans.append((number, 1))
+    return tuple(spans)
 
 
 def test_rule_22_a_bus_that_was_applied_before_the_block(twin: Any, make: Any, log: Log) -> None:

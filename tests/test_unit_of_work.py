@@ -908,6 +908,66 @@ def test_rule_18d_where_nobody_sees_the_exception(twin: Any, make: Any) -> None:
     assert "it is not known whether the transaction was committed; 1 event was not applied: int" in note
 
 
+@pytest.mark.parametrize("told", [True, False])
+def test_rule_18d_where_nobody_sees_the_exception_and_it_is_rolled_back(
+    twin: Any, make: Any, transaction: Transaction, told: bool
+) -> None:
+    left: list[Any] = []
+    transaction.fail["commit"] = ConnectionError()
+    with (
+        warnings.catch_warnings(record=True) as caught,
+        twin.use_orchestrator_or_create_multi_event_bus(
+            None,
+            True,
+            commit_transaction=transaction.commit,
+            rollback_transaction=transaction.rollback,
+            on_unapplied=(lambda buses: left.append(buses.events_to_apply())) if told else None,
+        ) as (buses, execute),
+    ):
+        warnings.simplefilter("always")
+        buses.wrap(make()).publish(1)
+        with pytest.raises(ConnectionError):
+            execute()
+    assert transaction.calls == ["commit", "rollback"]
+    assert left == ([[1]] if told else [])
+    assert ["it is not known whether" in str(one.message) for one in caught] == ([] if told else [True])
+
+
+def test_rule_18b_an_exception_after_all_was_committed_and_applied(
+    unit: Any, make: Any, transaction: Transaction
+) -> None:
+    """What was written after the commit is in a transaction of its own, which must not stay open."""
+    error = Boom()
+    with pytest.raises(Boom), unit() as (bus, execute):
+        bus.wrap(make()).publish(1)
+        assert execute() == [1]
+        raise error
+    assert transaction.calls == ["commit", "rollback"]
+    assert notes(error) == []
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_rule_18c_what_comes_after_a_unit_of_work_is_not_after_its_commit(twin: Any, make: Any, fails: bool) -> None:
+    class Outbox(make):
+        applies_before_commit = True
+
+    def fail(*, commit: bool) -> None:
+        raise Boom
+
+    with twin.use_orchestrator_or_create_multi_event_bus(
+        None, True, commit_transaction=lambda: None, on_unapplied=lambda _: None
+    ) as (buses, execute):
+        if fails:
+            buses.wrap(twin.BasicEventBus()).publish(fail)
+            with pytest.raises(Boom):
+                execute()
+        else:
+            execute()
+    multi = twin.MultiEventBus()
+    multi.wrap(Outbox()).publish(1)
+    assert multi.apply_and_get_applied_events(True) == [1]
+
+
 class Again(Exception):
     pass
 
