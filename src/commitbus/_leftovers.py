@@ -53,25 +53,37 @@ def _move_one(delayed: Any, multi: Any, leftovers: Any, kept: Collection[int]) -
             leftovers.publish(delayed)
             multi._commitbus_unregister({id(delayed)})
         return 0 if kept else count
-    actual, collected = delayed._commitbus_parts()
+    actual = delayed._commitbus_parts()[0]
     if holds_buses(actual):
-        inner = new_multi(actual)
-        pairs: list[Any] = [] if collected is None else collected.discard_pending_events()
-        inside: list[Any] = [*(event for event, _ in pairs), *actual._commitbus_get()]
-        moved = 0
-        for one in inside:
-            if is_delayed(one):
-                moved += _move_one(one, actual, inner, kept)
-                if not kept:
-                    actual._commitbus_discard(one)  # lets go of it; it has nothing any more
-        if not kept:
-            actual.discard_pending_events()
-        if events_to_apply(inner):
-            leftovers.wrap(inner)
-        return moved
+        return _move_nested(delayed, leftovers, kept)
     if all(id(event) in kept for event in (*collected_in(delayed), *pending_in(delayed))):
         return 0
     return keep(delayed, leftovers, False, lambda event: id(event) not in kept)
+
+
+def _move_nested(delayed: Any, leftovers: Any, kept: Collection[int]) -> int:
+    actual, collected = delayed._commitbus_parts()
+    inner = new_multi(actual)
+    inside = collected_in(delayed)
+    moved = 0
+    # Those that were collected come first. What is kept stays where it is, registered or collected.
+    for one in (*inside, *actual._commitbus_get()):
+        if is_delayed(one):
+            moved += _move_one(one, actual, inner, kept)
+            if not kept:
+                actual._commitbus_discard(one)  # lets go of it; it has nothing any more
+    # A pair that was put on a side_effects_bus by hand is an event among the buses.
+    by_hand = {id(event) for event in inside if not is_delayed(event)}.difference(kept)
+    if by_hand or events_to_apply(inner):
+        made = leftovers.wrap(inner)
+    if by_hand:
+        leftovers.publish(made)
+        _split(collected, made.side_effects_bus, lambda event: id(event) in by_hand)
+    if not kept:
+        if collected is not None:
+            collected.discard_pending_events()
+        actual.discard_pending_events()
+    return moved + len(by_hand)
 
 
 def any_event(event: object) -> bool:  # noqa: ARG001
@@ -91,7 +103,12 @@ def keep(delayed: Any, kept_in: Any, always: bool, choose: Callable[[Any], bool]
         delayed.apply(True)  # collects what is pending, after what was collected before
     except Exception:  # of a `_collect_event`: the events are pending still
         hand_over(actual, store, actual._commitbus_look)
-    collected: Any = delayed.side_effects_bus
+    _split(delayed.side_effects_bus, store, choose)
+    return len(collected_in(made))
+
+
+def _split(collected: Any, store: Any, choose: Callable[[object], bool]) -> None:
+    """Move the events that are chosen of what was collected."""
     store._commitbus_mixed = collected._commitbus_mixed
 
     def chosen(items: list[Any]) -> list[Any]:
@@ -103,7 +120,6 @@ def keep(delayed: Any, kept_in: Any, always: bool, choose: Callable[[Any], bool]
         return [item for item, (event, _) in zip(items, pairs, strict=True) if not choose(event)]
 
     hand_over(collected, store, chosen, others)
-    return len(collected_in(made))
 
 
 class Due:
