@@ -946,6 +946,54 @@ def test_rule_18b_an_exception_after_all_was_committed_and_applied(
     assert notes(error) == []
 
 
+def test_rule_18c_an_outbox_is_collected_for_real(unit: Any, make: Any, log: Log, transaction: Transaction) -> None:
+    commits: list[bool] = []
+
+    class Outbox(make):
+        applies_before_commit = True
+
+        def _collect_event(self, event: Any, commit: bool) -> Any:
+            commits.append(commit)
+
+            def store(*, commit: bool) -> None:
+                transaction.calls.append("stored")
+                log(event, commit)
+
+            return store
+
+    with unit() as (buses, execute):
+        buses.wrap(Outbox()).publish(1)
+        assert execute() == [1]
+    assert transaction.calls == ["stored", "commit"]
+    assert commits == [True]
+    assert log.calls == [(1, True)]
+
+
+def test_rule_18c_an_outbox_after_what_is_kept_for_any_end(
+    unit: Any, make: Any, log: Log, transaction: Transaction
+) -> None:
+    """What was published for a rollback, in a savepoint that was rolled back, is kept before it."""
+
+    class Undo(make):
+        applies_after_rollback = True
+
+    class Outbox(make):
+        applies_before_commit = True
+
+        def _apply_event(self, event: Any, commit: bool) -> None:
+            transaction.calls.append("stored")
+
+    with unit() as (buses, execute):
+        undos, outbox = buses.wrap(Undo()), buses.wrap(Outbox())
+        savepoint = buses.savepoint()
+        undos.publish("undo")
+        savepoint.rollback()
+        outbox.publish(1)
+        assert execute() == [1, "undo"]
+    assert transaction.calls == ["stored", "commit"]
+    assert log.events == ["undo"]
+
+
 @pytest.mark.parametrize("fails", [True, False])
 def test_rule_18c_what_comes_after_a_unit_of_work_is_not_after_its_commit(twin: Any, make: Any, fails: bool) -> None:
     class Outbox(make):
