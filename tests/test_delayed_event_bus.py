@@ -228,6 +228,24 @@ def test_rule_13_a_hook_of_the_side_effects_bus_that_returns_a_coroutine(delayed
     assert delayed.collected_events() == (1,)
 
 
+def test_rule_13_a_hook_of_the_side_effects_bus_that_goes_on_to_the_original(delayed: Any, log: Log) -> None:
+    """As a spy does."""
+    delayed.publish_all([1, 2])
+    delayed.apply(True)
+    original = delayed.side_effects_bus._apply_event
+    with mock.patch.object(delayed.side_effects_bus, "_apply_event", side_effect=original) as hook:
+        assert delayed.apply_without_delay(True) == [1, 2]
+    assert len(hook.mock_calls) == 2
+    assert log.calls == [(1, True), (2, True)]
+
+    async def coroutine_function(*, commit: bool) -> None: ...
+
+    with pytest.raises(TypeError, match="coroutine_function"):
+        original(("event", coroutine_function), True)
+    assert original(("event", lambda *, commit: log("by hand", commit)), False) is None
+    assert log.calls[-1] == ("by hand", False)
+
+
 def test_rule_13_discarding_leaves_what_was_collected(delayed: Any) -> None:
     delayed.publish(1)
     delayed.apply(True)

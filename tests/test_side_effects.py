@@ -384,6 +384,38 @@ def test_rule_21_a_collected_callable_is_an_apply_of_its_own(twin: Any, shared: 
         twin.SharedSideEffectContext.current()
 
 
+def test_rule_21_a_collected_callable_whose_context_cannot_be_left(twin: Any, shared: Any) -> None:
+    """A note says so: the side effect has run. And nobody finds that context afterwards."""
+    log: list[Any] = []
+
+    def effect(*, commit: bool) -> None:
+        twin.SharedSideEffectContext.current().enter_context(Manager("failing", log, fail=True))
+        log.append(commit)
+
+    shared.publish(twin.SideEffectCall(effect))
+    ((_, function),) = shared.collect(True)
+    with pytest.raises(Boom) as caught:
+        function(commit=True)
+    (note,) = notes(caught.value)
+    assert "leaving the shared context of " in note
+    assert log == ["enter failing", True, ("exit failing", None)]
+    with pytest.raises(LookupError):
+        twin.SharedSideEffectContext.current()
+
+
+def test_rule_21_publishing_on_the_wrapped_bus_registers_it(twin: Any, shared: Any) -> None:
+    """As for any bus, once its multi bus has let go of it."""
+    calls: list[int] = []
+    multi = twin.MultiEventBus()
+    delayed = multi.wrap(shared)
+    delayed.publish(twin.SideEffectCall(lambda number, *, commit: calls.append(number), 1))
+    multi.apply(True)
+    shared.publish(twin.SideEffectCall(lambda number, *, commit: calls.append(number), 2))
+    assert multi.pending_events() == (delayed,)
+    multi.apply(True)
+    assert calls == [1, 2]
+
+
 def test_rule_21_leaving_fails_after_the_side_effects(twin: Any, shared: Any) -> None:
     log: list[Any] = []
 
