@@ -364,5 +364,20 @@ def test_rule_25_a_block_that_ends_without_a_commit(with_rollback: bool) -> None
     assert len(log) == (2 if with_rollback else 0)
 
 
+def test_each_function_is_looked_at() -> None:
+    """Also after a method that may return something to await."""
+    orm = pytest.importorskip("sqlalchemy.orm", reason="SQLAlchemy is not installed")
+    session = orm.Session()
+    later = type("Own", (), {"commit": lambda self: asyncio.sleep(0)})()
+    for functions in (
+        {"commit_transaction": later.commit, "rollback_transaction": session.rollback},
+        {"commit_transaction": session.commit},
+    ):
+        with pytest.raises(TypeError, match="rollback_transaction|commit_transaction") as caught:
+            unit_of_work(None, True, **functions)
+        assert list(functions)[-1] in str(caught.value)
+    unit_of_work(None, True, commit_transaction=later.commit, on_unapplied=session.close)
+
+
 def test_both_twins() -> None:
     run_over_the_other_twin(__file__)

@@ -378,22 +378,46 @@ def test_rule_22_an_outer_one_that_is_open_refuses_after_an_inner_one_was_left(t
     assert log.events == [1]
 
 
-@pytest.mark.parametrize("where", ["the same", "nested", "collected"])
+@pytest.mark.parametrize("where", ["the same", "beside one that is registered twice", "nested", "collected"])
 def test_rule_22_what_is_refused_leaves_all_as_it_was(twin: Any, make: Any, where: str) -> None:
     """Also what comes before the bus that a savepoint covers."""
     multi, inner = twin.MultiEventBus(), twin.MultiEventBus()
     first = multi.wrap(make())
     first.publish(1)
-    covered = multi.wrap(make()) if where == "the same" else multi.wrap(inner).actual_event_bus.wrap(make())
+    at = multi if "same" in where or "beside" in where else multi.wrap(inner).actual_event_bus
+    covered = at.wrap(make())
     covered.publish(2)
     if where == "collected":
         covered.apply(True)
+    elif where.startswith("beside"):
+        other = multi.wrap(make())
+        multi.publish(other)
+        multi.publish(other)
     savepoint = covered.actual_event_bus.savepoint() if where != "collected" else covered.savepoint()
     with pytest.raises(RuntimeError, match="cannot be applied, collected or emptied while"):
         multi.discard_pending_events()
     assert first.pending_events() == (1,)
     assert sorted(multi.events_to_apply()) == [1, 2]
     savepoint.release()
+
+
+def test_rule_22_an_error_names_the_savepoint_that_was_opened_last(twin: Any, make: Any) -> None:
+    bus = make()
+    multi = twin.MultiEventBus()
+    delayed = multi.wrap(bus)
+    delayed.publish(1)
+    outer, inner = multi.savepoint(), bus.savepoint()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="cannot be applied, collected or emptied while") as caught:
+            delayed.apply(True)
+        assert repr(inner) in str(caught.value)
+        assert repr(inner) != repr(outer)
+    inner.release()
+    with pytest.raises(RuntimeError, match="cannot be applied, collected or emptied while") as caught:
+        multi.apply(True)
+    assert repr(outer) in str(caught.value)
+    outer.release()
+    assert multi.apply_and_get_applied_events(True) == [1]
 
 
 def test_rule_22_nothing_is_kept_of_a_bus_on_which_nothing_was_published(twin: Any, make: Any) -> None:
