@@ -12,6 +12,7 @@ import weakref
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
+from unittest import mock
 
 import pytest
 from conftest import CPYTHON, notes, run_over_the_other_twin
@@ -1659,6 +1660,64 @@ def test_a_loop_that_ends_before_the_commit_has_begun() -> None:
 
     if sys.version_info < (3, 12):  # from then on, it begins at once
         asyncio.run(main())
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+def test_rule_4c_which_event_has_given_a_coroutine_that_nobody_awaits(mixed: bool) -> None:
+    """The error names its function, the note its event, whatever comes before and after it."""
+
+    async def fine(*, commit: bool) -> None:
+        await asyncio.sleep(0)
+
+    async def inner() -> None: ...
+
+    async def forgetful(*, commit: bool) -> object:
+        await asyncio.sleep(0)
+        return inner()
+
+    async def main() -> None:
+        buses = AsyncMultiEventBus()
+        delayed = buses.wrap(BasicAsyncEventBus())
+        delayed.publish_all([fine, forgetful, fine])
+        if mixed:
+            delayed.apply(True)
+            delayed.side_effects_bus.publish(("by hand", fine))
+        with pytest.raises(TypeError, match="forgetful") as caught:
+            await buses.apply_async(True)
+        (note,) = [note for note in notes(caught.value) if "event 2 of" in note]
+        assert f"event 2 of {3 + mixed}, " in note
+        assert "forgetful" in note
+        assert [event for event in buses.events_to_apply() if event is not fine] == [
+            forgetful,
+            *(["by hand"] if mixed else []),
+        ]
+
+    asyncio.run(main())
+
+
+def test_a_hook_that_was_set_on_an_instance() -> None:
+    """A plain function, as `unittest.mock` sets one, and another bus's own."""
+    calls: list[Any] = []
+
+    class Own(BasicAsyncEventBus):
+        """Has attributes."""
+
+    async def main() -> None:
+        for hook in (mock.AsyncMock(side_effect=lambda *given: calls.append(given)), None):
+            bus = Own()
+            other = Bus()
+            vars(bus)["_apply_event_async"] = hook or other._apply_event_async
+
+            def event(**_: object) -> Any: ...
+
+            bus.publish(event)
+            await bus.apply_async(True)
+            if hook is None:
+                assert other.log == [event]
+            else:
+                assert calls == [(event, True)]
+
+    asyncio.run(main())
 
 
 # What ends a unit of work that is awaited

@@ -364,6 +364,44 @@ def test_rule_25_a_block_that_ends_without_a_commit(with_rollback: bool) -> None
     assert len(log) == (2 if with_rollback else 0)
 
 
+def test_rule_25_by_hand() -> None:
+    """A commit drops what is for a rollback, in its turn; anything else applies it."""
+    log: list[Any] = []
+
+    async def main() -> None:
+        for commit in (True, False):
+            buses = aio.AsyncMultiEventBus()
+            undos, mails = buses.wrap(Undo(log)), buses.wrap(Bus(log))
+            undos.publish("undo")
+            mails.publish("mail")
+            await buses.apply_async(commit)
+            assert buses.events_to_apply() == []
+
+    asyncio.run(main())
+    assert log == [("mail", True), ("undo", False), ("mail", False)]
+
+
+def test_rule_18c_what_is_published_after_the_commit_is_not_stored() -> None:
+    log: list[Any] = []
+
+    async def main() -> list[Any]:
+        async with unit_of_work(
+            None, True, **Transaction(log).both, rounds=2, on_unapplied=lambda left: log.append(left.events_to_apply())
+        ) as (buses, execute):
+            outbox, mails = buses.wrap(Outbox(log)), buses.wrap(Bus(log))
+
+            async def late() -> None:
+                outbox.publish("too late")
+
+            mails.publish(late)
+            with pytest.raises(RuntimeError, match="stores its events in the transaction, which was committed"):
+                await execute()
+            return [late]
+
+    (late,) = asyncio.run(main())
+    assert log == ["commit", (late, True), ["too late"]]
+
+
 def test_each_function_is_looked_at() -> None:
     """Also after a method that may return something to await."""
     orm = pytest.importorskip("sqlalchemy.orm", reason="SQLAlchemy is not installed")

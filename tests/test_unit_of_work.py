@@ -303,6 +303,17 @@ def test_rule_18_an_open_savepoint_is_refused_before_the_commit(
     assert transaction.calls == ["commit"]
 
 
+def test_rule_18_an_open_savepoint_of_a_unit_with_nothing_in_it_is_refused(unit: Any, transaction: Transaction) -> None:
+    with unit() as (bus, execute):
+        savepoint = bus.savepoint()
+        with pytest.raises(RuntimeError, match="cannot be applied, collected or emptied while"):
+            execute()
+        assert transaction.calls in ([], ["rollback"])
+        savepoint.release()
+        execute()
+    assert transaction.calls[-1] == "commit"
+
+
 def test_rule_18b_savepoints_that_were_left_open(unit: Any, make: Any, transaction: Transaction) -> None:
     mails = make()
     with pytest.raises(Boom), unit() as (bus, _):
