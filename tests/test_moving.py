@@ -140,6 +140,24 @@ def test_how_much_is_moved(twin: Any, kinds: Any, nested: bool) -> None:
     assert log == [1, 2, 3]
 
 
+def test_how_much_is_moved_with_a_pair_that_was_put_by_hand(twin: Any, kinds: Any) -> None:
+    log: list[Any] = []
+    buses = twin.MultiEventBus()
+    outer = buses.wrap(twin.MultiEventBus())
+    outer.side_effects_bus.publish_all([(name, lambda *, commit: log.append("by hand")) for name in ("one", "two")])
+    buses.publish(outer)
+    outer.actual_event_bus.wrap(kinds[0](log)).publish(1)
+    left = _leftovers.new_multi(buses)
+    first, second = outer.side_effects_bus.pending_events()
+    assert _leftovers.move(buses, left, {id(second[0])}) == 2
+    assert sorted(map(str, left.events_to_apply())) == ["1", "one"]
+    assert buses.events_to_apply() == ["two"]
+    assert first[0] == "one"
+    buses.apply(True)
+    left.apply(True)
+    assert sorted(map(str, log)) == ["1", "by hand", "by hand"]
+
+
 def test_what_is_kept_for_any_end_is_moved_with_the_rest(twin: Any, kinds: Any) -> None:
     """But not where an earlier commit has left something: then it is applied with that."""
     log: list[Any] = []
