@@ -943,6 +943,7 @@ def test_rule_25_a_block_that_ends_without_a_commit(twin: Any, told: bool, with_
 def test_rule_25_a_handler_that_fails_where_no_error_has_come_before(twin: Any, told: bool) -> None:
     log: list[Any] = []
     left: list[Any] = []
+    error = Boom()
     with (
         pytest.raises(ExceptionGroup) as caught,
         twin.use_orchestrator_or_create_multi_event_bus(
@@ -952,7 +953,6 @@ def test_rule_25_a_handler_that_fails_where_no_error_has_come_before(twin: Any, 
             on_unapplied=(lambda buses: left.append(buses.events_to_apply())) if told else None,
         ) as (buses, _),
     ):
-        error = Boom()
         buses.wrap(make_undo(twin)(log)).publish_all([error, "x"])
     assert caught.value.exceptions == (error,)
     behind = caught.value.__context__

@@ -1677,7 +1677,7 @@ def test_rule_4c_which_event_has_given_a_coroutine_that_nobody_awaits(mixed: boo
 
     async def main() -> None:
         buses = AsyncMultiEventBus()
-        delayed = buses.wrap(BasicAsyncEventBus())
+        delayed: Any = buses.wrap(BasicAsyncEventBus())
         delayed.publish_all([fine, forgetful, fine])
         if mixed:
             delayed.apply(True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import warnings
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from conftest import notes, run_over_the_other_twin
@@ -31,7 +31,7 @@ class Bus(AsyncEventBus[Any]):
         if isinstance(event, BaseException):
             raise event
         if callable(event):
-            await event()
+            await cast("Any", event)()
         self.log.append((event, commit))
 
 
@@ -336,7 +336,7 @@ def test_rule_18c_what_fails_before_the_commit_leaves_nothing_in_doubt() -> None
             try:
                 await execute()
             finally:
-                assert buses.events_to_apply() == []
+                assert cast("Any", buses).events_to_apply() == []
 
     with pytest.raises(Boom):
         asyncio.run(main())
@@ -351,12 +351,12 @@ def test_rule_25_a_block_that_ends_without_a_commit(with_rollback: bool) -> None
 
     async def main() -> Any:
         transaction = Transaction(log)
-        functions = transaction.both if with_rollback else {"commit_transaction": transaction.commit}
+        functions: Any = transaction.both if with_rollback else {"commit_transaction": transaction.commit}
         async with unit_of_work(None, True, **functions) as (buses, _):
             undos, mails = buses.wrap(Undo(log)), buses.wrap(Bus(log))
             undos.publish(partial(asyncio.sleep, 0))
             mails.publish("mail")
-        return buses.events_to_apply()
+        return cast("Any", buses).events_to_apply()
 
     with pytest.warns(UnappliedEventsWarning, match="1 event was" if with_rollback else "2 events were"):
         left = asyncio.run(main())
@@ -406,7 +406,8 @@ def test_each_function_is_looked_at() -> None:
     """Also after a method that may return something to await."""
     orm = pytest.importorskip("sqlalchemy.orm", reason="SQLAlchemy is not installed")
     session = orm.Session()
-    later = type("Own", (), {"commit": lambda self: asyncio.sleep(0)})()
+    later: Any = type("Own", (), {"commit": lambda self: asyncio.sleep(0)})()
+    functions: Any
     for functions in (
         {"commit_transaction": later.commit, "rollback_transaction": session.rollback},
         {"commit_transaction": session.commit},

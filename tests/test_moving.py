@@ -192,7 +192,7 @@ def test_rule_25_how_what_is_for_a_rollback_is_collected(twin: Any, kinds: Any, 
     log: list[Any] = []
     commits: list[bool] = []
 
-    class Undo(kinds[1]):  # type: ignore[misc]
+    class Undo(kinds[1]):
         def _collect_event(self, event: Any, commit: bool) -> Any:
             commits.append(commit)
             if raises and len(commits) == 1:
@@ -222,7 +222,7 @@ def test_rule_25_what_another_thread_publishes_while_it_is_cut(twin: Any, kinds:
     log: list[Any] = []
     commits: list[bool] = []
 
-    class Undo(kinds[1]):  # type: ignore[misc]
+    class Undo(kinds[1]):
         def _collect_event(self, event: Any, commit: bool) -> Any:
             commits.append(commit)
             return super()._collect_event(event, commit)

@@ -200,7 +200,7 @@ def test_the_scoped_sessions_that_a_function_may_ask() -> None:
     for function in (names_it, named.commit, Holder(named).commit):
         assert _transactions.scoped_sessions(function) == [named]
     assert _transactions.scoped_sessions(lambda: inner.commit()) == [inner]
-    assert _transactions.scoped_sessions(lambda: (inner.commit(), named.commit())) == [inner, named]
+    assert _transactions.scoped_sessions(lambda: (inner, named)) == [inner, named]
     unset: Any
     functions: tuple[Any, ...] = (
         names_another,
@@ -304,8 +304,8 @@ def test_the_transactions_that_a_commit_is_to_end() -> None:
         commit = _commit.Commit(one, other, True)
         assert commit.others == [(one, first), (other, second)]
         assert commit.transaction is first
-        for owners in ((one, one), (one, None)):
-            assert _commit.Commit(*owners, True).others == [(one, first)]
+        for second_owner in (one, None):
+            assert _commit.Commit(one, second_owner, True).others == [(one, first)]
         owned = _commit.Commit(None, other, True)
         assert (owned.others, owned.transaction) == ([(other, second)], None)
         assert _commit.Commit(libpq(2, "psycopg"), None, True).others == []

@@ -76,9 +76,9 @@ def _move_nested(delayed: Any, leftovers: Any, kept: Collection[int]) -> int:
     by_hand = {id(event) for event in inside if not is_delayed(event)}.difference(kept)
     if by_hand or events_to_apply(inner):
         made = leftovers.wrap(inner)
-    if by_hand:
-        leftovers.publish(made)
-        _split(collected, made.side_effects_bus, lambda event: id(event) in by_hand)
+        if by_hand:
+            leftovers.publish(made)
+            _split(collected, made.side_effects_bus, lambda event: id(event) in by_hand)
     if not kept:
         if collected is not None:
             collected.discard_pending_events()
