@@ -1153,6 +1153,7 @@ def test_rule_25_what_the_server_has_rolled_back_is_kept(twin: Any) -> None:
         assert len(kept) == 3
         assert mails.pending_events() == ("mail",)
     buses.apply(True)  # of any end of the transaction
+    assert buses.pending_events() == ()
     assert sorted(log) == [("collected", True), ("mail", True), ("nested", True), ("undo", True)]
 
 
