@@ -75,9 +75,12 @@ def _move_nested(delayed: Any, leftovers: Any, kept: Collection[int]) -> int:
     # A pair that was put on a side_effects_bus by hand is an event among the buses.
     by_hand = {id(event) for event in inside if not is_delayed(event)}.difference(kept)
     if by_hand or events_to_apply(inner):
-        made = leftovers.wrap(inner)
+        made = leftovers.wrap(inner)  # which registers it where it has buses
         if by_hand:
-            leftovers.publish(made)
+            if not inner._commitbus_holds_any():
+                leftovers.publish(
+                    made
+                )  # first, as in `keep`; what is put there registers it once more, which is no harm
             _split(collected, made.side_effects_bus, lambda event: id(event) in by_hand)
     if not kept:
         if collected is not None:
