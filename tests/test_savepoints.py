@@ -420,6 +420,18 @@ def test_rule_22_an_error_names_the_savepoint_that_was_opened_last(twin: Any, ma
     assert multi.apply_and_get_applied_events(True) == [1]
 
 
+def test_rule_22_an_exception_leaves_older_ones_open(twin: Any, make: Any) -> None:
+    """Also where one of them covers a bus that was registered in the block."""
+    bus = make()
+    older = bus.savepoint()
+    multi = twin.MultiEventBus()
+    with pytest.raises(Boom), multi.savepoint():
+        multi.publish(multi.wrap(bus))
+        raise Boom
+    bus.publish(1)
+    assert older.rollback() == [1]
+
+
 def test_rule_22_nothing_is_kept_of_a_bus_on_which_nothing_was_published(twin: Any, make: Any) -> None:
     class Undo(make):
         applies_after_rollback = True
