@@ -230,14 +230,15 @@ def test_whose_method_a_function_is() -> None:
 
 
 SEEN = """
-import sqlite3
+import sqlite3, sys
+from contextlib import closing
 from commitbus import _transactions, use_orchestrator_or_create_multi_event_bus as unit_of_work
-unit_of_work(None, True, commit_transaction=sqlite3.connect(":memory:").commit)
-import sys
-assert "sqlalchemy" not in sys.modules
-from sqlalchemy import Engine, create_engine, event
-from sqlalchemy.orm import Session
-unit_of_work(None, True, commit_transaction=sqlite3.connect(":memory:").commit)
+with closing(sqlite3.connect(":memory:")) as connection:
+    unit_of_work(None, True, commit_transaction=connection.commit)
+    assert "sqlalchemy" not in sys.modules
+    from sqlalchemy import Engine, create_engine, event
+    from sqlalchemy.orm import Session
+    unit_of_work(None, True, commit_transaction=connection.commit)
 assert not _transactions._listening and not event.contains(Engine, "handle_error", _transactions._see_error)
 session = Session(create_engine("sqlite://"))
 for _ in range(2):
