@@ -432,6 +432,49 @@ def test_rule_22_an_exception_leaves_older_ones_open(twin: Any, make: Any) -> No
     assert older.rollback() == [1]
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_rule_22_one_of_several_that_were_registered_in_the_block_is_covered(twin: Any, make: Any, first: bool) -> None:
+    """The savepoint that covers it has to end first, whatever was registered before and after it."""
+    bus = make()
+    other = bus.savepoint()
+    multi = twin.MultiEventBus()
+    savepoint = multi.savepoint()
+    for wrapped in (bus, make()) if first else (make(), bus):
+        multi.wrap(wrapped).publish(1)
+    with pytest.raises(RuntimeError, match="covers a bus that was registered since") as caught:
+        savepoint.rollback()
+    assert repr(other) in str(caught.value)
+    assert multi.events_to_apply() == [1, 1]
+    assert other.rollback() == [1]
+    assert savepoint.rollback() == [1]
+
+
+def test_rule_22_a_rollback_that_an_interrupt_has_stopped_is_brought_to_its_end(twin: Any, make: Any) -> None:
+    """By who comes to the bus next, though somebody has the savepoint still."""
+
+    class Stopped(twin.MultiEventBus):
+        stops = False
+
+        def _commitbus_unregister(self, gone: Any) -> Any:
+            if self.stops:
+                self.stops = False
+                raise KeyboardInterrupt
+            return super()._commitbus_unregister(gone)
+
+    multi = Stopped()
+    first = multi.wrap(make())
+    first.publish(1)
+    savepoint = multi.savepoint()
+    multi.wrap(make()).publish(2)
+    first.publish(3)
+    multi.stops = True
+    with pytest.raises(KeyboardInterrupt):
+        savepoint.rollback()
+    assert multi.apply_and_get_applied_events(True) == [1]
+    with pytest.raises(RuntimeError, match="has ended"):
+        savepoint.rollback()
+
+
 def test_rule_22_nothing_is_kept_of_a_bus_on_which_nothing_was_published(twin: Any, make: Any) -> None:
     class Undo(make):
         applies_after_rollback = True
