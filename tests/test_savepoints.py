@@ -436,7 +436,9 @@ def test_rule_22_an_exception_leaves_older_ones_open(twin: Any, make: Any) -> No
 def test_rule_22_one_of_several_that_were_registered_in_the_block_is_covered(twin: Any, make: Any, first: bool) -> None:
     """The savepoint that covers it has to end first, whatever was registered before and after it."""
     bus = make()
-    other = bus.savepoint()
+    around = twin.DelayedEventBus(bus)
+    oldest, other = bus.savepoint(), around.savepoint()
+    assert repr(oldest) != repr(other)
     multi = twin.MultiEventBus()
     savepoint = multi.savepoint()
     for wrapped in (bus, make()) if first else (make(), bus):
@@ -446,6 +448,7 @@ def test_rule_22_one_of_several_that_were_registered_in_the_block_is_covered(twi
     assert repr(other) in str(caught.value)
     assert multi.events_to_apply() == [1, 1]
     assert other.rollback() == [1]
+    oldest.release()
     assert savepoint.rollback() == [1]
 
 
