@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from conftest import run_over_the_other_twin
@@ -11,38 +11,29 @@ from conftest import run_over_the_other_twin
 import commitbus
 from commitbus import NotCommittedError, _leftovers, aio
 
+if TYPE_CHECKING:
+    from conftest import Log
+
 
 class Boom(Exception):
     pass
 
 
 @pytest.fixture
-def kinds(twin: Any) -> Any:
-    """A bus for commits, and one for rollbacks, whose events are functions, or are logged."""
+def make_undo(make: Any) -> Any:
+    """Make buses as `make` does that are for a rollback."""
 
-    class Mail(twin.AbstractEventBus):
-        def __init__(self, log: list[Any]) -> None:
-            self.log = log
-
-        def _apply_event(self, event: Any, commit: bool) -> None:
-            if isinstance(event, BaseException):
-                raise event
-            if callable(event):
-                event()
-            self.log.append(event)
-
-    class Undo(Mail):
+    class Undo(make):
         applies_after_rollback = True
 
-    return Mail, Undo
+    return Undo
 
 
 @pytest.mark.parametrize("collected", [True, False])
 def test_rule_18b_what_belongs_to_an_earlier_commit_stays_in_a_nested_bus(
-    twin: Any, kinds: Any, collected: bool
+    twin: Any, make: Any, log: Log, collected: bool
 ) -> None:
     """Nobody knows of the second commit; the follow-ups of the first are applied with the third."""
-    log: list[Any] = []
     told: list[Any] = []
     errors: list[Any] = [ConnectionError(), None]
 
@@ -59,14 +50,15 @@ def test_rule_18b_what_belongs_to_an_earlier_commit_stays_in_a_nested_bus(
     ) as (buses, execute):
         inner = twin.MultiEventBus()
         outer = buses.wrap(inner)
-        first, second = (inner.wrap(kinds[0](log)) for _ in range(2))
-        outermost = buses.wrap(kinds[0](log))
+        first, second = (inner.wrap(make()) for _ in range(2))
+        outermost = buses.wrap(make())
 
         def follow() -> None:
             first.publish("follow-up")
             second.publish("follow-up")
 
-        outermost.publish(follow)
+        log.on("order", follow)
+        outermost.publish("order")
         execute()
         second.publish("new")
         outermost.publish("new")
@@ -84,10 +76,9 @@ def test_rule_18b_what_belongs_to_an_earlier_commit_stays_in_a_nested_bus(
 @pytest.mark.parametrize("nested", [True, False])
 @pytest.mark.parametrize("collected", [True, False])
 def test_rule_18d_a_pair_that_was_put_on_a_side_effects_bus(
-    twin: Any, kinds: Any, collected: bool, nested: bool
+    twin: Any, make: Any, log: Log, collected: bool, nested: bool
 ) -> None:
     """It is an event as any other: in doubt with the rest, also among the buses of a nested one."""
-    log: list[Any] = []
     told: list[Any] = []
 
     def commit() -> None:
@@ -99,11 +90,11 @@ def test_rule_18d_a_pair_that_was_put_on_a_side_effects_bus(
             None, True, commit_transaction=commit, rollback_transaction=lambda: None, on_unapplied=told.append
         ) as (buses, execute),
     ):
-        outer = buses.wrap(twin.MultiEventBus()) if nested else buses.wrap(kinds[0](log))
-        outer.side_effects_bus.publish(("by hand", lambda *, commit: log.append("by hand")))
+        outer = buses.wrap(twin.MultiEventBus()) if nested else buses.wrap(make())
+        outer.side_effects_bus.publish(("by hand", lambda *, commit: log("by hand", commit)))
         buses.publish(outer)
         if nested:
-            outer.actual_event_bus.wrap(kinds[0](log)).publish(1)
+            outer.actual_event_bus.wrap(make()).publish(1)
             if collected:
                 outer.apply(True)
         execute()
@@ -112,15 +103,14 @@ def test_rule_18d_a_pair_that_was_put_on_a_side_effects_bus(
     assert sorted(map(str, left.events_to_apply())) == ["1", "by hand"][not nested :]
     assert _leftovers.count(left) == 1 + nested
     left.apply(True)
-    assert sorted(map(str, log)) == ["1", "by hand"][not nested :]
+    assert sorted(map(str, log.events)) == ["1", "by hand"][not nested :]
 
 
 @pytest.mark.parametrize("nested", [True, False])
-def test_how_much_is_moved(twin: Any, kinds: Any, nested: bool) -> None:
-    log: list[Any] = []
+def test_how_much_is_moved(twin: Any, make: Any, log: Log, nested: bool) -> None:
     buses = twin.MultiEventBus()
     at = buses.wrap(twin.MultiEventBus()).actual_event_bus if nested else buses
-    first, second, empty = (at.wrap(kinds[0](log)) for _ in range(3))
+    first, second, empty = (at.wrap(make()) for _ in range(3))
     assert _leftovers.count(None) == 0
     assert _leftovers.move(buses, _leftovers.new_multi(buses)) == 0
     first.publish_all([1, 2])
@@ -137,20 +127,19 @@ def test_how_much_is_moved(twin: Any, kinds: Any, nested: bool) -> None:
     assert buses.pending_events() == ()
     last.apply(True)
     left.apply(True)
-    assert log == [1, 2, 3]
+    assert log.events == [1, 2, 3]
 
 
 @pytest.mark.parametrize("nested", [True, False])
-def test_how_much_is_moved_with_a_pair_that_was_put_by_hand(twin: Any, kinds: Any, nested: bool) -> None:
-    log: list[Any] = []
+def test_how_much_is_moved_with_a_pair_that_was_put_by_hand(twin: Any, make: Any, log: Log, nested: bool) -> None:
     buses = twin.MultiEventBus()
     outer = buses.wrap(twin.MultiEventBus())
-    outer.side_effects_bus.publish_all([(name, lambda *, commit: log.append("by hand")) for name in ("one", "two")])
+    outer.side_effects_bus.publish_all([(name, lambda *, commit: log("by hand", commit)) for name in ("one", "two")])
     buses.publish(outer)
     if nested:
-        outer.actual_event_bus.wrap(kinds[0](log)).publish(1)
+        outer.actual_event_bus.wrap(make()).publish(1)
     left = _leftovers.new_multi(buses)
-    left.wrap(kinds[0](log)).publish("before")  # what was left before
+    left.wrap(make()).publish("before")  # what was left before
     first, second = outer.side_effects_bus.pending_events()
     assert _leftovers.move(buses, left, {id(second[0])}) == (2 if nested else 1)
     assert len(set(left.pending_events())) == 2
@@ -159,15 +148,14 @@ def test_how_much_is_moved_with_a_pair_that_was_put_by_hand(twin: Any, kinds: An
     assert first[0] == "one"
     buses.apply(True)
     left.apply(True)
-    assert sorted(map(str, log)) == ["1", "before", "by hand", "by hand"][not nested :]
+    assert sorted(map(str, log.events)) == ["1", "before", "by hand", "by hand"][not nested :]
 
 
-def test_what_is_kept_for_any_end_is_moved_with_the_rest(twin: Any, kinds: Any) -> None:
+def test_what_is_kept_for_any_end_is_moved_with_the_rest(twin: Any, make: Any, make_undo: Any) -> None:
     """But not where an earlier commit has left something: then it is applied with that."""
-    log: list[Any] = []
     for kept in (False, True):
         buses = twin.MultiEventBus()
-        mails, undos = buses.wrap(kinds[0](log)), buses.wrap(kinds[1](log))
+        mails, undos = buses.wrap(make()), buses.wrap(make_undo())
         follow_up: list[int] = [0]
         if kept:
             mails.publish(follow_up)
@@ -191,12 +179,11 @@ def test_what_moves_them_is_of_the_same_twin(twin: Any, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("raises", [True, False])
-def test_rule_25_how_what_is_for_a_rollback_is_collected(twin: Any, kinds: Any, raises: bool) -> None:
+def test_rule_25_how_what_is_for_a_rollback_is_collected(twin: Any, make_undo: Any, log: Log, raises: bool) -> None:
     """For real, as ever; and where that fails, it is kept as it was published, and tried at the end."""
-    log: list[Any] = []
     commits: list[bool] = []
 
-    class Undo(kinds[1]):
+    class Bus(make_undo):
         def _collect_event(self, event: Any, commit: bool) -> Any:
             commits.append(commit)
             if raises and len(commits) == 1:
@@ -214,25 +201,24 @@ def test_rule_25_how_what_is_for_a_rollback_is_collected(twin: Any, kinds: Any, 
             None, True, commit_transaction=commit, rollback_transaction=lambda: None
         ) as (buses, execute),
     ):
-        buses.wrap(Undo(log)).publish_all([1, 2])
+        buses.wrap(Bus()).publish_all([1, 2])
         execute()
-    assert log == [1, 2]
+    assert log.events == [1, 2]
     assert set(commits) == {True}
     assert error.__context__ is None
 
 
-def test_rule_25_what_another_thread_publishes_while_it_is_cut(twin: Any, kinds: Any) -> None:
+def test_rule_25_what_another_thread_publishes_while_it_is_cut(twin: Any, make_undo: Any, log: Log) -> None:
     """It is kept as well: it is what the rollback has cut."""
-    log: list[Any] = []
     commits: list[bool] = []
 
-    class Undo(kinds[1]):
+    class Bus(make_undo):
         def _collect_event(self, event: Any, commit: bool) -> Any:
             commits.append(commit)
             return super()._collect_event(event, commit)
 
     buses = twin.MultiEventBus()
-    delayed = buses.wrap(Undo(log))
+    delayed = buses.wrap(Bus())
     due = _leftovers.Due(delayed, buses)
     due.fill([], [])
     assert (due.filled, due.count, due.made in buses.pending_events()) == (True, 0, False)
@@ -247,7 +233,7 @@ def test_rule_25_what_another_thread_publishes_while_it_is_cut(twin: Any, kinds:
     again.add([5])
     assert again.made in buses.pending_events()
     buses.apply(True)
-    assert log == [1, 2, 3, 4, 5]
+    assert log.events == [1, 2, 3, 4, 5]
     assert set(commits) == {True}
 
 

@@ -921,20 +921,12 @@ def test_rule_18d_where_nobody_sees_the_exception(twin: Any, make: Any) -> None:
 
 @pytest.mark.parametrize("told", [True, False])
 def test_rule_18d_where_nobody_sees_the_exception_and_it_is_rolled_back(
-    twin: Any, make: Any, transaction: Transaction, told: bool
+    unit: Any, make: Any, transaction: Transaction, told: bool
 ) -> None:
     left: list[Any] = []
     transaction.fail["commit"] = ConnectionError()
-    with (
-        warnings.catch_warnings(record=True) as caught,
-        twin.use_orchestrator_or_create_multi_event_bus(
-            None,
-            True,
-            commit_transaction=transaction.commit,
-            rollback_transaction=transaction.rollback,
-            on_unapplied=(lambda buses: left.append(buses.events_to_apply())) if told else None,
-        ) as (buses, execute),
-    ):
+    on_unapplied = (lambda buses: left.append(buses.events_to_apply())) if told else None
+    with warnings.catch_warnings(record=True) as caught, unit(on_unapplied=on_unapplied) as (buses, execute):
         warnings.simplefilter("always")
         buses.wrap(make()).publish(1)
         with pytest.raises(ConnectionError):
