@@ -70,10 +70,10 @@ def after_of_transaction(transaction: Any, error: BaseException) -> Outcome:
         if state == "CLOSED":  # by its end, after which a listener has failed, or by a rollback of the session's own
             return Outcome.UNKNOWN
         kept: dict[Any, tuple[Any, ...]] = transaction._connections
-        tried = {id(connection): connection for connection, one, *_ in kept.values() if not one.is_active}
         # Where none was tried, an interrupt may have come right after the COMMIT, before SQLAlchemy has noted that.
         if state != "PREPARED" or not kept or _is_from_sqlalchemy(error):
             return Outcome.NOT_COMMITTED  # no COMMIT was sent
+        tried = {id(connection) for connection, one, *_ in kept.values() if not one.is_active}
         if len(tried) == 1 and not transaction.session.twophase:
             return _after_of_sent(error)
     return Outcome.UNKNOWN
