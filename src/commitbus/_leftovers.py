@@ -78,9 +78,8 @@ def _move_nested(delayed: Any, leftovers: Any, kept: Collection[int]) -> int:
         made = leftovers.wrap(inner)  # which registers it where it has buses
         if by_hand:
             if not inner._commitbus_holds_any():
-                leftovers.publish(
-                    made
-                )  # first, as in `keep`; what is put there registers it once more, which is no harm
+                # First, as in `keep`; what is put there registers it once more, which is no harm.
+                leftovers.publish(made)
             _split(collected, made.side_effects_bus, lambda event: id(event) in by_hand)
     if not kept:
         if collected is not None:
